@@ -1,0 +1,22 @@
+"""Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
+
+from optax_accum._migrate import from_multi_steps as from_multi_steps
+from optax_accum._queries import accumulated as accumulated
+from optax_accum._queries import gradient_step as gradient_step
+from optax_accum._queries import has_updated as has_updated
+from optax_accum._queries import micro_step as micro_step
+from optax_accum._skip import skip_not_finite as skip_not_finite
+from optax_accum._transform import AccumulateState as AccumulateState
+from optax_accum._transform import accumulate as accumulate
+
+__version__ = "0.1.0"
+__all__ = [
+    "AccumulateState",
+    "accumulate",
+    "accumulated",
+    "from_multi_steps",
+    "gradient_step",
+    "has_updated",
+    "micro_step",
+    "skip_not_finite",
+]

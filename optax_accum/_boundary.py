@@ -1,0 +1,192 @@
+"""How the boundary stays free of copies.
+
+`lax.cond` runs the optimizer at the boundary alone, but XLA copies whatever its two
+branches cannot share. What keeps the compiled program free of copies, found by
+reading its HLO:
+
+* Doing nothing is the false branch, so that it becomes XLA's first. The other way
+  around everything is copied (https://github.com/jax-ml/jax/issues/39449).
+* A branch returns only buffers that it was given, leaf by leaf in the same shape and
+  dtype, so that both branches write in place. The updates therefore leave in the
+  accumulator's buffers, which the next window overwrites anyway: its *slots*.
+* No branch writes a buffer twice. The accumulator is not zeroed in the branch; the
+  next window's first micro-step selects (see `_window.add`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import dtypes, lax
+
+from optax_accum import _window
+
+
+def run_at(
+    boundary: bool | jax.Array,
+    run: Callable[[Any, Any], tuple[jax.Array, Any, Any]],
+    write: Callable[[Any, Any], Any],
+    target: Any,
+    inner_state: Any,
+    *,
+    guard: bool,
+    in_turn: bool,
+) -> tuple[jax.Array, Any, Any]:
+    """Runs the inner optimizer at the boundary, and there alone.
+
+    Args:
+      boundary: A Python bool builds no `lax.cond`.
+      run: ``(target, inner_state) -> (nonempty, updates, inner_state)``.
+      write: ``(updates, target) -> target``: puts the updates where they go.
+      target: A tree of arrays; `write` keeps its type.
+      inner_state: A tree of arrays; `run` keeps its type.
+      guard: Whether only `run` knows that the window is not empty. If it is empty,
+        everything stays as it is.
+      in_turn: Whether to compute the inner state after the updates, not beside them.
+
+    Returns:
+      ``(updated, target, inner_state)``.
+    """
+
+    def kept_if_empty(nonempty, new, old):
+        if not guard:
+            return jnp.ones([], bool), new
+        return nonempty, jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, old)
+
+    def both(_, target, inner_state):
+        nonempty, updates, new_state = run(target, inner_state)
+        new = write(updates, target), new_state
+        nonempty, new = kept_if_empty(nonempty, new, (target, inner_state))
+        return nonempty, *new
+
+    def updates_only(_, target):
+        nonempty, updates, _ = run(target, inner_state)
+        return kept_if_empty(nonempty, write(updates, target), target)
+
+    def state_only(inner_state):
+        _, _, new_state = run(target, inner_state)
+        return new_state
+
+    def keep(*buffers):
+        return buffers
+
+    no = jnp.zeros([], bool)
+    if isinstance(boundary, bool):
+        return both(no, target, inner_state) if boundary else (no, target, inner_state)
+    if not in_turn:
+        return lax.cond(boundary, both, keep, no, target, inner_state)
+    # The second branch waits for the first, whose flag it asks; XLA removes from each
+    # what it does not return.
+    updated, new_target = lax.cond(boundary, updates_only, keep, no, target)
+    inner_state = lax.cond(updated, state_only, lambda same: same, inner_state)
+    return updated, new_target, inner_state
+
+
+def rounds(accumulator: Any, updates: Any, inner_state: Any) -> bool:
+    """Whether what the inner optimizer computed is rounded to be kept.
+
+    Then a rounded moment and the unrounded one that the updates are computed from are
+    live together, and XLA copies every moment unless the updates come first.
+    """
+    widest = max((x.dtype.itemsize for x in jax.tree.leaves(accumulator)), default=0)
+    kept = _window.keep_inexact((updates, inner_state))
+    return any(x.ndim and x.dtype.itemsize < widest for x in jax.tree.leaves(kept))
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree` in the dtypes of `like`."""
+
+    def cast(x, target):
+        return x if x.dtype == target.dtype else x.astype(target.dtype)
+
+    return jax.tree.map(cast, as_arrays(tree), like)
+
+
+def as_arrays(tree: Any) -> Any:
+    """`tree` with its Python scalars as arrays."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def strongly_typed(tree: Any) -> Any:
+    """`tree` as arrays that stay of one type when an update replaces them."""
+    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), as_arrays(tree))
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates`, but a float0 update leaves its parameter as it is."""
+
+    def apply(p, u):
+        return p if _window.is_float0(u) else optax.apply_updates(p, u)
+
+    return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
+
+
+class Slots(NamedTuple):
+    """Which update leaves in which accumulator's buffer.
+
+    Attributes:
+      shapes: The updates, as a tree of `jax.ShapeDtypeStruct`.
+      homes: For each leaf of `shapes` the index of its slot, or ``None`` where no
+        slot has its path, its shape and room for its dtype; it goes out by itself.
+    """
+
+    shapes: Any
+    homes: list[int | None]
+
+    @classmethod
+    def plan(cls, shapes: Any, accumulator: Any) -> "Slots":
+        """Finds a slot in `accumulator` for each leaf of the updates."""
+        slots = {
+            path: (index, slot)
+            for index, (path, slot) in enumerate(
+                jax.tree_util.tree_leaves_with_path(accumulator)
+            )
+        }
+
+        def home(path, update):
+            index, slot = slots.get(path, (None, None))
+            if slot is None or slot.shape != update.shape:
+                return None
+            return index if update.dtype == slot.dtype else None
+
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
+        return cls(shapes, [home(path, update) for path, update in leaves])
+
+    def loose(self) -> list[Any]:
+        """Zeros for the updates that have no slot."""
+        pairs = zip(jax.tree.leaves(self.shapes), self.homes, strict=True)
+        return [_zeros(shape) for shape, home in pairs if home is None]
+
+    def pack(self, updates: Any, accumulator: Any) -> tuple[Any, list[Any]]:
+        """The accumulator with the updates in its slots, and those without one."""
+        slots, structure = jax.tree.flatten(accumulator)
+        loose = []
+        for update, home in zip(jax.tree.leaves(updates), self.homes, strict=True):
+            if home is None:
+                loose.append(update)
+            else:
+                slots[home] = update.astype(slots[home].dtype)
+        return jax.tree.unflatten(structure, slots), loose
+
+    def unpack(self, accumulator: Any, loose: list[Any], updated: jax.Array) -> Any:
+        """The updates, or zeros where nothing was `updated`."""
+        slots, rest = jax.tree.leaves(accumulator), iter(loose)
+
+        def take(shape, home):
+            if home is None:
+                return next(rest)
+            slot = jnp.where(updated, slots[home], jnp.zeros([], slots[home].dtype))
+            return slot.astype(shape.dtype)
+
+        shapes, structure = jax.tree.flatten(self.shapes)
+        leaves = [take(*pair) for pair in zip(shapes, self.homes, strict=True)]
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _zeros(shape: Any) -> Any:
+    if _window.is_float0(shape):
+        return np.zeros(shape.shape, dtypes.float0)
+    return jnp.zeros(shape.shape, shape.dtype)

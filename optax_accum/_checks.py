@@ -1,0 +1,224 @@
+"""What a caller may get wrong, and what they are told.
+
+Every message names the argument in backticks, says what came, what is needed and
+what to do. Nothing here computes; whatever passes comes back normalised.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_accum import _window
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is among `choices`."""
+    if value not in choices:
+        allowed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}")
+
+
+def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
+    """An int >= 1, a schedule, or ``None``."""
+    if value is None or callable(value):
+        return value
+    needed = "an int >= 1, a schedule `gradient_step -> k`, or None"
+    try:
+        # A bool is an int to Python; as a number of micro-steps it is a mistake.
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(
+            f"`every_k` must be {needed}; got {value!r} of type {type(value).__name__}"
+        )
+    if number < 1:
+        raise ValueError(
+            f"`every_k` must be {needed}; got {number}. Use every_k=1 to update on "
+            "every micro-step, or every_k=None and `boundary=` to close windows "
+            "yourself"
+        )
+    return number
+
+
+def accumulator_dtype(value: Any) -> Any:
+    """A floating or complex dtype, or ``None``."""
+    if value is None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(value)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            "`accumulator_dtype` must be a floating or complex dtype, because sums "
+            f"of gradients do not fit in {dtype}; got {dtype}. Leave it out for at "
+            "least float32"
+        )
+    return dtype
+
+
+def accumulator_fits(params: Any, dtype: Any) -> None:
+    """Raises where `dtype` is real and a parameter complex, or the reverse."""
+    if dtype is None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_window.keep_inexact(params)):
+        own = _window.dtype_of(leaf)
+        is_complex = jnp.issubdtype(own, jnp.complexfloating)
+        if is_complex != jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"`accumulator_dtype` {dtype} cannot hold the gradient of "
+                f"{_named('params', path)}, which is {own}: one is complex and the "
+                "other is not. Leave `accumulator_dtype` out and each leaf gets its own"
+            )
+
+
+def weight(value: Any, dtype: Any) -> tuple[jax.Array, bool]:
+    """The weight as an array ``dtype[]``, and whether it is positive for certain."""
+    known = isinstance(value, bool | int | float | np.generic | np.ndarray)
+    if not known and not isinstance(value, jax.Array):
+        raise TypeError(
+            "`weight` must be a real scalar, the number of units that this "
+            f"micro-batch's mean was taken over; got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            "`weight` must be a scalar, one number for the whole micro-batch; got "
+            f"shape {jnp.shape(value)}. Sum it first, say the token mask: mask.sum()"
+        )
+    if jnp.issubdtype(_window.dtype_of(value), jnp.complexfloating):
+        raise TypeError(
+            f"`weight` must be real; got {value!r} of dtype {_window.dtype_of(value)}"
+        )
+    if known and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(
+            f"`weight` must be finite and >= 0; got {value}. Use 0 for a micro-batch "
+            "that is to contribute nothing"
+        )
+    return jnp.asarray(value).astype(dtype), bool(known and value > 0)
+
+
+def scalar_value(value: Any) -> jax.Array:
+    """The loss value as a real scalar array."""
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            "`value` must be a real floating scalar, the loss whose gradient this is; "
+            f"got shape {value.shape} and dtype {value.dtype}"
+        )
+    return value
+
+
+def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
+    """A Python bool, an array ``bool[]``, or ``None`` where the count decides."""
+    if value is None:
+        if every_k is None:
+            raise ValueError(
+                "`boundary` is needed on every call, because `every_k=None` leaves the "
+                "boundary to the caller; got None. Pass True or False, decided at trace "
+                "time, or a boolean array, or give `accumulate` an `every_k`"
+            )
+        return None
+    if _is_bool(value):
+        value = bool(value)
+    elif not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(
+            "`boundary` must be a bool, a boolean scalar array, or None; got "
+            f"{value!r} of type {type(value).__name__}"
+        )
+    elif value.dtype != bool or value.shape != ():
+        raise TypeError(
+            "`boundary` must be a bool, a boolean scalar array, or None; got an array "
+            f"of shape {value.shape} and dtype {value.dtype}"
+        )
+    if every_k == 1 and value is not True:
+        raise ValueError(
+            "`boundary` must be True or None with `every_k=1`, which keeps no "
+            f"accumulator and updates on every call; got {value!r}. Use every_k=None "
+            "to close windows yourself"
+        )
+    return value
+
+
+def skip_result(should_skip: Any) -> jax.Array:
+    """What a `skip` predicate decided, as ``bool[]``."""
+    should_skip = jnp.asarray(should_skip)
+    if should_skip.shape != () or should_skip.dtype != bool:
+        raise TypeError(
+            "`skip` must return (bool scalar, info); its first item has shape "
+            f"{should_skip.shape} and dtype {should_skip.dtype}. Reduce it with "
+            "jnp.any or jnp.all"
+        )
+    return should_skip
+
+
+def same_structure(name: str, tree: Any, expected_name: str, expected: Any) -> None:
+    """Raises at the first path where `tree` is built otherwise than `expected`."""
+    if jax.tree.structure(tree) == jax.tree.structure(expected):  # type: ignore[operator]
+        return
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    wanted = [path for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
+    difference = "their containers differ in type"
+    for path in wanted:
+        if path not in paths:
+            difference = f"{_named(name, path)} is missing or not floating"
+            break
+    else:
+        for path in paths:
+            if path not in wanted:
+                difference = f"{_named(name, path)} is not in `{expected_name}`"
+                break
+    raise ValueError(
+        f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
+        f"Got {jax.tree.structure(tree)}, needed {jax.tree.structure(expected)}"
+    )
+
+
+def gradients(grads: Any, expected_name: str, expected: Any, *, narrow: bool) -> None:
+    """Raises unless `grads` can be added to sums that are built like `expected`.
+
+    Args:
+      grads: The gradients, passed-through leaves included.
+      expected_name: What to call `expected` in a message.
+      expected: The parameters, or the sums so far.
+      narrow: Whether the caller asked for sums narrower than the gradients.
+    """
+    expected = _window.keep_inexact(expected)
+    same_structure("grads", _window.keep_inexact(grads), expected_name, expected)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(_window.keep_inexact(grads)),
+        jax.tree.leaves(expected),
+        strict=True,
+    )
+    for (path, g), wanted in pairs:
+        if jnp.shape(g) != jnp.shape(wanted):
+            raise ValueError(
+                f"{_named('grads', path)} has shape {jnp.shape(g)}, but "
+                f"{_named(expected_name, path)} has shape {jnp.shape(wanted)}; "
+                "gradients must have the shapes of the parameters that `init` saw"
+            )
+        mine, sums = _window.dtype_of(g), _window.dtype_of(wanted)
+        if jnp.issubdtype(mine, jnp.complexfloating) != jnp.issubdtype(
+            sums, jnp.complexfloating
+        ):
+            raise TypeError(
+                f"{_named('grads', path)} is {mine}, but {_named(expected_name, path)} "
+                f"is {sums}: one is complex and the other is not"
+            )
+        if not narrow and jnp.finfo(mine).bits > jnp.finfo(sums).bits:
+            raise TypeError(
+                f"{_named('grads', path)} is {mine}, wider than its accumulator, which "
+                f"is {sums} because of the parameters that `init` saw. Pass "
+                f"`accumulator_dtype={mine}` to keep the precision, or cast them"
+            )
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _named(tree: str, path: Any) -> str:
+    return f"`{tree}{jax.tree_util.keystr(path)}`"

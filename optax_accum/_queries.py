@@ -1,0 +1,121 @@
+"""Questions to an optimizer state that has an `AccumulateState` somewhere in it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_accum import _checks, _window
+from optax_accum._transform import AccumulateState
+
+
+def has_updated(opt_state: Any) -> jax.Array:
+    """Whether the last micro-step made an update: the moment to log or evaluate.
+
+    False on every micro-step that updated nothing: inside a window, at a boundary
+    whose weights were all 0, on a skipped micro-step after an update.
+
+    Args:
+      opt_state: An `AccumulateState`, or any tree with one in it: the state of
+        `optax.chain`, `optax.inject_hyperparams`, a Flax ``TrainState``, ...
+
+    Returns:
+      ``bool[]``.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = optax.chain(optax.zero_nans(), oa.accumulate(optax.sgd(0.1), 2))
+      >>> params = jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     _, state = tx.update(jnp.ones(3), state, params)
+      ...     print(oa.has_updated(state), oa.micro_step(state))
+      False 1
+      True 0
+      False 1
+      True 0
+    """
+    return jnp.asarray(_find(opt_state).emitted)
+
+
+def micro_step(opt_state: Any) -> jax.Array:
+    """How many micro-steps the open window has seen, ``i32[]``; see `has_updated`."""
+    return jnp.asarray(_find(opt_state).micro_step)
+
+
+def gradient_step(opt_state: Any) -> jax.Array:
+    """How many updates the inner optimizer has made, ``i32[]``; see `has_updated`."""
+    return jnp.asarray(_find(opt_state).gradient_step)
+
+
+def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any:
+    """The gradient of the open window so far: what closing it now would give.
+
+    Args:
+      opt_state: As in `has_updated`.
+      reduction: What `accumulate` was given.
+
+    Returns:
+      A tree like the parameters, in the accumulator's dtypes; zeros where the window
+      is empty, ``None`` for leaves that are not accumulated.
+
+    Raises:
+      ValueError: As `has_updated`; an unknown `reduction`; `accumulate` with
+        ``every_k=1``, which keeps no accumulator.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> print(oa.accumulated(state))
+      [0. 0.]
+      >>> _, state = tx.update(jnp.array([1.0, 2.0]), state, params, weight=3)
+      >>> _, state = tx.update(jnp.array([5.0, 2.0]), state, params, weight=1)
+      >>> print(oa.accumulated(state))
+      [2. 2.]
+    """
+    _checks.one_of("reduction", reduction, _window.REDUCTIONS)
+    state = _find(opt_state)
+    if isinstance(state.acc_grads, tuple) and state.acc_grads == ():
+        raise ValueError(
+            "`opt_state` holds no accumulator, because `accumulate` was given "
+            "`every_k=1`: every micro-step's gradient goes straight to the optimizer"
+        )
+    is_open = jnp.asarray(state.micro_step) > 0
+
+    def gradient(s):
+        return jnp.where(is_open, s, jnp.zeros([], s.dtype))
+
+    sums = jax.tree.map(jnp.asarray, state.acc_grads)
+    result = _window.close(sums, jnp.asarray(state.weight), reduction)
+    return jax.tree.map(gradient, result)
+
+
+def _find(opt_state: Any) -> AccumulateState:
+    if isinstance(opt_state, AccumulateState):
+        return opt_state
+    found = _states_in(opt_state)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(
+            "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
+            f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "
+            "`update` returned"
+        )
+    raise ValueError(
+        f"`opt_state` holds {len(found)} states of `optax_accum.accumulate`, and each "
+        "has an answer of its own. Pass the `AccumulateState` that you mean"
+    )
+
+
+def _states_in(tree: Any) -> list[AccumulateState]:
+    def is_state(node):
+        return isinstance(node, AccumulateState)
+
+    found = [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
+    return found + [inner for state in found for inner in _states_in(state.inner_state)]

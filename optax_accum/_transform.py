@@ -1,0 +1,425 @@
+"""Gradient accumulation as an Optax transformation around any other."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accum import _boundary, _checks, _window
+
+OnSkip = Literal["shrink", "wait"]
+
+
+class AccumulateState(NamedTuple):
+    """The state of `accumulate`; a pytree that any checkpointer saves as it is.
+
+    `weight`, `value` and `acc_grads` are sums over the open window. They keep what
+    the last window left until the next one's first micro-step overwrites it, so
+    they mean the open window only while ``micro_step > 0``.
+
+    Attributes:
+      micro_step: ``i32[]``, how many micro-steps the open window has seen.
+      gradient_step: ``i32[]``, how many updates the inner optimizer has made.
+      emitted: ``bool[]``, whether the last micro-step made an update.
+      skipped: ``i32[]``, how many micro-batches `skip` has rejected so far.
+      weight: ``f32[]``, the sum of the weights (``f64[]`` where a parameter has
+        double precision).
+      value: as `weight`, the sum of the values, reduced as the gradients are.
+      skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
+      noise_scale: ``()``, the place of an estimate that is not computed yet.
+      acc_grads: the sum of the gradients, in the parameters' structure, shapes and
+        at least float32; ``None`` for leaves that pass through, and ``()`` where
+        ``every_k=1`` needs no accumulator.
+      inner_state: the inner optimizer's state.
+    """
+
+    micro_step: jax.Array
+    gradient_step: jax.Array
+    emitted: jax.Array
+    skipped: jax.Array
+    weight: jax.Array
+    value: jax.Array
+    skip_state: Any
+    noise_scale: Any
+    acc_grads: Any
+    inner_state: Any
+
+
+class AccumulateTransformation(optax.GradientTransformationExtraArgs):
+    """What `accumulate` returns: `init`, `update`, and `update_params` beside them."""
+
+    update_params: Callable[..., tuple[Any, AccumulateState]]
+
+    def __new__(cls, init, update, update_params=None):
+        """Still a pair of functions to whoever unpacks it."""
+        self = super().__new__(cls, init, update)
+        self.update_params = update_params
+        return self
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every_k: int | Callable[[jax.Array], Any] | None = None,
+    *,
+    reduction: _window.Reduction = "mean",
+    accumulator_dtype: Any = None,
+    skip: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
+    on_skip: OnSkip = "shrink",
+    axis_name: Any = None,
+) -> AccumulateTransformation:
+    r"""Runs `inner` once per window of micro-batches, on the global batch's gradient.
+
+    A window carries a sum of gradients S and a sum of weights W. Every micro-step
+    adds to both; the boundary hands `inner` their quotient, which is the gradient of
+    the global batch:
+
+    .. math::
+      \bar g = \frac{\sum_i w_i g_i}{\sum_i w_i}
+
+    Off the boundary the updates are zeros and `inner` does not run: a micro-step
+    costs ``acc += g``. Learning-rate schedules, weight decay, clipping and bias
+    correction inside `inner` therefore advance once per update.
+
+    Args:
+      inner: Any Optax gradient transformation.
+      every_k: How many micro-steps make a window: an int >= 1, a schedule
+        ``gradient_step -> k``, or ``None`` where the caller passes `boundary`. With
+        the int 1 no accumulator is kept and the cost is that of `inner`.
+      reduction: ``"mean"`` for gradients of means, weighted (S = Σ wᵢ·gᵢ, result
+        S / W); ``"ratio"`` for gradients of sums that are normalised once, e.g. by
+        the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
+        sum (result S).
+      accumulator_dtype: The dtype of S. By default at least float32 and never less
+        than the parameter's own. `inner` computes in it. Updates and inner state keep
+        the dtypes that `inner` alone would give them.
+      skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
+        micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
+        sees only the leaves that are accumulated; `info` is kept in `skip_state`.
+      on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window,
+        with weight 0. ``"wait"``: it never happened, and the count waits for another.
+        A `boundary` that the caller passes stands either way.
+      axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis over which S and W are
+        summed, once per window, in the boundary's branch. Gradients stay local until
+        then. Whether a window ends must not differ between devices: they would wait
+        for each other for ever.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with one function more:
+
+      * ``init(params) -> AccumulateState``
+      * ``update(grads, state, params=None, *, weight=1.0, boundary=None, value=None,
+        **extra_args) -> (updates, state)``
+      * ``update_params(grads, state, params, **same) -> (params, state)``, which
+        updates and applies in one and, off the boundary, does not touch `params`.
+
+      `weight`, a real scalar >= 0, is the number of units (examples, tokens) that this
+      micro-batch's mean was taken over. Weight 0 contributes nothing, even if the
+      gradient is NaN; a window whose weights are all 0 makes no update.
+
+      `boundary` closes the window here (``True``), keeps it open (``False``) or lets
+      the count decide (``None``). A Python bool is decided at trace time and builds no
+      `lax.cond`; a boolean array is decided at run time. ``True`` may come early, at
+      the end of an epoch: the result is divided by what the window really saw.
+
+      `value`, the micro-batch's loss, reaches `inner` reduced over the window as the
+      gradients are; give it on every micro-step of a window or on none. Any other
+      extra argument reaches `inner` as the boundary micro-step gave it.
+
+      Integer and float0 leaves, ``None`` and `optax.MaskedNode` pass through to
+      `inner` without an accumulator.
+
+    Raises:
+      TypeError: `every_k` is not an int, a schedule or ``None``; `accumulator_dtype`
+        is an integer dtype, or real for complex parameters.
+      ValueError: `every_k` < 1; an unknown `reduction` or `on_skip`; ``"wait"`` with
+        `axis_name`, because devices would disagree on when to meet. At `update`:
+        gradients built otherwise than the parameters; a `weight` that is no scalar or
+        a negative number; no `boundary` where `every_k` is ``None``.
+
+    Examples:
+      Two micro-batches, of three examples and of one, update as their four would:
+
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([1.0, 4.0]), state, params, weight=3)
+      >>> print(updates)
+      [0. 0.]
+      >>> updates, state = tx.update(jnp.array([5.0, 0.0]), state, params, weight=1)
+      >>> print(updates)
+      [-2. -3.]
+
+      The same in one call each, which leaves `params` alone off the boundary:
+
+      >>> params, state = tx.update_params(jnp.array([1.0, 4.0]), state, params)
+
+    Note:
+      Under `jax.jit`, donate and return parameters and state in the same order,
+      ``(params, opt_state, batch) -> (params, opt_state)``: JAX pairs donated buffers
+      with outputs of the same type in order, and a swapped pair is copied.
+
+      Under `jax.vmap` a `lax.cond` becomes a select: the result is right, but `inner`
+      runs on every micro-step.
+
+    References:
+      Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
+      (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
+    """
+    every_k = _checks.every_k(every_k)
+    _checks.one_of("reduction", reduction, _window.REDUCTIONS)
+    _checks.one_of("on_skip", on_skip, ("shrink", "wait"))
+    if on_skip == "wait" and axis_name is not None:
+        raise ValueError(
+            '`on_skip="wait"` cannot be used with `axis_name`: devices that skip '
+            "different micro-batches would disagree on when to meet, and wait for each "
+            'other for ever. Use on_skip="shrink"'
+        )
+    if every_k == 1 and axis_name is None and reduction == "mean":
+        reduction = "sum"  # The weighted mean of one gradient is that gradient.
+    accumulation = _Accumulation(
+        inner=optax.with_extra_args_support(inner),
+        every_k=every_k,
+        reduction=reduction,
+        accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
+        skip=skip,
+        on_skip=on_skip,
+        axis_name=axis_name,
+    )
+    return AccumulateTransformation(
+        accumulation.init, accumulation.update, accumulation.update_params
+    )
+
+
+class _MicroStep(NamedTuple):
+    """One micro-step up to the boundary: everything but the inner optimizer."""
+
+    state: AccumulateState  # the micro-batch is counted in; the window still open
+    sums: Any  # S: the accumulator's next content, or the gradients if every_k=1
+    closes: bool | jax.Array  # whether this micro-step is the boundary
+    emits: bool | jax.Array  # `closes`, and no empty window where that can be asked
+    guard: bool  # whether emptiness is to be asked after the sum over devices
+
+
+@dataclasses.dataclass(frozen=True)
+class _Accumulation:
+    """The settings of `accumulate`, and the functions that they make."""
+
+    inner: optax.GradientTransformationExtraArgs
+    every_k: int | Callable[[jax.Array], Any] | None
+    reduction: str
+    accumulator_dtype: Any
+    skip: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None
+    on_skip: str
+    axis_name: Any
+
+    @property
+    def has_accumulator(self) -> bool:
+        return self.every_k != 1
+
+    def init(self, params: Any) -> AccumulateState:
+        _checks.accumulator_fits(params, self.accumulator_dtype)
+        sums: Any = ()
+        if self.has_accumulator:
+            sums = _window.zeros(params, self.accumulator_dtype)
+        scalar = _window.weight_dtype(params)
+        # Each zero is an array of its own: one that is shared cannot be donated twice.
+        return AccumulateState(
+            micro_step=jnp.zeros([], jnp.int32),
+            gradient_step=jnp.zeros([], jnp.int32),
+            emitted=jnp.zeros([], bool),
+            skipped=jnp.zeros([], jnp.int32),
+            weight=jnp.zeros([], scalar),
+            value=jnp.zeros([], scalar),
+            skip_state=self._initial_skip_state(params),
+            noise_scale=(),
+            acc_grads=sums,
+            inner_state=_boundary.strongly_typed(self.inner.init(params)),
+        )
+
+    def update(
+        self,
+        grads: Any,
+        state: AccumulateState,
+        params: Any = None,
+        *,
+        weight: Any = 1.0,
+        boundary: Any = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, AccumulateState]:
+        step = self._add(grads, state, params, weight, boundary, value)
+        shapes, run = self._inner_over_window(
+            step, grads, params, value=value, extra_args=extra_args
+        )
+        in_turn = self._in_turn(step, shapes)
+        # The updates may overwrite the sums only where nobody reads these any more.
+        use_slots = not in_turn and not isinstance(step.emits, bool)
+        slots = _boundary.Slots.plan(shapes, step.sums if use_slots else ())
+
+        updated, (sums, loose), inner_state = _boundary.run_at(
+            step.emits,
+            lambda target, inner_state: run(target[0], inner_state),
+            lambda updates, target: slots.pack(updates, target[0]),
+            (step.sums, slots.loose()),
+            state.inner_state,
+            guard=step.guard,
+            in_turn=in_turn,
+        )
+        updates = slots.unpack(sums, loose, updated)
+        return updates, self._finish(step, updated, sums, inner_state)
+
+    def update_params(
+        self,
+        grads: Any,
+        state: AccumulateState,
+        params: Any,
+        *,
+        weight: Any = 1.0,
+        boundary: Any = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, AccumulateState]:
+        step = self._add(grads, state, params, weight, boundary, value)
+        shapes, run = self._inner_over_window(
+            step, grads, params, value=value, extra_args=extra_args
+        )
+        updated, params, inner_state = _boundary.run_at(
+            step.emits,
+            lambda _, inner_state: run(step.sums, inner_state),
+            lambda updates, params: _boundary.apply_updates(params, updates),
+            _boundary.as_arrays(params),
+            state.inner_state,
+            guard=step.guard,
+            in_turn=self._in_turn(step, shapes),
+        )
+        return params, self._finish(step, updated, step.sums, inner_state)
+
+    def _add(self, grads, state, params, weight, boundary, value) -> _MicroStep:
+        """Adds one micro-batch to the window."""
+        boundary = _checks.boundary(boundary, self.every_k)
+        weight, nonempty = _checks.weight(weight, state.weight.dtype)
+        self._check_gradients(grads, state, params)
+        grads = _window.keep_inexact(grads)
+        arrived = jnp.ones([], bool)
+        if self.skip is not None:
+            should_skip, skip_state = self._ask_skip(grads, state, params)
+            state = state._replace(
+                skip_state=skip_state, skipped=state.skipped + should_skip
+            )
+            weight, nonempty = jnp.where(should_skip, 0, weight), False
+            if self.on_skip == "wait":
+                arrived = ~should_skip
+
+        first = state.micro_step == 0
+        if self.has_accumulator:
+            sums = _window.add(
+                state.acc_grads, grads, weight, self.reduction, first=first
+            )
+        elif self.axis_name is not None:
+            sums = _window.contributions(grads, weight, self.reduction)
+        else:
+            sums = grads
+        if value is not None:
+            value = _checks.scalar_value(value)
+            value = _window.add(state.value, value, weight, self.reduction, first=first)
+            state = state._replace(value=value)
+        state = state._replace(
+            micro_step=state.micro_step + arrived,
+            weight=_window.add(state.weight, weight, weight, "sum", first=first),
+        )
+
+        closes = self._closes(state, arrived) if boundary is None else boundary
+        # A window without weight makes no update. Who can tell that it has none?
+        if nonempty:
+            return _MicroStep(state, sums, closes, emits=closes, guard=False)
+        if self.axis_name is not None or isinstance(boundary, bool):
+            return _MicroStep(state, sums, closes, emits=closes, guard=True)
+        emits = closes & (state.weight != 0)
+        return _MicroStep(state, sums, closes, emits=emits, guard=False)
+
+    def _closes(self, state, arrived):
+        """Whether the count closes the window."""
+        if self.every_k == 1:
+            return True
+        k = self.every_k
+        if callable(k):
+            k = k(state.gradient_step)
+        # >=, so that a schedule that shrinks k still closes.
+        return arrived & (state.micro_step >= k)
+
+    def _inner_over_window(self, step, grads, params, *, value, extra_args):
+        """The shapes of the updates, and the inner optimizer over a whole window."""
+
+        def call(grads, inner_state, params, value):
+            given = extra_args if value is None else {**extra_args, "value": value}
+            return self.inner.update(grads, inner_state, params, **given)
+
+        # What the inner optimizer alone gives for gradients of the incoming dtype.
+        shapes, _ = jax.eval_shape(call, grads, step.state.inner_state, params, value)
+
+        def run(sums, inner_state):
+            # `total` holds the value, or nothing.
+            total = None if value is None else step.state.value
+            weight = step.state.weight
+            if self.axis_name is not None:
+                sums, total, weight = lax.psum((sums, total, weight), self.axis_name)
+            sums, total = _window.close((sums, total), weight, self.reduction)
+            mean = _window.fill_inexact(grads, sums)
+            updates, new_state = call(mean, inner_state, params, total)
+            return (
+                weight != 0,
+                _boundary.cast_like(updates, shapes),
+                _boundary.cast_like(new_state, inner_state),
+            )
+
+        return shapes, run
+
+    def _in_turn(self, step, updates) -> bool:
+        """Whether the inner state is to be computed after the updates."""
+        # Across devices the gradients would be exchanged twice.
+        return self.axis_name is None and _boundary.rounds(
+            step.sums, updates, step.state.inner_state
+        )
+
+    def _finish(self, step, updated, sums, inner_state) -> AccumulateState:
+        """The state after the boundary has been passed, or not reached."""
+        state = step.state
+        # A window that is closed for certain leaves nothing to remember.
+        if self.has_accumulator and step.closes is not True:
+            state = state._replace(acc_grads=sums)
+        return state._replace(
+            micro_step=jnp.where(step.closes, 0, state.micro_step),
+            gradient_step=state.gradient_step + updated,
+            emitted=updated,
+            inner_state=inner_state,
+        )
+
+    def _check_gradients(self, grads, state, params):
+        if self.has_accumulator:
+            narrow = self.accumulator_dtype is not None
+            _checks.gradients(grads, "params", state.acc_grads, narrow=narrow)
+        elif params is not None:
+            _checks.gradients(grads, "params", params, narrow=True)
+
+    def _ask_skip(self, grads, state, params):
+        """Whether to skip, and the info in the type that the state holds it in."""
+        assert self.skip is not None
+        should_skip, info = self.skip(grads, state.gradient_step, params)
+        _checks.same_structure("info", info, "skip_state", state.skip_state)
+        return (
+            _checks.skip_result(should_skip),
+            _boundary.cast_like(info, state.skip_state),
+        )
+
+    def _initial_skip_state(self, params):
+        """Zeros of the type that `skip` returns as its info."""
+        if self.skip is None:
+            return ()
+        grads, step = _window.keep_inexact(params), jnp.zeros([], jnp.int32)
+        _, info = jax.eval_shape(self.skip, grads, step, params)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
