@@ -118,8 +118,8 @@ def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
         if every_k is None:
             raise ValueError(
                 "`boundary` is needed on every call, because `every_k=None` leaves the "
-                "boundary to the caller; got None. Pass True or False, decided at trace "
-                "time, or a boolean array, or give `accumulate` an `every_k`"
+                "boundary to the caller; got None. Pass True or False, decided when "
+                "tracing, or a boolean array, or give `accumulate` an `every_k`"
             )
         return None
     if _is_bool(value):
@@ -155,25 +155,26 @@ def skip_result(should_skip: Any) -> jax.Array:
     return should_skip
 
 
-def same_structure(name: str, tree: Any, expected_name: str, expected: Any) -> None:
+def same_structure(
+    name: str, tree: Any, expected_name: str, expected: Any, advice: str
+) -> None:
     """Raises at the first path where `tree` is built otherwise than `expected`."""
-    if jax.tree.structure(tree) == jax.tree.structure(expected):  # type: ignore[operator]
+    got, needed = jax.tree.structure(tree), jax.tree.structure(expected)
+    if got == needed:  # type: ignore[operator]
         return
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     wanted = [path for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
-    difference = "their containers differ in type"
-    for path in wanted:
-        if path not in paths:
-            difference = f"{_named(name, path)} is missing or not floating"
-            break
+    missing = [path for path in wanted if path not in paths]
+    surplus = [path for path in paths if path not in wanted]
+    if missing:
+        difference = f"{_named(expected_name, missing[0])} has no counterpart in it"
+    elif surplus:
+        difference = f"{_named(name, surplus[0])} is not in `{expected_name}`"
     else:
-        for path in paths:
-            if path not in wanted:
-                difference = f"{_named(name, path)} is not in `{expected_name}`"
-                break
+        difference = "the paths agree, but their containers are of other types"
     raise ValueError(
         f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
-        f"Got {jax.tree.structure(tree)}, needed {jax.tree.structure(expected)}"
+        f"Got {got}, needed {needed}. {advice}"
     )
 
 
@@ -187,7 +188,14 @@ def gradients(grads: Any, expected_name: str, expected: Any, *, narrow: bool) ->
       narrow: Whether the caller asked for sums narrower than the gradients.
     """
     expected = _window.keep_inexact(expected)
-    same_structure("grads", _window.keep_inexact(grads), expected_name, expected)
+    same_structure(
+        "grads",
+        _window.keep_inexact(grads),
+        expected_name,
+        expected,
+        "Every floating parameter that `init` saw needs a floating gradient, and no "
+        "other leaf one",
+    )
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(_window.keep_inexact(grads)),
         jax.tree.leaves(expected),

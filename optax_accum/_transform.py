@@ -309,7 +309,7 @@ class _Accumulation:
         if self.skip is not None:
             should_skip, skip_state = self._ask_skip(grads, state, params)
             state = state._replace(
-                skip_state=skip_state, skipped=state.skipped + should_skip
+                skip_state=skip_state, skipped=_count(state.skipped, should_skip)
             )
             weight, nonempty = jnp.where(should_skip, 0, weight), False
             if self.on_skip == "wait":
@@ -329,7 +329,7 @@ class _Accumulation:
             value = _window.add(state.value, value, weight, self.reduction, first=first)
             state = state._replace(value=value)
         state = state._replace(
-            micro_step=state.micro_step + arrived,
+            micro_step=_count(state.micro_step, arrived),
             weight=_window.add(state.weight, weight, weight, "sum", first=first),
         )
 
@@ -371,6 +371,14 @@ class _Accumulation:
             sums, total = _window.close((sums, total), weight, self.reduction)
             mean = _window.fill_inexact(grads, sums)
             updates, new_state = call(mean, inner_state, params, total)
+            _checks.same_structure(
+                "inner_state",
+                new_state,
+                "inner.init(params)",
+                inner_state,
+                "An optimizer whose state changes its structure cannot be compiled "
+                "into a boundary; put it beside `accumulate`, in an `optax.chain`",
+            )
             return (
                 weight != 0,
                 _boundary.cast_like(updates, shapes),
@@ -394,7 +402,7 @@ class _Accumulation:
             state = state._replace(acc_grads=sums)
         return state._replace(
             micro_step=jnp.where(step.closes, 0, state.micro_step),
-            gradient_step=state.gradient_step + updated,
+            gradient_step=_count(state.gradient_step, updated),
             emitted=updated,
             inner_state=inner_state,
         )
@@ -410,7 +418,14 @@ class _Accumulation:
         """Whether to skip, and the info in the type that the state holds it in."""
         assert self.skip is not None
         should_skip, info = self.skip(grads, state.gradient_step, params)
-        _checks.same_structure("info", info, "skip_state", state.skip_state)
+        _checks.same_structure(
+            "info",
+            info,
+            "skip_state",
+            state.skip_state,
+            "`skip` must return the same info always; a state that another `skip` made "
+            "needs its `skip_state` replaced by that of `init`",
+        )
         return (
             _checks.skip_result(should_skip),
             _boundary.cast_like(info, state.skip_state),
@@ -423,3 +438,7 @@ class _Accumulation:
         grads, step = _window.keep_inexact(params), jnp.zeros([], jnp.int32)
         _, info = jax.eval_shape(self.skip, grads, step, params)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
+
+
+def _count(counter: jax.Array, happened: jax.Array) -> jax.Array:
+    return counter + happened.astype(counter.dtype)

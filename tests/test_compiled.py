@@ -1,0 +1,164 @@
+"""The compiled program is the truth: temporaries, copies, branches, traces."""
+
+import functools
+
+import chex
+import hlo
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from training import WAYS, loosely, stepper
+
+import optax_accum as oa
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(1e-2),
+    "momentum": optax.sgd(1e-2, momentum=0.9),
+    "adamw": loosely(optax.adamw(1e-3)),
+}
+# Shapes of which no two leaves share one, so that no copy hides behind another.
+SHAPES = {"in": (512, 256), "out": (256, 384), "bias": (384,)}
+SMALLEST_MATRIX = 256 * 384
+
+
+def params_of(dtype=jnp.float32):
+    return {name: jax.ShapeDtypeStruct(s, dtype) for name, s in SHAPES.items()}
+
+
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def window_program(tx, way, params, arguments=()):
+    """One micro-step, compiled, with the keyword `arguments` traced."""
+
+    def step(params, state, grads, *values):
+        return stepper(tx, way)(
+            params, state, grads, **dict(zip(arguments, values, strict=True))
+        )
+
+    state = jax.eval_shape(tx.init, params)
+    return hlo.compiled(step, params, state, params, *[SCALAR] * len(arguments))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("arguments", [(), ("weight",), ("weight", "value")])
+@pytest.mark.parametrize("skip", [None, oa.skip_not_finite])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_window_is_free_of_temporaries_and_copies(name, skip, arguments, way):
+    params = params_of()
+    tx = oa.accumulate(OPTIMIZERS[name], every_k=8, skip=skip)
+    program = window_program(tx, way, params, arguments)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+    assert hlo.large_copies(program, SMALLEST_MATRIX) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", [lambda step: 2 + step // 10, None])
+def test_so_is_one_with_a_schedule_or_a_traced_boundary(name, way, schedule):
+    params = params_of()
+    tx = oa.accumulate(OPTIMIZERS[name], every_k=schedule)
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads, close):
+        boundary = None if schedule else close
+        return stepper(tx, way)(params, state, grads, boundary=boundary)
+
+    close = jax.ShapeDtypeStruct((), bool)
+    program = hlo.compiled(step, params, state, params, close)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+    assert hlo.large_copies(program, SMALLEST_MATRIX) == []
+
+
+def test_the_instruments_see_what_multi_steps_does():
+    """The same measurements, on a program that is known to hold temporaries."""
+    params = params_of()
+    tx = optax.MultiSteps(OPTIMIZERS["adamw"], 8).gradient_transformation()
+    program = window_program(loosely(tx), "update", params)
+    assert hlo.temporaries(program) > 2 * hlo.nbytes(params)
+    assert len(hlo.large_copies(program, SMALLEST_MATRIX)) > 0
+
+
+@pytest.mark.parametrize(("way", "most"), [("update", 1.01), ("update_params", 0.01)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bfloat16_parameters_take_less_than_multi_steps(name, way, most):
+    """Through `update`, the updates themselves; through `update_params`, nothing."""
+    params = params_of(jnp.bfloat16)
+    inner = OPTIMIZERS[name]
+    multi_steps = optax.MultiSteps(inner, 8).gradient_transformation()
+    ours = window_program(oa.accumulate(inner, 8), way, params)
+    theirs = window_program(loosely(multi_steps), "update", params)
+    assert hlo.temporaries(ours) < most * hlo.nbytes(params)
+    assert hlo.temporaries(ours) < hlo.temporaries(theirs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weight", [1.0, None])
+@pytest.mark.parametrize("boundary", [True, False])
+def test_a_python_boundary_builds_no_cond(boundary, weight, way):
+    params = params_of()
+    tx = oa.accumulate(OPTIMIZERS["adamw"])
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads, traced):
+        w = traced if weight is None else weight
+        return stepper(tx, way)(params, state, grads, boundary=boundary, weight=w)
+
+    program = hlo.compiled(step, params, state, params, SCALAR)
+    assert hlo.operations(program, "conditional") == []
+    if boundary is False or weight is not None:
+        assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+
+
+def test_a_counted_boundary_builds_one_cond():
+    program = window_program(
+        oa.accumulate(OPTIMIZERS["adamw"], 8), "update", params_of()
+    )
+    assert len(hlo.operations(program, "conditional")) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_k_1_costs_what_the_inner_optimizer_costs(way):
+    params, inner = params_of(), OPTIMIZERS["adamw"]
+    tx = oa.accumulate(inner, every_k=1)
+    state = jax.eval_shape(tx.init, params)
+    assert state.acc_grads == ()
+    program = window_program(tx, way, params)
+    alone = window_program(inner, "update", params)
+    assert hlo.operations(program, "conditional") == []
+    flops, alone_flops = (p.cost_analysis()["flops"] for p in (program, alone))
+    assert flops <= alone_flops + 16  # the counters
+    assert hlo.temporaries(program) <= hlo.temporaries(alone) + 64
+
+
+def test_off_the_boundary_nothing_reads_the_parameters():
+    """The accumulating program has no use for them, so XLA drops them from it."""
+    params = params_of()
+    tx = oa.accumulate(OPTIMIZERS["adamw"])
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        return tx.update_params(grads, state, params, boundary=False)
+
+    program = hlo.compiled(step, params, state, params)
+    accessed = program.cost_analysis()["bytes accessed"]
+    # Read g, read acc, write acc.
+    assert accessed < 3.01 * hlo.nbytes(params)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_trace_serves_every_micro_step(way):
+    tx = oa.accumulate(OPTIMIZERS["adamw"], every_k=3)
+    params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+
+    @jax.jit
+    @functools.partial(chex.assert_max_traces, n=1)
+    def step(params, state, grads, weight, value):
+        return stepper(tx, way)(params, state, grads, weight=weight, value=value)
+
+    chex.clear_trace_counter()
+    state = tx.init(params)
+    for i in range(7):
+        params, state = step(params, state, params, jnp.float32(i), jnp.float32(i))
+    assert oa.gradient_step(state) == 2

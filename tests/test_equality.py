@@ -1,0 +1,84 @@
+"""k micro-batches give the update of the global batch, for any Optax optimizer."""
+
+import catalogue
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+
+import optax_accum as oa
+
+K, WINDOWS = 3, 3
+TRANSFORMATIONS = catalogue.transformations()
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+
+
+def loss(params):
+    return sum(jnp.sum(jnp.sin(x) ** 2) for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_any_transformation_sees_the_global_batch(name):
+    """Three windows of uneven weights against the weighted mean gradients."""
+    inner = loosely(TRANSFORMATIONS[name]())
+    tx = oa.accumulate(inner, every_k=K)
+    params = catalogue.example_params()
+    grads, weights = micro_batches(params, K * WINDOWS)
+    values = [jnp.float32(3.0 - 0.2 * i) for i in range(K * WINDOWS)]
+
+    def extra(grads, value):
+        return catalogue.extra_args(name, loss, params, grads, value)
+
+    @jax.jit
+    def global_step(params, state, grads, value):
+        updates, state = inner.update(grads, state, params, **extra(grads, value))
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def micro_step(params, state, grads, weight, value, mean):
+        step = stepper(tx, "update")
+        return step(params, state, grads, weight=weight, **extra(mean, value))
+
+    expected, inner_state = params, inner.init(params)
+    state = tx.init(params)
+    for start in range(0, K * WINDOWS, K):
+        window = slice(start, start + K)
+        mean = weighted_mean(grads[window], weights[window])
+        mean_value = weighted_mean(values[window], weights[window])
+        expected, inner_state = global_step(expected, inner_state, mean, mean_value)
+        for g, w, v in zip(grads[window], weights[window], values[window], strict=True):
+            params, state = micro_step(params, state, g, w, v, mean)
+    # Float32, but for what takes the sign of a difference or divides by a small one.
+    chex.assert_trees_all_close(params, expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_equal_dtypes(state.inner_state, inner_state)
+    assert oa.gradient_step(state) == WINDOWS
+
+
+def test_the_catalogue_is_complete():
+    """Introspection finds what a reader of Optax's documentation would name."""
+    assert len(catalogue.optimizers()) >= 40
+    for name in ("optax.sgd", "optax.adamw", "optax.lbfgs", "optax.contrib.muon"):
+        assert name in catalogue.optimizers()
+    assert set(catalogue.optimizers()) <= set(TRANSFORMATIONS)
+
+
+@pytest.mark.parametrize("name", catalogue.optimizers())
+def test_update_params_equals_update(name):
+    tx = oa.accumulate(loosely(TRANSFORMATIONS[name]()), every_k=2)
+    params = catalogue.example_params()
+    grads, weights = micro_batches(params, 4)
+    results = []
+    for way in WAYS:
+        step = jax.jit(
+            lambda p, s, g, w, way=way: stepper(tx, way)(
+                p, s, g, weight=w, **catalogue.extra_args(name, loss, p, g, w)
+            )
+        )
+        p, state = params, tx.init(params)
+        for g, w in zip(grads, weights, strict=True):
+            p, state = step(p, state, g, w)
+        results.append(p)
+    chex.assert_trees_all_close(*results, rtol=1e-6, atol=1e-7)

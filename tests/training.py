@@ -1,0 +1,64 @@
+"""Micro-batches to feed, and the two ways of feeding them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+WAYS = ("update", "update_params")
+
+
+def micro_batches(params, count, seed=0, dtype=None):
+    """`count` gradients like `params`, with uneven weights that sum to nothing round."""
+    random = np.random.default_rng(seed)
+
+    def gradient(p):
+        return jnp.asarray(random.normal(size=p.shape), dtype or p.dtype)
+
+    grads = [jax.tree.map(gradient, params) for _ in range(count)]
+    weights = [jnp.float32(w) for w in random.integers(1, 20, count)]
+    return grads, weights
+
+
+def weighted_mean(grads, weights):
+    """What the global batch's gradient is, in float64 NumPy."""
+    total = sum(float(w) for w in weights)
+
+    def mean(*leaves):
+        pairs = zip(leaves, weights, strict=True)
+        summed = sum(np.asarray(g, np.float64) * float(w) for g, w in pairs)
+        return jnp.asarray(summed / total, leaves[0].dtype)
+
+    return jax.tree.map(mean, *grads)
+
+
+def loosely(inner):
+    """`inner` under JAX's usual promotion, which Optax's optimizers need.
+
+    What is around it stays under the strict one.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def relaxed(function):
+        def call(*args, **kwargs):
+            with (
+                jax.numpy_dtype_promotion("standard"),
+                jax.numpy_rank_promotion("allow"),
+            ):
+                return function(*args, **kwargs)
+
+        return call
+
+    return optax.GradientTransformationExtraArgs(*map(relaxed, inner))
+
+
+def stepper(tx, way="update_params"):
+    """``step(params, state, grads, **kwargs) -> (params, state)`` through `way`."""
+
+    def step(params, state, grads, **kwargs):
+        if way == "update_params":
+            return tx.update_params(grads, state, params, **kwargs)
+        updates, state = tx.update(grads, state, params, **kwargs)
+        return optax.apply_updates(params, updates), state
+
+    return step
