@@ -14,7 +14,7 @@ import optax_accum as oa
 
 OPTIMIZERS = {
     "sgd": optax.sgd(1e-2),
-    "momentum": optax.sgd(1e-2, momentum=0.9),
+    "momentum": loosely(optax.sgd(1e-2, momentum=0.9)),
     "adamw": loosely(optax.adamw(1e-3)),
 }
 # Shapes of which no two leaves share one, so that no copy hides behind another.

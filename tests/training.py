@@ -9,7 +9,7 @@ WAYS = ("update", "update_params")
 
 
 def micro_batches(params, count, seed=0, dtype=None):
-    """`count` gradients like `params`, with uneven weights that sum to nothing round."""
+    """`count` gradients like `params`, and weights that are uneven."""
     random = np.random.default_rng(seed)
 
     def gradient(p):
