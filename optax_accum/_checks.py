@@ -46,6 +46,17 @@ def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
     return number
 
 
+def scheduled_k(value: Any) -> jax.Array:
+    """What a schedule returned, as a real scalar; Optax's schedules return floats."""
+    k = jnp.asarray(value)
+    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.number) or jnp.iscomplexobj(k):
+        raise TypeError(
+            "`every_k` as a schedule must return one real number, how many micro-steps "
+            f"the window has; got shape {k.shape} and dtype {k.dtype}"
+        )
+    return k
+
+
 def accumulator_dtype(value: Any) -> Any:
     """A floating or complex dtype, or ``None``."""
     if value is None:

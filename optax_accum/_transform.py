@@ -349,8 +349,9 @@ class _Accumulation:
         k = self.every_k
         if callable(k):
             k = k(state.gradient_step)
+        k = _checks.scheduled_k(k)
         # >=, so that a schedule that shrinks k still closes.
-        return arrived & (state.micro_step >= k)
+        return arrived & (state.micro_step.astype(k.dtype) >= k)
 
     def _inner_over_window(self, step, grads, params, *, value, extra_args):
         """The shapes of the updates, and the inner optimizer over a whole window."""

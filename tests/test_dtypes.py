@@ -1,0 +1,263 @@
+"""Dtypes and leaves: what is summed in what, and what passes through."""
+
+from typing import ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_windows import ADAM, SGD, alone, feed
+from training import WAYS, loosely, stepper
+
+import optax_accum as oa
+
+
+def test_ones_in_bfloat16_sum_to_their_number():
+    """In bfloat16 itself they would sum to 256 and stay there."""
+    count = 4096
+    tx = oa.accumulate(optax.identity(), count, reduction="sum")
+    one = jnp.ones(3, jnp.bfloat16)
+
+    def body(state, _):
+        updates, state = tx.update(one, state, one)
+        return state, updates
+
+    _, updates = jax.lax.scan(body, tx.init(one), length=count)
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates[-1].astype(jnp.float32), count)
+
+
+@pytest.mark.parametrize(
+    ("own", "accumulator"),
+    [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (jnp.complex64, jnp.complex64),
+    ],
+)
+def test_the_accumulator_is_at_least_float32(own, accumulator):
+    state = oa.accumulate(optax.identity(), 2).init(jnp.zeros(3, own))
+    assert state.acc_grads.dtype == accumulator
+    assert state.weight.dtype == state.value.dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
+def test_double_precision_stays(dtype):
+    """Sums, weights and result, to the last digits."""
+    tx = oa.accumulate(SGD, 3)
+    params = jnp.ones(4, dtype)
+    random = np.random.default_rng(0)
+    grads = [jnp.asarray(random.normal(size=4), dtype) for _ in range(3)]
+    weights = [0.1, 0.2, 0.7]
+    state = tx.init(params)
+    assert state.acc_grads.dtype == dtype
+    assert state.weight.dtype == jnp.float64
+    result = params
+    for g, w in zip(grads, weights, strict=True):
+        result, state = tx.update_params(g, state, result, weight=w)
+    mean = sum(g * w for g, w in zip(grads, weights, strict=True)) / sum(weights)
+    np.testing.assert_allclose(result, params - 0.1 * mean, rtol=1e-14)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_complex_gradients_are_weighted_as_any(way):
+    params = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
+    grads = [params * (1 + 1j), params * 2j]
+    weights = [jnp.float32(1), jnp.float32(3)]
+    tx = oa.accumulate(SGD, 2)
+    batches = [(g, {"weight": w}) for g, w in zip(grads, weights, strict=True)]
+    result, _ = feed(tx, batches, way, params)
+    expected = params - 0.1 * (grads[0] + 3 * grads[1]) / 4
+    np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("grads_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("params_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("inner", [SGD, ADAM], ids=["sgd", "adam"])
+def test_updates_and_state_have_the_inner_optimizers_dtypes(
+    inner, params_dtype, grads_dtype, way
+):
+    inner = loosely(inner)
+    params = {"w": jnp.ones((2, 3), params_dtype)}
+    grads = {"w": jnp.full((2, 3), 0.5, grads_dtype)}
+    tx = oa.accumulate(inner, 2)
+    state = tx.init(params)
+    alone_updates, _ = inner.update(grads, inner.init(params), params)
+    for _ in range(4):
+        updates, new_state = tx.update(grads, state, params)
+        chex.assert_trees_all_equal_dtypes(updates, alone_updates)
+        chex.assert_trees_all_equal_dtypes(new_state, state)
+        with jax.numpy_dtype_promotion("standard"):
+            params, state = stepper(tx, way)(params, state, grads)
+        assert params["w"].dtype == params_dtype
+    chex.assert_trees_all_equal_dtypes(state.inner_state, inner.init(params))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_inner_optimizer_computes_in_the_accumulators_dtype(way):
+    """An update that bfloat16 would lose on the way."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda g: (g - 1) * 1024, updates), state
+
+    inner = optax.GradientTransformation(lambda _: (), update)
+    tx = oa.accumulate(inner, 2)
+    zero, one = jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16)
+    # The mean is 1 + 2^-9, which rounds to 1 in bfloat16.
+    batches = [(one, {}), (one + jnp.bfloat16(2**-7), {"weight": 1 / 3})]
+    result, _ = feed(tx, batches, way, zero)
+    np.testing.assert_allclose(result.astype(jnp.float32), 2.0, rtol=1e-2)
+
+
+def test_a_requested_dtype_is_kept():
+    tx = oa.accumulate(SGD, 2, accumulator_dtype=jnp.bfloat16)
+    params = jnp.zeros(3)
+    state = tx.init(params)
+    for _ in range(3):
+        assert state.acc_grads.dtype == jnp.bfloat16
+        params, state = tx.update_params(jnp.ones(3), state, params)
+    # The inner optimizer computes in it: the bfloat16 next to 0.1.
+    np.testing.assert_allclose(params, -0.1, rtol=1e-3)
+
+
+class TestPassingThrough:
+    """Leaves that are not accumulated reach the inner optimizer as they came."""
+
+    params: ClassVar = {
+        "w": jnp.ones(3),
+        "count": jnp.arange(3),
+        "flag": jnp.array([True, False]),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "empty": {},
+        "size0": jnp.zeros((0, 2)),
+    }
+    float0 = np.zeros(3, jax.dtypes.float0)
+
+    def grads(self, integer):
+        scale = 2.0
+        return {
+            **self.params,
+            "w": jnp.full(3, scale),
+            "count": integer,
+            "flag": np.zeros(2, jax.dtypes.float0),
+        }
+
+    def test_they_get_no_accumulator(self):
+        state = oa.accumulate(optax.identity(), 2).init(self.params)
+        assert state.acc_grads["count"] is None
+        assert state.acc_grads["flag"] is None
+        assert len(jax.tree.leaves(state.acc_grads)) == 2
+
+    @pytest.mark.parametrize("every_k", [1, 2])
+    @pytest.mark.parametrize("integer", [float0, jnp.arange(3)])
+    def test_they_come_out_of_update_as_the_inner_optimizer_leaves_them(
+        self, integer, every_k
+    ):
+        tx = oa.accumulate(optax.identity(), every_k)
+        state = tx.init(self.params)
+        grads = self.grads(integer)
+        for step in range(1, 3):
+            updates, state = jax.jit(tx.update)(grads, state, self.params)
+            assert jax.tree.structure(updates) == jax.tree.structure(grads)
+            assert updates["count"].dtype == integer.dtype
+            closes = step % every_k == 0
+            np.testing.assert_array_equal(updates["w"], 2.0 if closes else 0.0)
+            if integer.dtype == jnp.int32:
+                expected = integer if closes else jnp.zeros_like(integer)
+                np.testing.assert_array_equal(updates["count"], expected)
+
+    def test_float0_updates_leave_their_parameters_alone(self):
+        """What `jax.grad(..., allow_int=True)` gives, straight into `update_params`."""
+
+        def loss(params):
+            return jnp.sum(params["w"] * params["n"].astype(jnp.float32))
+
+        params = {"w": jnp.ones(3), "n": jnp.arange(3)}
+        inner = optax.masked(SGD, {"w": True, "n": False})
+        tx = oa.accumulate(inner, 2)
+        state = tx.init(params)
+        for _ in range(2):
+            grads = jax.grad(loss, allow_int=True)(params)
+            params, state = tx.update_params(grads, state, params)
+        np.testing.assert_array_equal(params["n"], jnp.arange(3))
+        np.testing.assert_allclose(params["w"], 1 - 0.1 * np.arange(3), rtol=1e-6)
+
+    def test_a_tree_without_any_gradient(self):
+        tx = oa.accumulate(SGD, 2)
+        params, state = (
+            {"none": None, "empty": {}},
+            tx.init({"none": None, "empty": {}}),
+        )
+        for _ in range(2):
+            params, state = tx.update_params(params, state, params)
+        assert state.gradient_step == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tree_of_several_dtypes(way):
+    params = {
+        "half": jnp.ones(2, jnp.bfloat16),
+        "single": jnp.ones(2),
+        "complex": jnp.ones(2, jnp.complex64),
+    }
+    grads = [jax.tree.map(lambda p, s=s: p * s, params) for s in (1, 3)]
+    tx = oa.accumulate(SGD, 2)
+    result, _ = feed(tx, [(g, {}) for g in grads], way, params)
+    expected, _ = alone(SGD, weighted_mean_of(grads), params=params)
+    chex.assert_trees_all_close(result, expected, rtol=1e-2)
+    chex.assert_trees_all_close(result["single"], expected["single"], rtol=1e-6)
+    chex.assert_trees_all_equal_dtypes(result, params)
+
+
+def weighted_mean_of(grads):
+    return jax.tree.map(lambda *g: sum(g) / len(g), *grads)
+
+
+def test_python_scalars_are_parameters_too():
+    tx = oa.accumulate(SGD, 2)
+    params = {"a": 1.0}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.update_params({"a": 2.0}, state, params)
+    np.testing.assert_allclose(params["a"], 0.8, rtol=1e-6)
+
+
+def test_init_works_on_shapes():
+    params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
+    tx = oa.accumulate(ADAM, 2, skip=oa.skip_not_finite)
+    state = jax.eval_shape(tx.init, params)
+    real = tx.init({"w": jnp.zeros((2, 3), jnp.bfloat16)})
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, real)
+    assert isinstance(state, oa.AccumulateState)
+
+
+def test_the_first_state_can_be_donated():
+    """No array is in it twice."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    tx = oa.accumulate(ADAM, 2, skip=oa.skip_not_finite)
+    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+    params, state = step(params, tx.init(params), {"a": jnp.ones(3), "b": jnp.ones(3)})
+    assert state.micro_step == 1
+
+
+def test_types_do_not_change_from_step_to_step():
+    """Not even weakly: the second micro-step compiles nothing."""
+    params = {"a": jnp.ones(3)}
+    # A weakly typed inner state, as Python scalars make one.
+    inner = optax.GradientTransformation(
+        lambda _: {"scale": jnp.asarray(1.0)}, lambda u, s, _=None: (u, s)
+    )
+    tx = oa.accumulate(inner, 2, skip=oa.skip_not_finite)
+    state = tx.init(params)
+    expected = jax.tree.map(jax.typeof, state)
+    for _ in range(2):
+        params, state = jax.jit(stepper(tx))(params, state, params)
+        assert jax.tree.map(jax.typeof, state) == expected

@@ -1,0 +1,281 @@
+"""Errors are part of the interface: the argument, what came, what is needed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_accum as oa
+
+PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+SGD = optax.sgd(0.1)
+
+
+def saying(*words):
+    """A pattern for a message that has all `words` in this order."""
+    return "(?s)" + ".*".join(map(re.escape, words))
+
+
+def update(tx, grads=PARAMS, **kwargs):
+    return tx.update(grads, tx.init(PARAMS), PARAMS, **kwargs)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("value", [0, -3, np.int64(0)])
+    def test_every_k_below_one(self, value):
+        words = ("`every_k` must be an int >= 1", f"got {value}", "every_k=1")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, value)
+
+    @pytest.mark.parametrize("value", [True, False, np.True_, 2.0, np.float32(2), "8"])
+    def test_every_k_of_another_type(self, value):
+        words = ("`every_k` must be an int >= 1", repr(value), type(value).__name__)
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(SGD, value)
+
+    @pytest.mark.parametrize("value", [np.int64(2), np.uint8(2), jnp.array(2)])
+    def test_every_k_is_any_integer(self, value):
+        tx = oa.accumulate(SGD, value)
+        _, state = update(tx)
+        _, state = tx.update(PARAMS, state, PARAMS)
+        assert state.gradient_step == 1
+
+    @pytest.mark.parametrize("k", [jnp.ones(2), jnp.array(True), jnp.array(2j)])
+    def test_a_schedule_that_returns_no_number(self, k):
+        words = ("`every_k` as a schedule must return one real number", str(k.dtype))
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD, lambda _: k))
+
+    def test_an_unknown_reduction(self):
+        words = ('`reduction` must be one of "mean", "ratio", "sum"', "'average'")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 2, reduction="average")
+
+    def test_an_unknown_on_skip(self):
+        words = ('`on_skip` must be one of "shrink", "wait"', "'drop'")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 2, on_skip="drop")
+
+    def test_wait_across_devices(self):
+        words = ('`on_skip="wait"`', "`axis_name`", 'Use on_skip="shrink"')
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 2, on_skip="wait", axis_name="batch")
+
+    @pytest.mark.parametrize("dtype", [jnp.int32, "uint8", bool])
+    def test_an_accumulator_that_is_not_floating(self, dtype):
+        words = ("`accumulator_dtype` must be a floating or complex dtype", "got")
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(SGD, 2, accumulator_dtype=dtype)
+
+    def test_an_accumulator_that_is_real_for_complex_parameters(self):
+        tx = oa.accumulate(SGD, 2, accumulator_dtype=jnp.float32)
+        words = ("`accumulator_dtype` float32", "`params['z']`", "complex64")
+        with pytest.raises(TypeError, match=saying(*words)):
+            tx.init({"a": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)})
+
+
+class TestBoundary:
+    def test_none_where_every_k_is_none(self):
+        words = ("`boundary` is needed on every call", "`every_k=None`", "got None")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD))
+
+    @pytest.mark.parametrize("value", [1, "yes", 0.0])
+    def test_no_bool(self, value):
+        words = ("`boundary` must be a bool", repr(value), type(value).__name__)
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD), boundary=value)
+
+    @pytest.mark.parametrize("value", [jnp.array(1), jnp.array([True])])
+    def test_no_boolean_scalar(self, value):
+        words = ("`boundary` must be a bool", str(value.shape), str(value.dtype))
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD), boundary=value)
+
+    @pytest.mark.parametrize("value", [False, jnp.array(True)])
+    def test_an_open_window_without_an_accumulator(self, value):
+        words = ("`boundary` must be True or None with `every_k=1`", "every_k=None")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, 1), boundary=value)
+
+
+class TestWeight:
+    @pytest.mark.parametrize("value", [jnp.ones(2), np.ones((1, 1))])
+    def test_no_scalar(self, value):
+        words = ("`weight` must be a scalar", str(value.shape), "mask.sum()")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, 2), weight=value)
+
+    @pytest.mark.parametrize("value", [None, "3", [1.0]])
+    def test_no_number(self, value):
+        words = ("`weight` must be a real scalar", repr(value), type(value).__name__)
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD, 2), weight=value)
+
+    def test_complex(self):
+        with pytest.raises(
+            TypeError, match=saying("`weight` must be real", "complex64")
+        ):
+            update(oa.accumulate(SGD, 2), weight=jnp.array(1j))
+
+    @pytest.mark.parametrize("value", [-1, -0.5, np.float32(-2), np.nan, np.inf])
+    def test_static_and_negative_or_not_finite(self, value):
+        words = ("`weight` must be finite and >= 0", f"got {value}", "Use 0")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, 2), weight=value)
+
+
+@pytest.mark.parametrize("value", [jnp.ones(2), jnp.array(1), jnp.array(1j)])
+def test_a_value_that_is_no_loss(value):
+    words = ("`value` must be a real floating scalar", str(value.shape))
+    with pytest.raises(ValueError, match=saying(*words)):
+        update(oa.accumulate(SGD, 2), value=value)
+
+
+@pytest.mark.parametrize("every_k", [1, 2])
+class TestGradients:
+    def test_a_missing_leaf(self, every_k):
+        grads = {"layer": {"w": jnp.ones((2, 3))}}
+        words = (
+            "`grads` must have the tree structure of `params`",
+            "`params['layer']['b']` has no counterpart",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), grads)
+
+    def test_a_leaf_too_many(self, every_k):
+        grads = {"layer": {**PARAMS["layer"], "c": jnp.ones(1)}}
+        words = (
+            "`grads` must have the tree structure of `params`",
+            "`grads['layer']['c']` is not in `params`",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), grads)
+
+    def test_other_containers(self, every_k):
+        words = ("`grads` must have the tree structure of `params`", "containers")
+        tx = oa.accumulate(SGD, every_k)
+        with pytest.raises(ValueError, match=saying(*words)):
+            tx.update([jnp.ones(2)], tx.init((jnp.ones(2),)), (jnp.ones(2),))
+
+    def test_another_shape(self, every_k):
+        grads = {"layer": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}}
+        words = (
+            "`grads['layer']['w']` has shape (3, 2)",
+            "`params['layer']['w']` has shape (2, 3)",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), grads)
+
+    def test_an_integer_for_a_floating_parameter(self, every_k):
+        grads = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.arange(3)}}
+        words = ("`params['layer']['b']` has no counterpart", "floating gradient")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), grads)
+
+    def test_complex_for_a_real_parameter(self, every_k):
+        grads = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3, jnp.complex64)}}
+        words = ("`grads['layer']['b']` is complex64", "is float32")
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), grads)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_wider_than_their_accumulator():
+    params, grads = jnp.ones(2, jnp.float32), jnp.ones(2, jnp.float64)
+    tx = oa.accumulate(SGD, 2)
+    words = (
+        "`grads` is float64, wider than its accumulator, which is float32",
+        "`accumulator_dtype=float64`",
+    )
+    with pytest.raises(TypeError, match=saying(*words)):
+        tx.update(grads, tx.init(params), params)
+    asked_for = oa.accumulate(SGD, 2, accumulator_dtype=jnp.float32)
+    asked_for.update(grads, asked_for.init(params), params)
+
+
+class TestSkip:
+    @pytest.mark.parametrize("decision", [jnp.array(1), jnp.array([True])])
+    def test_no_boolean_scalar(self, decision):
+        words = ("`skip` must return (bool scalar, info)", str(decision.dtype))
+        with pytest.raises(TypeError, match=saying(*words)):
+            update(oa.accumulate(SGD, 2, skip=lambda *_: (decision, ())))
+
+    def test_a_state_that_another_predicate_made(self):
+        state = oa.accumulate(SGD, 2, skip=optax.skip_not_finite).init(PARAMS)
+        tx = oa.accumulate(SGD, 2, skip=oa.skip_not_finite)
+        words = (
+            "`info` must have the tree structure of `skip_state`",
+            "num_not_finite",
+            "replaced by that of `init`",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            tx.update(PARAMS, state, PARAMS)
+
+
+def test_an_optimizer_whose_state_changes_its_structure():
+    inner = optax.GradientTransformation(
+        lambda _: {}, lambda u, s, _=None: (u, {**s, "seen": jnp.ones(())})
+    )
+    words = ("`inner_state` must have the tree structure of", "'seen'", "optax.chain")
+    with pytest.raises(ValueError, match=saying(*words)):
+        update(oa.accumulate(inner, 2))
+
+
+class TestQueries:
+    QUERIES = (oa.has_updated, oa.micro_step, oa.gradient_step, oa.accumulated)
+
+    @pytest.mark.parametrize("query", QUERIES)
+    def test_no_state(self, query):
+        words = (
+            "`opt_state` must hold the state of `optax_accum.accumulate`",
+            "found none in a tuple",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            query(SGD.init(PARAMS))
+
+    @pytest.mark.parametrize("query", QUERIES)
+    def test_several_states(self, query):
+        tx = optax.chain(oa.accumulate(SGD, 2), oa.accumulate(SGD, 3))
+        with pytest.raises(ValueError, match="`opt_state` holds 2 states of"):
+            query(tx.init(PARAMS))
+
+    @pytest.mark.parametrize("query", QUERIES)
+    def test_windows_of_windows(self, query):
+        tx = optax.chain(oa.accumulate(oa.accumulate(SGD, 2), 3))
+        with pytest.raises(ValueError, match="`opt_state` holds 2 states of"):
+            query(tx.init(PARAMS))
+
+    def test_an_unknown_reduction(self):
+        state = oa.accumulate(SGD, 2).init(PARAMS)
+        with pytest.raises(ValueError, match="`reduction` must be one of"):
+            oa.accumulated(state, reduction="average")
+
+    def test_no_accumulator(self):
+        words = ("`opt_state` holds no accumulator", "`every_k=1`")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulated(oa.accumulate(SGD, 1).init(PARAMS))
+
+
+def test_migrating_from_something_else():
+    words = (
+        "`multi_steps_state` must be an `optax.MultiStepsState`",
+        "tuple",
+        "`mini_step`",
+    )
+    with pytest.raises(TypeError, match=saying(*words)):
+        oa.from_multi_steps(SGD.init(PARAMS))
+
+
+def test_errors_come_at_trace_time():
+    tx = oa.accumulate(SGD, 2)
+    state = jax.eval_shape(tx.init, PARAMS)
+    with pytest.raises(ValueError, match="`weight` must be a scalar"):
+        jax.eval_shape(
+            lambda s, w: tx.update(PARAMS, s, PARAMS, weight=w),
+            state,
+            jax.ShapeDtypeStruct((2,), jnp.float32),
+        )

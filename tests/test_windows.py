@@ -1,0 +1,288 @@
+"""Windows: weights, boundaries, and what is left of one in the next."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+
+import optax_accum as oa
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+SGD = optax.sgd(0.1)
+ADAM = loosely(optax.adam(0.1))
+NAN = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
+
+
+def feed(tx, batches, way="update_params", params=PARAMS, state=None):
+    """Runs ``(grads, kwargs)`` one after another; returns the last params and state."""
+    state = tx.init(params) if state is None else state
+    step = jax.jit(stepper(tx, way), static_argnames="boundary")
+    for grads, kwargs in batches:
+        params, state = step(params, state, grads, **kwargs)
+    return params, state
+
+
+def alone(inner, *grads, params=PARAMS):
+    """What `inner` alone makes of the global batches' gradients."""
+    state = inner.init(params)
+    for g in grads:
+        updates, state = inner.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+class TestReductions:
+    grads, weights = micro_batches(PARAMS, 3)
+
+    def expected(self, reduction):
+        if reduction == "mean":
+            return weighted_mean(self.grads, self.weights)
+        total = jax.tree.map(lambda *g: sum(g), *self.grads)
+        if reduction == "sum":
+            return total
+        return jax.tree.map(lambda g: g / sum(self.weights), total)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    def test_each_gives_its_equation(self, reduction, way):
+        tx = oa.accumulate(SGD, 3, reduction=reduction)
+        pairs = zip(self.grads, self.weights, strict=True)
+        params, _ = feed(tx, [(g, {"weight": w}) for g, w in pairs], way)
+        expected, _ = alone(SGD, self.expected(reduction))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    def test_the_value_goes_with_the_gradient(self, reduction):
+        """The value is reduced as its gradient is."""
+        values = [jnp.float32(v) for v in (2.0, 5.0, 11.0)]
+        tx = oa.accumulate(remember_value(), 3, reduction=reduction)
+        rows = zip(self.grads, self.weights, values, strict=True)
+        _, state = feed(tx, [(g, {"weight": w, "value": v}) for g, w, v in rows])
+        w = self.weights
+        expected = {
+            "mean": sum(w[i] * values[i] for i in range(3)) / sum(w),
+            "ratio": sum(values) / sum(w),
+            "sum": sum(values),
+        }[reduction]
+        np.testing.assert_allclose(state.inner_state, expected, rtol=1e-6)
+
+    def test_unit_weights_are_the_default(self):
+        tx = oa.accumulate(SGD, 3)
+        by_default, _ = feed(tx, [(g, {}) for g in self.grads])
+        by_hand, _ = feed(tx, [(g, {"weight": 1}) for g in self.grads])
+        chex.assert_trees_all_equal(by_default, by_hand)
+
+    @pytest.mark.parametrize("weight", [2, 2.0, True, np.float32(2), np.array(2)])
+    def test_a_static_weight_is_any_real_number(self, weight):
+        tx = oa.accumulate(SGD, 2)
+        state = tx.init(PARAMS)
+        _, state = tx.update(self.grads[0], state, PARAMS, weight=weight)
+        np.testing.assert_allclose(state.weight, float(weight))
+
+
+def remember_value():
+    """An optimizer whose state is the last value that it was given."""
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        del state, params, extra_args
+        return updates, jnp.asarray(value)
+
+    return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
+
+
+class TestZeroWeights:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @pytest.mark.parametrize("zero", [0, 0.0, jnp.float32(0)])
+    def test_a_nan_of_weight_zero_contributes_nothing(self, place, zero, way):
+        grads, weights = micro_batches(PARAMS, 2)
+        batches = [(g, {"weight": w}) for g, w in zip(grads, weights, strict=True)]
+        batches.insert(place, (NAN, {"weight": zero, "value": jnp.nan}))
+        batches = [(g, {"value": jnp.float32(1), **k}) for g, k in batches]
+        params, state = feed(oa.accumulate(ADAM, 3), batches, way)
+        expected, _ = alone(ADAM, weighted_mean(grads, weights))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+        chex.assert_tree_all_finite((state.acc_grads, state.value))
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("boundary", [None, True, jnp.array(True)])
+    @pytest.mark.parametrize("weight", [0.0, jnp.float32(0)])
+    def test_an_empty_window_updates_nothing(self, weight, boundary, way):
+        """Parameters and inner state stay bit for bit, and the window is over."""
+        tx = oa.accumulate(ADAM, 2)
+        grads, _ = micro_batches(PARAMS, 2)
+        params, before = feed(tx, [(g, {}) for g in grads], way)
+        step = stepper(tx, way)
+        after_params, state = step(params, before, NAN, weight=weight, boundary=False)
+        after_params, state = step(
+            after_params, state, NAN, weight=weight, boundary=boundary
+        )
+        chex.assert_trees_all_equal(after_params, params)
+        chex.assert_trees_all_equal(state.inner_state, before.inner_state)
+        assert (state.micro_step, state.gradient_step) == (0, 1)
+        assert not state.emitted
+        # And nothing of it is in the next one.
+        params, state = feed(tx, [(g, {}) for g in grads], way, params, state)
+        expected, _ = alone(ADAM, *[weighted_mean(grads, [1, 1])] * 2)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
+    def test_every_k_1_updates_nothing_either(self, weight, way):
+        tx = oa.accumulate(ADAM, 1)
+        state = tx.init(PARAMS)
+        params, after = stepper(tx, way)(PARAMS, state, NAN, weight=weight)
+        chex.assert_trees_all_equal(params, PARAMS)
+        chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+        assert not after.emitted
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+    def test_none_outlives_its_window(self, bad, place, way):
+        """It is in the update of its window, as in the global batch's, and gone."""
+        tx = oa.accumulate(SGD, 3)
+        grads, _ = micro_batches(PARAMS, 3)
+        poisoned = list(grads)
+        poisoned[place] = jax.tree.map(lambda x: jnp.full_like(x, bad), PARAMS)
+        broken, state = feed(tx, [(g, {}) for g in poisoned], way)
+        assert not any(jnp.isfinite(x).any() for x in jax.tree.leaves(broken))
+        params, state = feed(tx, [(g, {}) for g in grads], way, PARAMS, state)
+        expected, _ = alone(SGD, weighted_mean(grads, [1, 1, 1]))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
+class TestBoundaries:
+    grads, weights = micro_batches(PARAMS, 5)
+    batches = tuple((g, {"weight": w}) for g, w in zip(grads, weights, strict=True))
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_off_the_boundary_nothing_changes(self, way):
+        tx = oa.accumulate(ADAM, 3)
+        start = tx.init(PARAMS)
+        for count in (1, 2):
+            params, state = feed(tx, self.batches[:count], way)
+            chex.assert_trees_all_equal(params, PARAMS)
+            chex.assert_trees_all_equal(state.inner_state, start.inner_state)
+            assert (state.micro_step, state.gradient_step) == (count, 0)
+
+    def test_the_updates_are_zeros_there(self):
+        tx = oa.accumulate(ADAM, 3)
+        updates, _ = tx.update(self.grads[0], tx.init(PARAMS), PARAMS)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("boundary", [True, jnp.array(True)])
+    @pytest.mark.parametrize("every_k", [4, None])
+    def test_an_early_close_divides_by_what_it_saw(self, every_k, boundary, way):
+        """Two of four, then two again: the end of a short epoch."""
+        tx = oa.accumulate(ADAM, every_k)
+        params, state = PARAMS, tx.init(PARAMS)
+        for start in (0, 2):
+            for i, (g, w) in enumerate(self.batches[start : start + 2]):
+                closes = boundary if i == 1 else jnp.logical_not(boundary)
+                closes = bool(closes) if boundary is True else closes
+                params, state = stepper(tx, way)(params, state, g, boundary=closes, **w)
+        means = [
+            weighted_mean(self.grads[:2], self.weights[:2]),
+            weighted_mean(self.grads[2:4], self.weights[2:4]),
+        ]
+        expected, inner_state = alone(ADAM, *means)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+        chex.assert_trees_all_close(state.inner_state, inner_state, rtol=1e-6)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
+    def test_closing_twice_is_closing_once(self, weight, way):
+        tx = oa.accumulate(ADAM, 4)
+        closed = [*self.batches[:2], (self.grads[2], {"weight": 1, "boundary": True})]
+        once, before = feed(tx, closed, way)
+        again, after = stepper(tx, way)(once, before, NAN, weight=weight, boundary=True)
+        chex.assert_trees_all_equal(once, again)
+        chex.assert_trees_all_equal(before.inner_state, after.inner_state)
+        assert after.gradient_step == before.gradient_step == 1
+
+    def test_the_caller_may_hold_a_window_open(self):
+        """`boundary=False` goes before the count, and the count goes on."""
+        tx = oa.accumulate(SGD, 2)
+        held = [(g, {"boundary": False, **w}) for g, w in self.batches[:4]]
+        _, state = feed(tx, held)
+        assert (state.micro_step, state.gradient_step) == (4, 0)
+        params, state = feed(tx, self.batches[4:], state=state)
+        expected, _ = alone(SGD, weighted_mean(self.grads, self.weights))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_a_schedule_changes_k(self, way):
+        """Windows of 1, 2 and 2: k follows the gradient step."""
+        tx = oa.accumulate(ADAM, lambda step: jnp.where(step < 1, 1, 2))
+        params, state = feed(tx, self.batches, way)
+        means = [
+            weighted_mean(self.grads[part], self.weights[part])
+            for part in (slice(0, 1), slice(1, 3), slice(3, 5))
+        ]
+        chex.assert_trees_all_close(params, alone(ADAM, *means)[0], rtol=1e-6)
+        assert (state.micro_step, state.gradient_step) == (0, 3)
+
+    def test_a_schedule_may_shrink_k_in_an_open_window(self):
+        """Resumed with a smaller k: the window closes at once."""
+        _, state = feed(oa.accumulate(SGD, 5), self.batches[:3])
+        params, state = feed(
+            oa.accumulate(SGD, lambda _: 2.0), self.batches[3:4], state=state
+        )
+        expected, _ = alone(SGD, weighted_mean(self.grads[:4], self.weights[:4]))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+        assert (state.micro_step, state.gradient_step) == (0, 1)
+
+    def test_schedules_and_decay_inside_advance_once_per_update(self):
+        inner = loosely(
+            optax.adamw(optax.linear_schedule(0.1, 0.0, 4), weight_decay=0.1)
+        )
+        params, _ = feed(oa.accumulate(inner, 2), self.batches[:4])
+        means = [
+            weighted_mean(self.grads[part], self.weights[part])
+            for part in (slice(0, 2), slice(2, 4))
+        ]
+        chex.assert_trees_all_close(params, alone(inner, *means)[0], rtol=1e-6)
+
+    def test_other_extra_arguments_come_from_the_boundary(self):
+        def update(updates, state, params=None, *, tag, **extra_args):
+            del state, params, extra_args
+            return updates, tag
+
+        inner = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
+        tx = oa.accumulate(inner, 2)
+        tagged = [(g, {"tag": jnp.float32(i)}) for i, g in enumerate(self.grads[:2])]
+        _, state = feed(tx, tagged)
+        assert state.inner_state == 1
+
+    def test_reduce_on_plateau_sees_the_global_batch(self):
+        """The mean value of a window, not the last micro-batch's."""
+        values = [4.0, 2.0, 3.0, 1.0]
+        inner = loosely(
+            optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=3))
+        )
+        batches = [
+            (g, {"value": jnp.float32(v), "weight": jnp.float32(w)})
+            for g, v, w in zip(self.grads, values, [1, 3, 2, 2], strict=False)
+        ]
+        _, state = feed(oa.accumulate(inner, 2), batches)
+        np.testing.assert_allclose(state.inner_state[1].best_value, 2.0)
+
+    def test_the_window_of_the_last_update_can_be_logged(self):
+        """Sums stay until the next window overwrites them."""
+        batches = [
+            (g, {"value": jnp.float32(i), **w})
+            for i, (g, w) in enumerate(self.batches[:2])
+        ]
+        _, state = feed(oa.accumulate(SGD, 2), batches)
+        np.testing.assert_allclose(
+            state.value / state.weight,
+            self.weights[1] / (self.weights[0] + self.weights[1]),
+            rtol=1e-6,
+        )
