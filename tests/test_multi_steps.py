@@ -70,7 +70,7 @@ class TestOptaxsOwnTests(_accumulation_test.AccumulationTest, parameterized.Test
 
         monkeypatch.setattr(_accumulation, "MultiSteps", build)
         yield
-        if "multi_steps" in self.id():
+        if self._testMethodName.startswith("test_multi_steps"):
             assert self.built, "this test never built the adapter"
 
 

@@ -27,7 +27,7 @@ WRAPPED = {
         lambda scale: optax.chain(optax.scale(scale), tx)
     )(scale=1.0),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "flatten": lambda tx: optax.flatten(tx),
+    "flatten": optax.flatten,
 }
 
 

@@ -1,0 +1,263 @@
+"""In the company of Optax, JAX's transformations, devices and checkpoints."""
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_windows import PARAMS, SGD, alone, feed
+from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+
+import optax_accum as oa
+
+ADAM = loosely(optax.adam(0.1))
+K = 3
+GRADS, WEIGHTS = micro_batches(PARAMS, 2 * K)
+BATCHES = [(g, {"weight": w}) for g, w in zip(GRADS, WEIGHTS, strict=True)]
+MEANS = [
+    weighted_mean(GRADS[i : i + K], WEIGHTS[i : i + K]) for i in range(0, 2 * K, K)
+]
+EXPECTED, _ = alone(ADAM, *MEANS)
+
+
+class TestOptax:
+    def test_around_a_chain_clipping_sees_the_window(self):
+        inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)))
+        params, _ = feed(oa.accumulate(inner, K), BATCHES)
+        chex.assert_trees_all_close(params, alone(inner, *MEANS)[0], rtol=1e-6)
+
+    def test_in_a_chain_what_follows_sees_the_updates(self):
+        tx = optax.chain(oa.accumulate(ADAM, K), optax.scale(0.5))
+        params, _ = feed(tx, BATCHES, "update")
+        expected, _ = alone(optax.chain(ADAM, optax.scale(0.5)), *MEANS)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+    def test_in_a_chain_the_arguments_arrive(self):
+        """Weight, boundary and value, through `chain` and through `masked`."""
+        tx = optax.chain(
+            optax.identity(),
+            optax.masked(oa.accumulate(ADAM), {"w": True, "b": True}),
+        )
+        batches = [
+            (g, {**kwargs, "value": jnp.float32(1), "boundary": i % K == K - 1})
+            for i, (g, kwargs) in enumerate(BATCHES)
+        ]
+        params, state = feed(tx, batches, "update")
+        chex.assert_trees_all_close(params, EXPECTED, rtol=1e-6)
+        assert oa.gradient_step(state) == 2
+
+    def test_groups_with_windows_of_their_own(self):
+        tx = optax.partition(
+            {"often": oa.accumulate(SGD, 1), "rarely": oa.accumulate(SGD, 2 * K)},
+            {"w": "often", "b": "rarely"},
+        )
+        params, _ = feed(tx, BATCHES, "update")
+        often = sum(g["w"] for g in GRADS)
+        np.testing.assert_allclose(params["w"], PARAMS["w"] - 0.1 * often, rtol=1e-5)
+        rarely = weighted_mean(GRADS, WEIGHTS)["b"]
+        np.testing.assert_allclose(params["b"], PARAMS["b"] - 0.1 * rarely, rtol=1e-5)
+
+    def test_frozen_parameters_get_no_accumulator(self):
+        tx = optax.masked(oa.accumulate(ADAM, K), {"w": True, "b": False})
+        state = tx.init(PARAMS)
+        accumulators = jax.tree.leaves(state.inner_state.acc_grads)
+        assert [a.shape for a in accumulators] == [PARAMS["w"].shape]
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_injected_hyperparameters_move_once_per_update(self, way):
+        inner = loosely(
+            optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 4))
+        )
+        params, state = feed(oa.accumulate(inner, K), BATCHES, way)
+        assert state.inner_state.count == 2
+        chex.assert_trees_all_close(params, alone(inner, *MEANS)[0], rtol=1e-6)
+
+    def test_windows_of_windows(self):
+        """Means of means: of equal weights the mean of all."""
+        tx = oa.accumulate(oa.accumulate(ADAM, 2), K)
+        params, state = feed(tx, [(g, {}) for g in GRADS])
+        expected, _ = alone(ADAM, weighted_mean(GRADS, [1] * 2 * K))
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+        assert state.inner_state.gradient_step == 1
+
+
+class TestTransformations(chex.TestCase):
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_update(self):
+        tx = oa.accumulate(SGD, K)
+        update = self.variant(tx.update)
+        params, state = PARAMS, tx.init(PARAMS)
+        for g, kwargs in BATCHES:
+            updates, state = update(g, state, params, **kwargs)
+            params = optax.apply_updates(params, updates)
+        chex.assert_trees_all_close(params, alone(SGD, *MEANS)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scan(way):
+    tx = oa.accumulate(ADAM, K, skip=oa.skip_not_finite)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *GRADS)
+
+    def body(carry, batch):
+        params, state = carry
+        grads, weight = batch
+        carry = stepper(tx, way)(params, state, grads, weight=weight, value=weight)
+        return carry, oa.has_updated(carry[1])
+
+    start = (PARAMS, tx.init(PARAMS))
+    (params, _), updated = jax.jit(lambda *args: jax.lax.scan(body, start, args))(
+        stacked, jnp.stack(WEIGHTS)
+    )
+    chex.assert_trees_all_close(params, EXPECTED, rtol=1e-6)
+    assert updated.tolist() == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_vmap(way):
+    """Several models at once, their windows closing at different times."""
+    tx = oa.accumulate(ADAM)
+    models = [jax.tree.map(lambda p, s=s: p * s, PARAMS) for s in (1.0, 2.0)]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *models)
+    state = jax.vmap(tx.init)(params)
+
+    def step(params, state, boundary, grads, weight):
+        return stepper(tx, way)(params, state, grads, weight=weight, boundary=boundary)
+
+    step = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None)))
+    ends = jnp.array([[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 1]], bool)
+    for i, (g, kwargs) in enumerate(BATCHES):
+        params, state = step(params, state, ends[:, i], g, kwargs["weight"])
+    uneven = [weighted_mean(GRADS[p], WEIGHTS[p]) for p in (slice(2), slice(2, 6))]
+    expected = [
+        alone(ADAM, *MEANS, params=models[0])[0],
+        alone(ADAM, *uneven, params=models[1])[0],
+    ]
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
+    chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+
+needs_devices = pytest.mark.skipif(
+    jax.device_count() < 2, reason="needs several devices"
+)
+
+
+def replicate(tree):
+    return jax.tree.map(lambda x: jnp.stack([x] * jax.device_count()), tree)
+
+
+@needs_devices
+class TestDevices:
+    """Local gradients and weights; one sum over the devices per window."""
+
+    count = jax.device_count()
+    # Device 0 sees nothing at all: its own W is 0, and it meets the others.
+    weights = jnp.arange(2 * K * count, dtype=jnp.float32).reshape(2 * K, count)
+    weights = weights.at[:, 0].set(0)
+
+    def local_grads(self, i):
+        """Device d's gradient is (d + 1) * (i + 1) everywhere; device 0's is NaN."""
+        scale = (jnp.arange(1.0, self.count + 1) * (i + 1)).at[0].set(jnp.nan)
+        return jax.vmap(lambda s: jax.tree.map(lambda p: jnp.full_like(p, s), PARAMS))(
+            scale
+        )
+
+    def expected(self):
+        means = []
+        for start in (0, K):
+            weights, grads = [], []
+            for i in range(start, start + K):
+                for device in range(1, self.count):
+                    weights.append(self.weights[i, device])
+                    local = self.local_grads(i)
+                    grads.append(jax.tree.map(lambda x, d=device: x[d], local))
+            means.append(weighted_mean(grads, weights))
+        return alone(ADAM, *means)[0]
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("every_k", [K, None])
+    def test_pmap(self, every_k, way):
+        tx = oa.accumulate(ADAM, every_k, axis_name="devices")
+
+        def step(params, state, grads, weight, boundary):
+            boundary = None if every_k else boundary
+            return stepper(tx, way)(
+                params, state, grads, weight=weight, boundary=boundary
+            )
+
+        step = jax.pmap(step, "devices", in_axes=(0, 0, 0, 0, None))
+        params, state = replicate(PARAMS), replicate(tx.init(PARAMS))
+        for i in range(2 * K):
+            params, state = step(
+                params,
+                state,
+                self.local_grads(i),
+                self.weights[i],
+                jnp.array(i % K == K - 1),
+            )
+        everywhere = replicate(jax.tree.map(lambda x: x[0], params))
+        chex.assert_trees_all_equal(params, everywhere)
+        first = jax.tree.map(lambda x: x[0], params)
+        chex.assert_trees_all_close(first, self.expected(), rtol=1e-5)
+
+    def test_pmap_with_nothing_anywhere(self):
+        """All devices' weights are 0: the sum is, and nothing happens."""
+        tx = oa.accumulate(ADAM, K, axis_name="devices")
+        start = replicate(tx.init(PARAMS))
+        params, state = replicate(PARAMS), start
+        step = jax.pmap(
+            lambda p, s, g: tx.update_params(g, s, p, weight=jnp.zeros([])), "devices"
+        )
+        for i in range(K):
+            params, state = step(params, state, self.local_grads(i))
+        chex.assert_trees_all_equal(params, replicate(PARAMS))
+        chex.assert_trees_all_equal(state.inner_state, start.inner_state)
+        assert not state.emitted.any()
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_shard_map(self, way):
+        """Each device's accumulator is a row of a stacked state."""
+        tx = oa.accumulate(ADAM, K, axis_name="devices")
+        mesh = jax.make_mesh((self.count,), ("devices",), axis_types=(AxisType.Auto,))
+
+        def step(params, state, grads, weight):
+            state, grads = jax.tree.map(lambda x: x[0], (state, grads))
+            params, state = stepper(tx, way)(params, state, grads, weight=weight[0])
+            return params, jax.tree.map(lambda x: x[None], state)
+
+        local, everywhere = P("devices"), P()
+        step = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(everywhere, local, local, local),
+                out_specs=(everywhere, local),
+                check_vma=False,
+            )
+        )
+        params, state = PARAMS, replicate(tx.init(PARAMS))
+        for i in range(2 * K):
+            params, state = step(params, state, self.local_grads(i), self.weights[i])
+        chex.assert_trees_all_close(params, self.expected(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", range(2 * K))
+def test_saved_and_restored_at_every_micro_step(stop):
+    """Bit for bit the uninterrupted run, in the program that is already compiled."""
+    tx = oa.accumulate(ADAM, K, skip=oa.skip_not_finite)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(stepper(tx), n=1))
+    straight = resumed = (PARAMS, tx.init(PARAMS))
+    for i, (g, kwargs) in enumerate(BATCHES):
+        straight = step(*straight, g, value=jnp.float32(i), **kwargs)
+        resumed = step(*resumed, g, value=jnp.float32(i), **kwargs)
+        if i == stop:
+            saved = flax.serialization.to_bytes(resumed)
+            blank = jax.tree.map(jnp.zeros_like, (PARAMS, tx.init(PARAMS)))
+            resumed = flax.serialization.from_bytes(blank, saved)
+    chex.assert_trees_all_equal(resumed, straight)
