@@ -18,6 +18,7 @@ optax.apply_every  chained behind the optimizer, then optax.apply_updates
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -117,7 +118,8 @@ class Runner:
             .compile()
         )
         self.compile_s = time.perf_counter() - start
-        self.temporaries = self.step.memory_analysis().temp_size_in_bytes
+        memory: Any = self.step.memory_analysis()
+        self.temporaries = memory.temp_size_in_bytes
 
     def window(self, grads: Any) -> list[float]:
         """Seconds of each of the k micro-steps of one window."""
@@ -284,7 +286,7 @@ def main(arguments: list[str]) -> None:
                 k=options.k,
                 rounds=options.rounds,
                 dtype=jnp.dtype(options.dtype),
-                advance=lambda task=task: progress.advance(task),
+                advance=functools.partial(progress.advance, task),
             )
     show(results, title, console)
     if options.json:

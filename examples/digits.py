@@ -66,10 +66,15 @@ class Network(nn.Module):
         return nn.Dense(10)(nn.gelu(nn.Dense(64)(x)))
 
 
+def predict(params: Any, images: jax.typing.ArrayLike) -> jax.Array:
+    """The network's logits."""
+    return jnp.asarray(Network().apply({"params": params}, images))
+
+
 def mean_loss(params: Any, batch: Batch) -> jax.Array:
     """The mean cross-entropy over a batch."""
     images, labels = batch
-    logits = Network().apply({"params": params}, images)
+    logits = predict(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -164,8 +169,7 @@ def train(
 
     @jax.jit
     def accuracy(params, batch):
-        logits = Network().apply({"params": params}, batch[0])
-        return (logits.argmax(-1) == batch[1]).mean()
+        return (predict(params, batch[0]).argmax(-1) == batch[1]).mean()
 
     for batches in global_batches(options):
         for indices in batches:

@@ -23,6 +23,19 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}")
 
 
+def transformation(value: Any) -> Any:
+    """A gradient transformation, or anything with its two functions."""
+    if callable(getattr(value, "init", None)) and callable(
+        getattr(value, "update", None)
+    ):
+        return value
+    raise TypeError(
+        "`inner` must be an Optax gradient transformation, with `init` and `update`; "
+        f"got {value!r} of type {type(value).__name__}. Call the optimizer with its "
+        "learning rate first: optax.adam(1e-3), not optax.adam"
+    )
+
+
 def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
     """An int >= 1, a schedule, or ``None``."""
     if value is None or callable(value):

@@ -133,8 +133,9 @@ def accumulate(
       `inner` without an accumulator.
 
     Raises:
-      TypeError: `every_k` is not an int, a schedule or ``None``; `accumulator_dtype`
-        is an integer dtype, or real for complex parameters.
+      TypeError: `inner` is no gradient transformation; `every_k` is not an int, a
+        schedule or ``None``; `accumulator_dtype` is an integer dtype, or real for
+        complex parameters.
       ValueError: `every_k` < 1; an unknown `reduction` or `on_skip`; ``"wait"`` with
         `axis_name`, because devices would disagree on when to meet. At `update`:
         gradients built otherwise than the parameters; a `weight` that is no scalar or
@@ -179,10 +180,8 @@ def accumulate(
             "different micro-batches would disagree on when to meet, and wait for each "
             'other for ever. Use on_skip="shrink"'
         )
-    if every_k == 1 and axis_name is None and reduction == "mean":
-        reduction = "sum"  # The weighted mean of one gradient is that gradient.
     accumulation = _Accumulation(
-        inner=optax.with_extra_args_support(inner),
+        inner=optax.with_extra_args_support(_checks.transformation(inner)),
         every_k=every_k,
         reduction=reduction,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
@@ -220,6 +219,17 @@ class _Accumulation:
     @property
     def has_accumulator(self) -> bool:
         return self.every_k != 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the gradients go straight to the inner optimizer."""
+        return self.every_k == 1 and self.axis_name is None
+
+    @property
+    def gradient_reduction(self) -> str:
+        """`reduction`, but the weighted mean of one gradient is that gradient."""
+        is_itself = self.is_plain and self.reduction == "mean"
+        return "sum" if is_itself else self.reduction
 
     def init(self, params: Any) -> AccumulateState:
         _checks.accumulator_fits(params, self.accumulator_dtype)
@@ -304,7 +314,7 @@ class _Accumulation:
         boundary = _checks.boundary(boundary, self.every_k)
         weight, nonempty = _checks.weight(weight, state.weight.dtype)
         self._check_gradients(grads, state, params)
-        grads = _window.keep_inexact(grads)
+        grads = _boundary.as_arrays(_window.keep_inexact(grads))
         arrived = jnp.ones([], bool)
         if self.skip is not None:
             should_skip, skip_state = self._ask_skip(grads, state, params)
@@ -316,14 +326,14 @@ class _Accumulation:
                 arrived = ~should_skip
 
         first = state.micro_step == 0
-        if self.has_accumulator:
+        if self.is_plain:
+            sums = grads
+        elif self.has_accumulator:
             sums = _window.add(
                 state.acc_grads, grads, weight, self.reduction, first=first
             )
-        elif self.axis_name is not None:
-            sums = _window.contributions(grads, weight, self.reduction)
         else:
-            sums = grads
+            sums = _window.contributions(grads, weight, self.reduction)
         if value is not None:
             value = _checks.scalar_value(value)
             value = _window.add(state.value, value, weight, self.reduction, first=first)
@@ -346,10 +356,10 @@ class _Accumulation:
         """Whether the count closes the window."""
         if self.every_k == 1:
             return True
-        k = self.every_k
-        if callable(k):
-            k = k(state.gradient_step)
-        k = _checks.scheduled_k(k)
+        scheduled = self.every_k
+        if callable(scheduled):
+            scheduled = scheduled(state.gradient_step)
+        k = _checks.scheduled_k(scheduled)
         # >=, so that a schedule that shrinks k still closes.
         return arrived & (state.micro_step.astype(k.dtype) >= k)
 
@@ -369,9 +379,13 @@ class _Accumulation:
             weight = step.state.weight
             if self.axis_name is not None:
                 sums, total, weight = lax.psum((sums, total, weight), self.axis_name)
-            sums, total = _window.close((sums, total), weight, self.reduction)
-            mean = _window.fill_inexact(grads, sums)
-            updates, new_state = call(mean, inner_state, params, total)
+            result = _window.close(sums, weight, self.gradient_reduction)
+            updates, new_state = call(
+                _window.fill_inexact(grads, result),
+                inner_state,
+                params,
+                _window.close(total, weight, self.reduction),
+            )
             _checks.same_structure(
                 "inner_state",
                 new_state,

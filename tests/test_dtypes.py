@@ -221,11 +221,12 @@ def weighted_mean_of(grads):
     return jax.tree.map(lambda *g: sum(g) / len(g), *grads)
 
 
-def test_python_scalars_are_parameters_too():
-    tx = oa.accumulate(SGD, 2)
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_python_scalars_are_parameters_too(every_k):
+    tx = oa.accumulate(SGD, every_k)
     params = {"a": 1.0}
     state = tx.init(params)
-    for _ in range(2):
+    for _ in range(every_k):
         params, state = tx.update_params({"a": 2.0}, state, params)
     np.testing.assert_allclose(params["a"], 0.8, rtol=1e-6)
 

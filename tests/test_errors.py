@@ -24,6 +24,12 @@ def update(tx, grads=PARAMS, **kwargs):
 
 
 class TestSettings:
+    @pytest.mark.parametrize("inner", [optax.adam, None, 0.1])
+    def test_an_inner_that_is_no_transformation(self, inner):
+        words = ("`inner` must be an Optax gradient transformation", repr(inner))
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(inner, 2)
+
     @pytest.mark.parametrize("value", [0, -3, np.int64(0)])
     def test_every_k_below_one(self, value):
         words = ("`every_k` must be an int >= 1", f"got {value}", "every_k=1")

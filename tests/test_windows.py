@@ -69,6 +69,25 @@ class TestReductions:
         }[reduction]
         np.testing.assert_allclose(state.inner_state, expected, rtol=1e-6)
 
+    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    def test_every_k_1_is_a_window_of_one(self, reduction):
+        """Without an accumulator, and with the same arithmetic and the same state."""
+        inner = optax.chain(SGD, remember_value())
+        kwargs = {"weight": self.weights[0], "value": jnp.float32(3)}
+        results = [
+            feed(
+                oa.accumulate(inner, every_k, reduction=reduction),
+                [(self.grads[0], {**kwargs, "boundary": True})],
+            )
+            for every_k in (1, None)
+        ]
+        (one, one_state), (other, other_state) = results
+        chex.assert_trees_all_close(one, other, rtol=1e-6)
+        blank = {"acc_grads": None}
+        chex.assert_trees_all_close(
+            one_state._replace(**blank), other_state._replace(**blank), rtol=1e-6
+        )
+
     def test_unit_weights_are_the_default(self):
         tx = oa.accumulate(SGD, 3)
         by_default, _ = feed(tx, [(g, {}) for g in self.grads])

@@ -1,0 +1,36 @@
+"""The Python in the README and in the documentation runs as it stands there."""
+
+from pathlib import Path
+
+import pytest
+from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def run(path):
+    """Runs the blocks of one document after one another; returns how many."""
+    document = Document.parse(str(path), PythonCodeBlockParser())
+    examples = list(document.examples())
+    for example in examples:
+        example.evaluate()
+    return len(examples)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_its_code_runs(path):
+    assert run(path) == path.read_text().count("```python")
+
+
+def test_code_that_fails_is_noticed(tmp_path):
+    document = tmp_path / "wrong.md"
+    document.write_text("```python\nassert 1 + 1 == 3\n```\n")
+    with pytest.raises(AssertionError):
+        run(document)
+
+
+def test_the_readme_has_an_example():
+    assert "```python" in DOCUMENTS[0].read_text()
