@@ -24,16 +24,18 @@ from jax import dtypes, lax
 
 from optax_accum import _window
 
+Run = Callable[[Any, Any], tuple[jax.Array, Any, Any]]
+Write = Callable[[Any, Any], Any]
+
 
 def run_at(
     boundary: bool | jax.Array,
-    run: Callable[[Any, Any], tuple[jax.Array, Any, Any]],
-    write: Callable[[Any, Any], Any],
+    run: Run,
+    write: Write,
     target: Any,
     inner_state: Any,
     *,
     guard: bool,
-    in_turn: bool,
 ) -> tuple[jax.Array, Any, Any]:
     """Runs the inner optimizer at the boundary, and there alone.
 
@@ -45,42 +47,46 @@ def run_at(
       inner_state: A tree of arrays; `run` keeps its type.
       guard: Whether only `run` knows that the window is not empty. If it is empty,
         everything stays as it is.
-      in_turn: Whether to compute the inner state after the updates, not beside them.
 
     Returns:
       ``(updated, target, inner_state)``.
     """
 
-    def kept_if_empty(nonempty, new, old):
-        if not guard:
-            return jnp.ones([], bool), new
-        return nonempty, jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, old)
-
-    def both(_, target, inner_state):
+    def apply(no, target, inner_state):
         nonempty, updates, new_state = run(target, inner_state)
         new = write(updates, target), new_state
-        nonempty, new = kept_if_empty(nonempty, new, (target, inner_state))
-        return nonempty, *new
+        if not guard:
+            return ~no, *new
+        old = target, inner_state
+        return nonempty, *jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, old)
 
-    def updates_only(_, target):
-        nonempty, updates, _ = run(target, inner_state)
-        return kept_if_empty(nonempty, write(updates, target), target)
+    buffers = jnp.zeros([], bool), target, inner_state
+    if isinstance(boundary, bool):
+        return apply(*buffers) if boundary else buffers
+    return lax.cond(boundary, apply, lambda *same: same, *buffers)
+
+
+def run_in_turn(
+    boundary: jax.Array, run: Run, write: Write, target: Any, inner_state: Any
+) -> tuple[jax.Array, Any, Any]:
+    """As `run_at`, but the inner state is computed after the updates.
+
+    There are two branches, and the second waits for the first, whose flag it asks. The
+    inner optimizer is traced in both; XLA removes from each what it does not return,
+    but what updates and state have in common is computed twice, once per window.
+    """
+
+    def updates_only(no, target):
+        _, updates, _ = run(target, inner_state)
+        return ~no, write(updates, target)
 
     def state_only(inner_state):
         _, _, new_state = run(target, inner_state)
         return new_state
 
-    def keep(*buffers):
-        return buffers
-
-    no = jnp.zeros([], bool)
-    if isinstance(boundary, bool):
-        return both(no, target, inner_state) if boundary else (no, target, inner_state)
-    if not in_turn:
-        return lax.cond(boundary, both, keep, no, target, inner_state)
-    # The second branch waits for the first, whose flag it asks; XLA removes from each
-    # what it does not return.
-    updated, new_target = lax.cond(boundary, updates_only, keep, no, target)
+    updated, new_target = lax.cond(
+        boundary, updates_only, lambda *same: same, jnp.zeros([], bool), target
+    )
     inner_state = lax.cond(updated, state_only, lambda same: same, inner_state)
     return updated, new_target, inner_state
 
@@ -91,18 +97,13 @@ def rounds(accumulator: Any, updates: Any, inner_state: Any) -> bool:
     Then a rounded moment and the unrounded one that the updates are computed from are
     live together, and XLA copies every moment unless the updates come first.
     """
-    widest = max((x.dtype.itemsize for x in jax.tree.leaves(accumulator)), default=0)
-    kept = _window.keep_inexact((updates, inner_state))
-    return any(x.ndim and x.dtype.itemsize < widest for x in jax.tree.leaves(kept))
 
+    def bits(tree):
+        leaves = jax.tree.leaves(_window.keep_inexact(tree))
+        return [jnp.finfo(x.dtype).bits for x in leaves if x.ndim]
 
-def cast_like(tree: Any, like: Any) -> Any:
-    """`tree` in the dtypes of `like`."""
-
-    def cast(x, target):
-        return x if x.dtype == target.dtype else x.astype(target.dtype)
-
-    return jax.tree.map(cast, as_arrays(tree), like)
+    widest = max(bits(accumulator), default=0)
+    return any(kept < widest for kept in bits((updates, inner_state)))
 
 
 def as_arrays(tree: Any) -> Any:
@@ -110,16 +111,26 @@ def as_arrays(tree: Any) -> Any:
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
 
 
-def strongly_typed(tree: Any) -> Any:
-    """`tree` as arrays that stay of one type when an update replaces them."""
-    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype), as_arrays(tree))
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree` in the dtypes of `like`, none of them weak.
+
+    A weak type would become a strong one in the next update, and compile it anew.
+    """
+
+    def cast(x, target):
+        if x.dtype == target.dtype and not getattr(x, "weak_type", False):
+            return x
+        return lax.convert_element_type(x, target.dtype)
+
+    return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """`optax.apply_updates`, but a float0 update leaves its parameter as it is."""
+    """`optax.apply_updates`, but a parameter without an update stays as it is."""
 
     def apply(p, u):
-        return p if _window.is_float0(u) else optax.apply_updates(p, u)
+        has_update = u is not None and not _window.is_float0(u)
+        return optax.apply_updates(p, u) if has_update else p
 
     return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
 
@@ -130,7 +141,7 @@ class Slots(NamedTuple):
     Attributes:
       shapes: The updates, as a tree of `jax.ShapeDtypeStruct`.
       homes: For each leaf of `shapes` the index of its slot, or ``None`` where no
-        slot has its path, its shape and room for its dtype; it goes out by itself.
+        slot has its path, shape and dtype; it goes out by itself.
     """
 
     shapes: Any
@@ -168,7 +179,7 @@ class Slots(NamedTuple):
             if home is None:
                 loose.append(update)
             else:
-                slots[home] = update.astype(slots[home].dtype)
+                slots[home] = update
         return jax.tree.unflatten(structure, slots), loose
 
     def unpack(self, accumulator: Any, loose: list[Any], updated: jax.Array) -> Any:
@@ -178,8 +189,7 @@ class Slots(NamedTuple):
         def take(shape, home):
             if home is None:
                 return next(rest)
-            slot = jnp.where(updated, slots[home], jnp.zeros([], slots[home].dtype))
-            return slot.astype(shape.dtype)
+            return jnp.where(updated, slots[home], jnp.zeros([], shape.dtype))
 
         shapes, structure = jax.tree.flatten(self.shapes)
         leaves = [take(*pair) for pair in zip(shapes, self.homes, strict=True)]

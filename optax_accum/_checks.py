@@ -74,12 +74,22 @@ def accumulator_dtype(value: Any) -> Any:
     """A floating or complex dtype, or ``None``."""
     if value is None:
         return None
-    dtype = jax.dtypes.canonicalize_dtype(value)
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(
+            f"`accumulator_dtype` must be a dtype; got {value!r}"
+        ) from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             "`accumulator_dtype` must be a floating or complex dtype, because sums "
             f"of gradients do not fit in {dtype}; got {dtype}. Leave it out for at "
             "least float32"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"`accumulator_dtype` is {dtype}, which JAX does not compute in unless "
+            'jax.config.update("jax_enable_x64", True) comes first'
         )
     return dtype
 
@@ -97,6 +107,39 @@ def accumulator_fits(params: Any, dtype: Any) -> None:
                 f"{_named('params', path)}, which is {own}: one is complex and the "
                 "other is not. Leave `accumulator_dtype` out and each leaf gets its own"
             )
+
+
+def predicate(value: Any) -> Any:
+    """A function that rejects micro-batches, or ``None``."""
+    if value is None or callable(value):
+        return value
+    raise TypeError(
+        "`skip` must be a function (grads, gradient_step, params) -> (bool, info), or "
+        f"None; got {value!r} of type {type(value).__name__}. oa.skip_not_finite is one"
+    )
+
+
+def state(value: Any, *, has_accumulator: bool, grads: Any) -> None:
+    """Raises unless `value` is a state that this transformation can go on with."""
+    if hasattr(value, "mini_step") and hasattr(value, "inner_opt_state"):
+        raise TypeError(
+            "`state` must be an `AccumulateState`; got the state of "
+            "`optax.MultiSteps`. Convert it first: oa.from_multi_steps(state)"
+        )
+    if not hasattr(value, "acc_grads") or not hasattr(value, "micro_step"):
+        raise TypeError(
+            f"`state` must be the `AccumulateState` that `init` returned; got "
+            f"{type(value).__name__}. The order is update(grads, state, params), and "
+            "update_params(grads, state, params)"
+        )
+    lacks_sums = not jax.tree.leaves(value.acc_grads)
+    if has_accumulator and lacks_sums and jax.tree.leaves(_window.keep_inexact(grads)):
+        raise ValueError(
+            "`state` holds no accumulator; it comes from `every_k=1` or from other "
+            "parameters. Take a new one from `init`, and with "
+            "new_state._replace(inner_state=state.inner_state, "
+            "gradient_step=state.gradient_step) the optimizer goes on where it was"
+        )
 
 
 def weight(value: Any, dtype: Any) -> tuple[jax.Array, bool]:

@@ -54,6 +54,8 @@ def gradient_step(opt_state: Any) -> jax.Array:
 def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any:
     """The gradient of the open window so far: what closing it now would give.
 
+    Across devices (`axis_name`), of this device's part of the window.
+
     Args:
       opt_state: As in `has_updated`.
       reduction: What `accumulate` was given.
@@ -64,7 +66,8 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
 
     Raises:
       ValueError: As `has_updated`; an unknown `reduction`; `accumulate` with
-        ``every_k=1``, which keeps no accumulator.
+        ``every_k=1``, which keeps no accumulator; a stack of states, as `jax.pmap`
+        has them.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -86,6 +89,11 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
             "`every_k=1`: every micro-step's gradient goes straight to the optimizer"
         )
     is_open = jnp.asarray(state.micro_step) > 0
+    if is_open.shape != ():
+        raise ValueError(
+            f"`opt_state` is a stack of {is_open.shape} states, whose windows differ. "
+            "Ask each of them: jax.vmap(oa.accumulated)(opt_state)"
+        )
 
     def gradient(s):
         return jnp.where(is_open, s, jnp.zeros([], s.dtype))

@@ -34,10 +34,16 @@ def skip_not_finite(
       True
     """
     del gradient_step, params
-    # Not `isfinite`: a NaN wins every maximum, and is not less than infinity.
-    finite = [
-        jnp.max(jnp.abs(g), initial=0) < jnp.inf
-        for g in jax.tree.leaves(_window.keep_inexact(updates))
-    ]
+    leaves = jax.tree.leaves(_window.keep_inexact(updates))
+    parts = [part for g in leaves for part in _real_parts(jnp.asarray(g))]
+    # A NaN wins every maximum, and is not less than infinity.
+    finite = [jnp.max(jnp.abs(part), initial=0) < jnp.inf for part in parts]
     should_skip = ~jnp.all(jnp.array(finite)) if finite else jnp.zeros([], bool)
     return should_skip, {"should_skip": should_skip}
+
+
+def _real_parts(g: jax.Array) -> tuple[jax.Array, ...]:
+    """Real arrays that are finite where `g` is, in a dtype that has an infinity."""
+    if jnp.iscomplexobj(g):  # Its absolute value overflows before its parts do.
+        return g.real, g.imag
+    return (g.astype(_window.at_least_float32(g.dtype)),)

@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optax_accum import _boundary, _checks, _window
+from optax_accum import _boundary, _checks, _distributed, _window
 
 OnSkip = Literal["shrink", "wait"]
 
@@ -185,7 +184,7 @@ def accumulate(
         every_k=every_k,
         reduction=reduction,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
-        skip=skip,
+        skip=_checks.predicate(skip),
         on_skip=on_skip,
         axis_name=axis_name,
     )
@@ -237,6 +236,7 @@ class _Accumulation:
         if self.has_accumulator:
             sums = _window.zeros(params, self.accumulator_dtype)
         scalar = _window.weight_dtype(params)
+        inner_state = self.inner.init(params)
         # Each zero is an array of its own: one that is shared cannot be donated twice.
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
@@ -248,7 +248,7 @@ class _Accumulation:
             skip_state=self._initial_skip_state(params),
             noise_scale=(),
             acc_grads=sums,
-            inner_state=_boundary.strongly_typed(self.inner.init(params)),
+            inner_state=_boundary.cast_like(inner_state, inner_state),
         )
 
     def update(
@@ -267,17 +267,17 @@ class _Accumulation:
             step, grads, params, value=value, extra_args=extra_args
         )
         in_turn = self._in_turn(step, shapes)
-        # The updates may overwrite the sums only where nobody reads these any more.
-        use_slots = not in_turn and not isinstance(step.emits, bool)
+        # The updates may overwrite the sums only where nobody reads these any more, and
+        # where both are local or neither is.
+        is_static = isinstance(step.emits, bool)
+        use_slots = not in_turn and not is_static and self.axis_name is None
         slots = _boundary.Slots.plan(shapes, step.sums if use_slots else ())
 
-        updated, (sums, loose), inner_state = _boundary.run_at(
-            step.emits,
+        updated, (sums, loose), inner_state = self._run_at_boundary(
+            step,
             lambda target, inner_state: run(target[0], inner_state),
             lambda updates, target: slots.pack(updates, target[0]),
             (step.sums, slots.loose()),
-            state.inner_state,
-            guard=step.guard,
             in_turn=in_turn,
         )
         updates = slots.unpack(sums, loose, updated)
@@ -294,17 +294,16 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
+        _checks.gradients(grads, "params", params, narrow=True)
         step = self._add(grads, state, params, weight, boundary, value)
         shapes, run = self._inner_over_window(
             step, grads, params, value=value, extra_args=extra_args
         )
-        updated, params, inner_state = _boundary.run_at(
-            step.emits,
+        updated, params, inner_state = self._run_at_boundary(
+            step,
             lambda _, inner_state: run(step.sums, inner_state),
             lambda updates, params: _boundary.apply_updates(params, updates),
             _boundary.as_arrays(params),
-            state.inner_state,
-            guard=step.guard,
             in_turn=self._in_turn(step, shapes),
         )
         return params, self._finish(step, updated, step.sums, inner_state)
@@ -312,6 +311,7 @@ class _Accumulation:
     def _add(self, grads, state, params, weight, boundary, value) -> _MicroStep:
         """Adds one micro-batch to the window."""
         boundary = _checks.boundary(boundary, self.every_k)
+        _checks.state(state, has_accumulator=self.has_accumulator, grads=grads)
         weight, nonempty = _checks.weight(weight, state.weight.dtype)
         self._check_gradients(grads, state, params)
         grads = _boundary.as_arrays(_window.keep_inexact(grads))
@@ -325,7 +325,11 @@ class _Accumulation:
             if self.on_skip == "wait":
                 arrived = ~should_skip
 
-        first = state.micro_step == 0
+        if self.axis_name is not None:
+            _distributed.check_local(self.axis_name, grads)
+
+        # Without an accumulator every micro-step is the first of its window.
+        first = (state.micro_step == 0) | (not self.has_accumulator)
         if self.is_plain:
             sums = grads
         elif self.has_accumulator:
@@ -334,11 +338,9 @@ class _Accumulation:
             )
         else:
             sums = _window.contributions(grads, weight, self.reduction)
-        if value is not None:
-            value = _checks.scalar_value(value)
-            value = _window.add(state.value, value, weight, self.reduction, first=first)
-            state = state._replace(value=value)
+        value = 0.0 if value is None else _checks.scalar_value(value)
         state = state._replace(
+            value=_window.add(state.value, value, weight, self.reduction, first=first),
             micro_step=_count(state.micro_step, arrived),
             weight=_window.add(state.weight, weight, weight, "sum", first=first),
         )
@@ -376,9 +378,9 @@ class _Accumulation:
         def run(sums, inner_state):
             # `total` holds the value, or nothing.
             total = None if value is None else step.state.value
-            weight = step.state.weight
-            if self.axis_name is not None:
-                sums, total, weight = lax.psum((sums, total, weight), self.axis_name)
+            sums, total, weight = _distributed.sum_over(
+                self.axis_name, (sums, total, step.state.weight)
+            )
             result = _window.close(sums, weight, self.gradient_reduction)
             updates, new_state = call(
                 _window.fill_inexact(grads, result),
@@ -404,10 +406,17 @@ class _Accumulation:
 
     def _in_turn(self, step, updates) -> bool:
         """Whether the inner state is to be computed after the updates."""
-        # Across devices the gradients would be exchanged twice.
-        return self.axis_name is None and _boundary.rounds(
-            step.sums, updates, step.state.inner_state
-        )
+        # A static boundary has no branches; across devices the gradients would be
+        # exchanged twice.
+        if isinstance(step.emits, bool) or self.axis_name is not None:
+            return False
+        return _boundary.rounds(step.sums, updates, step.state.inner_state)
+
+    def _run_at_boundary(self, step, run, write, target, *, in_turn):
+        arguments = step.emits, run, write, target, step.state.inner_state
+        if in_turn:
+            return _boundary.run_in_turn(*arguments)
+        return _boundary.run_at(*arguments, guard=step.guard)
 
     def _finish(self, step, updated, sums, inner_state) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import dtypes
 
 Reduction = Literal["mean", "ratio", "sum"]
@@ -35,8 +36,11 @@ Tree = Any
 
 
 def dtype_of(leaf: Any) -> Any:
-    """The dtype that `leaf` has in JAX, Python scalars and float0 included."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    """The dtype that `leaf` has in JAX: a NumPy float64 is a float32 to it."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype == dtypes.float0:
+        return leaf.dtype
+    is_jax = hasattr(leaf, "dtype") and not isinstance(leaf, np.ndarray | np.generic)
+    return leaf.dtype if is_jax else jnp.result_type(leaf)
 
 
 def is_inexact(leaf: Any) -> bool:

@@ -1,5 +1,7 @@
 """In the company of Optax, JAX's transformations, devices and checkpoints."""
 
+import functools
+
 import chex
 import flax.serialization
 import jax
@@ -218,6 +220,34 @@ class TestDevices:
         chex.assert_trees_all_equal(params, replicate(PARAMS))
         chex.assert_trees_all_equal(state.inner_state, start.inner_state)
         assert not state.emitted.any()
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_a_shard_map_that_checks_refuses_summed_gradients(self, way):
+        """`jax.grad` has summed them already; a second sum counts them per device."""
+        tx = oa.accumulate(SGD, 1, axis_name="devices")
+        mesh = jax.make_mesh((self.count,), ("devices",), axis_types=(AxisType.Auto,))
+
+        def step(params, x, *, cast):
+            start = params
+            if cast:
+                start = jax.lax.pcast(params, "devices", to="varying")
+            grads = jax.grad(lambda p: jnp.sum(p["b"]) * x.sum() + 0 * jnp.sum(p["w"]))(
+                start
+            )
+            return stepper(tx, way)(params, tx.init(params), grads)[0]
+
+        def run(cast):
+            return jax.shard_map(
+                functools.partial(step, cast=cast),
+                mesh=mesh,
+                in_specs=(P(), P("devices")),
+                out_specs=P(),
+            )(PARAMS, jnp.arange(float(self.count)))
+
+        with pytest.raises(ValueError, match="summed over them already"):
+            run(cast=False)
+        mean = (self.count - 1) / 2
+        np.testing.assert_allclose(run(cast=True)["b"], 1 - 0.1 * mean, rtol=1e-6)
 
     @pytest.mark.parametrize("way", WAYS)
     def test_shard_map(self, way):

@@ -190,6 +190,15 @@ class TestPassingThrough:
         np.testing.assert_array_equal(params["n"], jnp.arange(3))
         np.testing.assert_allclose(params["w"], 1 - 0.1 * np.arange(3), rtol=1e-6)
 
+    def test_no_update_leaves_its_parameter_alone(self):
+        """An integer parameter may have None for a gradient."""
+        params = {"w": jnp.ones(3), "n": jnp.arange(3)}
+        tx = oa.accumulate(SGD, 1)
+        params, _ = tx.update_params(
+            {"w": jnp.ones(3), "n": None}, tx.init(params), params
+        )
+        np.testing.assert_array_equal(params["n"], jnp.arange(3))
+
     def test_a_tree_without_any_gradient(self):
         tx = oa.accumulate(SGD, 2)
         params, state = (
@@ -231,6 +240,17 @@ def test_python_scalars_are_parameters_too(every_k):
     np.testing.assert_allclose(params["a"], 0.8, rtol=1e-6)
 
 
+def test_numpy_arrays_are_what_jax_makes_of_them():
+    """float64 in NumPy is float32 here; nothing warns and nothing is refused."""
+    tx = oa.accumulate(SGD, 2)
+    params = {"w": np.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.update_params({"w": np.ones(3)}, state, params)
+    assert state.acc_grads["w"].dtype == jnp.float32
+    np.testing.assert_allclose(params["w"], 0.9, rtol=1e-6)
+
+
 def test_init_works_on_shapes():
     params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
     tx = oa.accumulate(ADAM, 2, skip=oa.skip_not_finite)
@@ -249,14 +269,15 @@ def test_the_first_state_can_be_donated():
     assert state.micro_step == 1
 
 
-def test_types_do_not_change_from_step_to_step():
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_types_do_not_change_from_step_to_step(every_k):
     """Not even weakly: the second micro-step compiles nothing."""
     params = {"a": jnp.ones(3)}
     # A weakly typed inner state, as Python scalars make one.
     inner = optax.GradientTransformation(
         lambda _: {"scale": jnp.asarray(1.0)}, lambda u, s, _=None: (u, s)
     )
-    tx = oa.accumulate(inner, 2, skip=oa.skip_not_finite)
+    tx = oa.accumulate(inner, every_k)
     state = tx.init(params)
     expected = jax.tree.map(jax.typeof, state)
     for _ in range(2):

@@ -70,6 +70,22 @@ class TestSettings:
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, on_skip="wait", axis_name="batch")
 
+    def test_a_skip_that_is_no_function(self):
+        with pytest.raises(
+            TypeError, match=saying("`skip` must be a function", "True")
+        ):
+            oa.accumulate(SGD, 2, skip=True)
+
+    def test_an_accumulator_dtype_that_is_none(self):
+        words = ("`accumulator_dtype` must be a dtype", "'single precision'")
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(SGD, 2, accumulator_dtype="single precision")
+
+    def test_double_precision_that_jax_does_not_have(self):
+        words = ("`accumulator_dtype` is float64", "jax_enable_x64")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 2, accumulator_dtype="float64")
+
     @pytest.mark.parametrize("dtype", [jnp.int32, "uint8", bool])
     def test_an_accumulator_that_is_not_floating(self, dtype):
         words = ("`accumulator_dtype` must be a floating or complex dtype", "got")
@@ -187,6 +203,34 @@ class TestGradients:
         words = ("`grads['layer']['b']` is complex64", "is float32")
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
+
+
+class TestState:
+    def test_the_state_of_multi_steps(self):
+        state = optax.MultiSteps(SGD, 2).init(PARAMS)
+        with pytest.raises(TypeError, match=saying("`state`", "oa.from_multi_steps")):
+            oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
+
+    @pytest.mark.parametrize("state", [(), PARAMS, SGD.init(PARAMS)])
+    def test_something_else(self, state):
+        words = (
+            "`state` must be the `AccumulateState`",
+            "update(grads, state, params)",
+        )
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
+
+    def test_a_state_without_an_accumulator(self):
+        state = oa.accumulate(SGD, 1).init(PARAMS)
+        words = ("`state` holds no accumulator", "`every_k=1`", "inner_state")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
+
+    @pytest.mark.parametrize("params", [None, {"layer": {"w": jnp.ones(1)}}])
+    def test_parameters_that_are_not_those_of_the_gradients(self, params):
+        tx = oa.accumulate(SGD, 2)
+        with pytest.raises(ValueError, match="`grads` must have the tree structure"):
+            tx.update_params(PARAMS, tx.init(PARAMS), params)
 
 
 @pytest.mark.usefixtures("float64")

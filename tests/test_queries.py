@@ -112,6 +112,16 @@ class TestAccumulated:
             mean = weighted_mean(GRADS, WEIGHTS)
             chex.assert_trees_all_close(gradient, mean, rtol=1e-6)
 
+    def test_a_stack_of_states_is_asked_one_by_one(self):
+        tx = oa.accumulate(SGD, 4)
+        states = [feed(tx, [(g, {}) for g in GRADS[:n]])[1] for n in (1, 2)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+        with pytest.raises(ValueError, match="stack of .* states"):
+            oa.accumulated(stacked)
+        each = jax.vmap(oa.accumulated)(stacked)
+        second = jax.tree.map(lambda x: x[1], each)
+        chex.assert_trees_all_close(second, oa.accumulated(states[1]), rtol=1e-6)
+
     def test_leaves_that_pass_through_are_none(self):
         params = {"w": jnp.ones(2), "n": jnp.arange(2)}
         state = oa.accumulate(optax.identity(), 2).init(params)

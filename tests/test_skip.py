@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 from test_windows import ADAM, NAN, PARAMS, SGD, alone, feed
 from training import WAYS, micro_batches, stepper, weighted_mean
 
@@ -117,6 +118,15 @@ class TestSkipNotFinite:
         updates = {"a": jnp.ones((3, 5), dtype), "b": jnp.ones(7, dtype).at[4].set(bad)}
         assert oa.skip_not_finite(updates)[0]
         assert optax.skip_not_finite(updates, 0, None)[0]
+
+    @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16])
+    def test_narrow_dtypes_may_have_no_infinity(self, dtype):
+        assert not oa.skip_not_finite(jnp.ones(3, dtype))[0]
+        assert oa.skip_not_finite(jnp.array([1, jnp.nan], dtype))[0]
+
+    def test_a_complex_number_may_be_larger_than_its_parts_can_be(self):
+        largest = jnp.finfo(jnp.float32).max
+        assert not oa.skip_not_finite(lax.complex(largest, largest))[0]
 
     @pytest.mark.parametrize("imaginary", [jnp.nan, jnp.inf])
     def test_it_finds_an_imaginary_one(self, imaginary):

@@ -269,6 +269,21 @@ class TestBoundaries:
         ]
         chex.assert_trees_all_close(params, alone(inner, *means)[0], rtol=1e-6)
 
+    def test_a_value_does_not_outlive_its_window(self):
+        """Not even where the next window's first micro-step has none."""
+        tx = oa.accumulate(SGD, 2)
+        first = [(g, {"value": jnp.nan}) for g in self.grads[:2]]
+        second = [(self.grads[2], {}), (self.grads[3], {"value": 2.0})]
+        _, state = feed(tx, first + second)
+        np.testing.assert_allclose(state.value, 2.0)
+
+    def test_an_open_window_does_not_leak_into_every_k_1(self):
+        _, state = feed(oa.accumulate(SGD, 4), self.batches[:2])
+        tx = oa.accumulate(SGD, 1, reduction="ratio")
+        params, state = feed(tx, self.batches[2:3], state=state)
+        gradient = jax.tree.map(lambda g: g / self.weights[2], self.grads[2])
+        chex.assert_trees_all_close(params, alone(SGD, gradient)[0], rtol=1e-6)
+
     def test_other_extra_arguments_come_from_the_boundary(self):
         def update(updates, state, params=None, *, tag, **extra_args):
             del state, params, extra_args
