@@ -210,6 +210,26 @@ def show(results: list[Result], title: str, console: Console) -> None:
         console.print(table)
 
 
+def write_markdown(results: list[Result], title: str, path: Path) -> None:
+    """The table as the README has it."""
+    lines = [
+        f"{title}:",
+        "",
+        "| optimizer | way | micro-step, times the floor | window, ms | faster than "
+        "`MultiSteps` | temporaries, times the parameters |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        first = r.way == WAYS[0]
+        name = f"{r.optimizer}, {r.parameters / 1e6:.3g}M" if first else ""
+        lines.append(
+            f"| {name} | {r.way} | {r.micro_step_to_floor:.2f} | {r.window_ms:.0f} | "
+            f"{r.multi_steps_to_window:.1f} | {r.temporaries:.2f} |"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
 def draw(results: list[Result], title: str, path: Path) -> None:
     """One panel per optimizer: a window's time by way."""
     import matplotlib as mpl  # noqa: PLC0415 - only a picture needs it
@@ -260,6 +280,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", help="of parameters and gradients")
     add("--quick", action="store_true", help="0.5M parameters, two rounds")
     add("--json", type=Path, help="write the figures here")
+    add("--markdown", type=Path, help="write the table here")
     add("--picture", type=Path, help="draw the windows here (needs matplotlib)")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -293,6 +314,8 @@ def main(arguments: list[str]) -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"setting": title, "results": [r._asdict() for r in results]}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
+    if options.markdown:
+        write_markdown(results, title, options.markdown)
     if options.picture:
         draw(results, title, options.picture)
 
