@@ -247,7 +247,11 @@ def draw(results: list[Result], title: str, path: Path) -> None:
         bars = axis.barh(
             [r.way for r in rows], [r.window_ms for r in rows], color=colors
         )
-        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.bar_label(
+            bars,
+            [f"{r.window_ms:.{0 if r.window_ms > 10 else 1}f}" for r in rows],
+            padding=3,
+        )
         axis.set_title(f"{name}, {rows[0].parameters / 1e6:.3g}M parameters")
         axis.set_xlabel("milliseconds per window")
         axis.margins(x=0.15)

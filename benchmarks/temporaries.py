@@ -34,7 +34,14 @@ CROSSED = (
     "update and moment each read what the other overwrites: alone that is a copy of "
     "the moment; `update` adds one of the accumulator, in whose buffer updates leave"
 )
+WIDE = (
+    "it computes in float32, the accumulator's dtype, where optax.MultiSteps rounds the "
+    "gradient to bfloat16 first, so that its intermediate results are twice as large"
+)
 REASONS = {
+    "optax.lamb": WIDE,
+    "optax.contrib.muon": WIDE,
+    "optax.contrib.prodigy": WIDE,
     "optax.lion": CROSSED,
     "optax.optimistic_gradient_descent": CROSSED,
     "optax.contrib.acprop": CROSSED,
@@ -142,7 +149,7 @@ def main(arguments: list[str]) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("optimizer", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.removeprefix("optax."), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row.name, *cells(row))
     console.print(table)

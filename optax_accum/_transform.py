@@ -27,7 +27,8 @@ class AccumulateState(NamedTuple):
       skipped: ``i32[]``, how many micro-batches `skip` has rejected so far.
       weight: ``f32[]``, the sum of the weights (``f64[]`` where a parameter has
         double precision).
-      value: as `weight`, the sum of the values, reduced as the gradients are.
+      value: as `weight`, the sum of the values, weighted as the gradients are. With
+        ``reduction="mean"``, ``value / weight`` is the window's mean loss.
       skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
       noise_scale: ``()``, the place of an estimate that is not computed yet.
       acc_grads: the sum of the gradients, in the parameters' structure, shapes and
@@ -93,8 +94,9 @@ def accumulate(
         the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
         sum (result S).
       accumulator_dtype: The dtype of S. By default at least float32 and never less
-        than the parameter's own. `inner` computes in it. Updates and inner state keep
-        the dtypes that `inner` alone would give them.
+        than the parameter's own. `inner` computes in it, unless it only takes gradients
+        of the parameters' dtype. Updates and inner state keep the dtypes that `inner`
+        alone would give them.
       skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
         micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
         sees only the leaves that are accumulated; `info` is kept in `skip_state`.
@@ -159,6 +161,15 @@ def accumulate(
       >>> params, state = tx.update_params(jnp.array([1.0, 4.0]), state, params)
 
     Note:
+      Across devices (`axis_name`), `acc_grads`, `weight`, `value`, `skipped` and
+      `skip_state` are each device's own, the rest of the state is the same everywhere.
+      Whoever restores a checkpoint needs them all.
+
+      Where parameters or moments are narrower than the accumulator (bfloat16), the
+      updates and the inner state are computed one after the other, which saves
+      parameter-sized copies; what the two have in common is then computed twice, once
+      per window.
+
       Under `jax.jit`, donate and return parameters and state in the same order,
       ``(params, opt_state, batch) -> (params, opt_state)``: JAX pairs donated buffers
       with outputs of the same type in order, and a swapped pair is copied.
@@ -373,7 +384,9 @@ class _Accumulation:
             return self.inner.update(grads, inner_state, params, **given)
 
         # What the inner optimizer alone gives for gradients of the incoming dtype.
-        shapes, _ = jax.eval_shape(call, grads, step.state.inner_state, params, value)
+        rest = step.state.inner_state, params, value
+        shapes, _ = jax.eval_shape(call, grads, *rest)
+        narrow = not self._takes(call, _window.fill_inexact(grads, step.sums), *rest)
 
         def run(sums, inner_state):
             # `total` holds the value, or nothing.
@@ -382,8 +395,9 @@ class _Accumulation:
                 self.axis_name, (sums, total, step.state.weight)
             )
             result = _window.close(sums, weight, self.gradient_reduction)
+            mean = _window.fill_inexact(grads, result)
             updates, new_state = call(
-                _window.fill_inexact(grads, result),
+                _boundary.cast_like(mean, grads) if narrow else mean,
                 inner_state,
                 params,
                 _window.close(total, weight, self.reduction),
@@ -403,6 +417,19 @@ class _Accumulation:
             )
 
         return shapes, run
+
+    @staticmethod
+    def _takes(call, *arguments) -> bool:
+        """Whether the inner optimizer runs on gradients in the accumulator's dtype.
+
+        Some, like `optax.novograd`, branch between a gradient and a moment, and only
+        take gradients of the parameters' dtype.
+        """
+        try:
+            jax.eval_shape(call, *arguments)
+        except TypeError:
+            return False
+        return True
 
     def _in_turn(self, step, updates) -> bool:
         """Whether the inner state is to be computed after the updates."""

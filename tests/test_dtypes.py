@@ -1,7 +1,9 @@
 """Dtypes and leaves: what is summed in what, and what passes through."""
 
+import functools
 from typing import ClassVar
 
+import catalogue
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,37 @@ def test_updates_and_state_have_the_inner_optimizers_dtypes(
             params, state = stepper(tx, way)(params, state, grads)
         assert params["w"].dtype == params_dtype
     chex.assert_trees_all_equal_dtypes(state.inner_state, inner.init(params))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", catalogue.optimizers())
+def test_any_optimizer_takes_bfloat16_parameters(name):
+    """Also those that do not take gradients wider than their moments."""
+    inner = loosely(catalogue.optimizers()[name]())
+    tx = oa.accumulate(inner, 2)
+    params = catalogue.example_params(jnp.bfloat16)
+
+    def loss(params):
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(params))
+
+    def step(update, state, value):
+        extra = catalogue.extra_args(name, loss, params, params, value)
+        return update(params, state, params, **extra)
+
+    for value in (jnp.float32(1), jnp.bfloat16(1)):
+        if name in ("optax.lbfgs", "optax.polyak_sgd") and value.dtype != jnp.float32:
+            continue
+        state = jax.eval_shape(tx.init, params)
+        updates, new_state = jax.eval_shape(
+            functools.partial(step, tx.update), state, value
+        )
+        alone_updates, _ = jax.eval_shape(
+            functools.partial(step, inner.update),
+            jax.eval_shape(inner.init, params),
+            value,
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, alone_updates)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
 @pytest.mark.parametrize("way", WAYS)
