@@ -35,8 +35,8 @@ CROSSED = (
     "the moment; `update` adds one of the accumulator, in whose buffer updates leave"
 )
 WIDE = (
-    "it computes in float32, the accumulator's dtype, where optax.MultiSteps rounds the "
-    "gradient to bfloat16 first, so that its intermediate results are twice as large"
+    "it computes in float32, the accumulator's dtype, where optax.MultiSteps rounds "
+    "the gradient to bfloat16 first, and its intermediate results are twice as large"
 )
 REASONS = {
     "optax.lamb": WIDE,
