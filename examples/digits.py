@@ -204,23 +204,22 @@ def draw(runs: list[Run], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415 - after the choice of backend
 
+    reference, equal, ragged, exact = runs
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    styles = [("#9aa0a6", "-", 5), ("#1a73e8", "--", 2), ("#d93025", ":", 2)]
-    reference, others = runs[0], runs[1:]
-    for run, (color, line, width) in zip([reference, *others], styles, strict=False):
-        left.plot(run.losses, color=color, ls=line, lw=width, label=run.name)
-    left.set(xlabel="update", ylabel="loss of the global batch", yscale="log")
-    left.legend(frameon=False)
-    left.set_title("Three runs, one curve")
-    for run, (color, _, _) in zip(
-        others, [*styles[1:], ("#9aa0a6", "", 0)], strict=True
-    ):
+    left.plot(reference.losses, color="#9aa0a6", lw=5, label=reference.name)
+    left.plot(equal.losses, color="#1a73e8", lw=2, ls="--", label=equal.name)
+    left.plot(ragged.losses, color="#d93025", lw=2, ls=":", label=ragged.name)
+    left.set(title="Three runs, one curve", ylabel="loss of the global batch")
+    for run, color in (exact, "#9aa0a6"), (equal, "#1a73e8"), (ragged, "#d93025"):
         distance = np.abs(np.array(run.losses) - reference.losses)
         right.plot(np.maximum(distance, 1e-9), color=color, label=run.name)
-    right.set(xlabel="update", ylabel="difference of the losses", yscale="log")
-    right.legend(frameon=False)
-    right.set_title("What the rounding of float32 does")
+    right.set(
+        title="How far the others are from the global batch in float32",
+        ylabel="difference of the losses",
+    )
     for axis in (left, right):
+        axis.set(xlabel="update", yscale="log")
+        axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,12 @@ from optax_accum._transform import AccumulateState
 def from_multi_steps(
     multi_steps_state: Any, *, use_grad_mean: bool = True
 ) -> AccumulateState:
-    r"""The state of `accumulate` in which a running `optax.MultiSteps` goes on.
+    """The state of `accumulate` in which a running `optax.MultiSteps` goes on.
 
     An open window continues where it was: a running mean over n micro-steps, times
     n, is their sum.
 
-    .. math::
-      S = n \, \bar g, \qquad W = n
+        S = n · ḡ,  W = n
 
     Args:
       multi_steps_state: An `optax.MultiStepsState`, restored or live. Its accumulator

@@ -71,14 +71,13 @@ def accumulate(
     on_skip: OnSkip = "shrink",
     axis_name: Any = None,
 ) -> AccumulateTransformation:
-    r"""Runs `inner` once per window of micro-batches, on the global batch's gradient.
+    """Runs `inner` once per window of micro-batches, on the global batch's gradient.
 
     A window carries a sum of gradients S and a sum of weights W. Every micro-step
     adds to both; the boundary hands `inner` their quotient, which is the gradient of
     the global batch:
 
-    .. math::
-      \bar g = \frac{\sum_i w_i g_i}{\sum_i w_i}
+        ḡ = Σ wᵢ·gᵢ / Σ wᵢ
 
     Off the boundary the updates are zeros and `inner` does not run: a micro-step
     costs ``acc += g``. Learning-rate schedules, weight decay, clipping and bias
@@ -386,7 +385,8 @@ class _Accumulation:
         # What the inner optimizer alone gives for gradients of the incoming dtype.
         rest = step.state.inner_state, params, value
         shapes, _ = jax.eval_shape(call, grads, *rest)
-        narrow = not self._takes(call, _window.fill_inexact(grads, step.sums), *rest)
+        summed = _window.fill_inexact(grads, step.sums)
+        narrow = not self._takes(call, grads, summed, *rest)
 
         def run(sums, inner_state):
             # `total` holds the value, or nothing.
@@ -419,14 +419,17 @@ class _Accumulation:
         return shapes, run
 
     @staticmethod
-    def _takes(call, *arguments) -> bool:
+    def _takes(call, grads, summed, *rest) -> bool:
         """Whether the inner optimizer runs on gradients in the accumulator's dtype.
 
         Some, like `optax.novograd`, branch between a gradient and a moment, and only
         take gradients of the parameters' dtype.
         """
+        own, sums = (jax.tree.map(_window.dtype_of, tree) for tree in (grads, summed))
+        if own == sums:
+            return True
         try:
-            jax.eval_shape(call, *arguments)
+            jax.eval_shape(call, summed, *rest)
         except TypeError:
             return False
         return True
