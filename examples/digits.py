@@ -214,7 +214,7 @@ def draw(runs: list[Run], path: Path) -> None:
         distance = np.abs(np.array(run.losses) - reference.losses)
         right.plot(np.maximum(distance, 1e-9), color=color, label=run.name)
     right.set(
-        title="How far the others are from the global batch in float32",
+        title="Distance from the global batch",
         ylabel="difference of the losses",
     )
     for axis in (left, right):
