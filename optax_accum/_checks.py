@@ -245,26 +245,25 @@ def same_structure(
     )
 
 
-def gradients(grads: Any, expected_name: str, expected: Any, *, narrow: bool) -> None:
+def gradients(grads: Any, expected: Any, *, narrow: bool) -> None:
     """Raises unless `grads` can be added to sums that are built like `expected`.
 
     Args:
       grads: The gradients, passed-through leaves included.
-      expected_name: What to call `expected` in a message.
-      expected: The parameters, or the sums so far.
+      expected: The parameters, or the sums so far, which are built like them.
       narrow: Whether the caller asked for sums narrower than the gradients.
     """
-    expected = _window.keep_inexact(expected)
+    grads, expected = _window.keep_inexact(grads), _window.keep_inexact(expected)
     same_structure(
         "grads",
-        _window.keep_inexact(grads),
-        expected_name,
+        grads,
+        "params",
         expected,
         "Every floating parameter that `init` saw needs a floating gradient, and no "
         "other leaf one",
     )
     pairs = zip(
-        jax.tree_util.tree_leaves_with_path(_window.keep_inexact(grads)),
+        jax.tree_util.tree_leaves_with_path(grads),
         jax.tree.leaves(expected),
         strict=True,
     )
@@ -272,7 +271,7 @@ def gradients(grads: Any, expected_name: str, expected: Any, *, narrow: bool) ->
         if jnp.shape(g) != jnp.shape(wanted):
             raise ValueError(
                 f"{_named('grads', path)} has shape {jnp.shape(g)}, but "
-                f"{_named(expected_name, path)} has shape {jnp.shape(wanted)}; "
+                f"{_named('params', path)} has shape {jnp.shape(wanted)}; "
                 "gradients must have the shapes of the parameters that `init` saw"
             )
         mine, sums = _window.dtype_of(g), _window.dtype_of(wanted)
@@ -280,7 +279,7 @@ def gradients(grads: Any, expected_name: str, expected: Any, *, narrow: bool) ->
             sums, jnp.complexfloating
         ):
             raise TypeError(
-                f"{_named('grads', path)} is {mine}, but {_named(expected_name, path)} "
+                f"{_named('grads', path)} is {mine}, but {_named('params', path)} "
                 f"is {sums}: one is complex and the other is not"
             )
         if not narrow and jnp.finfo(mine).bits > jnp.finfo(sums).bits:

@@ -210,7 +210,7 @@ class _MicroStep(NamedTuple):
     sums: Any  # S: the accumulator's next content, or the gradients if every_k=1
     closes: bool | jax.Array  # whether this micro-step is the boundary
     emits: bool | jax.Array  # `closes`, and no empty window where that can be asked
-    guard: bool  # whether emptiness is to be asked after the sum over devices
+    guard: bool  # whether the branch itself has to ask if the window is empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +304,7 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
-        _checks.gradients(grads, "params", params, narrow=True)
+        _checks.gradients(grads, params, narrow=True)
         step = self._add(grads, state, params, weight, boundary, value)
         shapes, run = self._inner_over_window(
             step, grads, params, value=value, extra_args=extra_args
@@ -464,9 +464,9 @@ class _Accumulation:
     def _check_gradients(self, grads, state, params):
         if self.has_accumulator:
             narrow = self.accumulator_dtype is not None
-            _checks.gradients(grads, "params", state.acc_grads, narrow=narrow)
+            _checks.gradients(grads, state.acc_grads, narrow=narrow)
         elif params is not None:
-            _checks.gradients(grads, "params", params, narrow=True)
+            _checks.gradients(grads, params, narrow=True)
 
     def _ask_skip(self, grads, state, params):
         """Whether to skip, and the info in the type that the state holds it in."""
