@@ -1,5 +1,8 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
+from optax_accum._microbatch import MicrobatchInfo as MicrobatchInfo
+from optax_accum._microbatch import grad as grad
+from optax_accum._microbatch import value_and_grad as value_and_grad
 from optax_accum._migrate import from_multi_steps as from_multi_steps
 from optax_accum._queries import accumulated as accumulated
 from optax_accum._queries import gradient_step as gradient_step
@@ -12,11 +15,14 @@ from optax_accum._transform import accumulate as accumulate
 __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
+    "MicrobatchInfo",
     "accumulate",
     "accumulated",
     "from_multi_steps",
+    "grad",
     "gradient_step",
     "has_updated",
     "micro_step",
     "skip_not_finite",
+    "value_and_grad",
 ]

@@ -106,25 +106,6 @@ def rounds(accumulator: Any, updates: Any, inner_state: Any) -> bool:
     return any(kept < widest for kept in bits((updates, inner_state)))
 
 
-def as_arrays(tree: Any) -> Any:
-    """`tree` with its Python scalars as arrays."""
-    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
-
-
-def cast_like(tree: Any, like: Any) -> Any:
-    """`tree` in the dtypes of `like`, none of them weak.
-
-    A weak type would become a strong one in the next update, and compile it anew.
-    """
-
-    def cast(x, target):
-        if x.dtype == target.dtype and not getattr(x, "weak_type", False):
-            return x
-        return lax.convert_element_type(x, target.dtype)
-
-    return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
-
-
 def apply_updates(params: Any, updates: Any) -> Any:
     """`optax.apply_updates`, but a parameter without an update stays as it is."""
 

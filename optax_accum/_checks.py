@@ -41,11 +41,7 @@ def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
     if value is None or callable(value):
         return value
     needed = "an int >= 1, a schedule `gradient_step -> k`, or None"
-    try:
-        # A bool is an int to Python; as a number of micro-steps it is a mistake.
-        number = None if _is_bool(value) else operator.index(value)
-    except TypeError:
-        number = None
+    number = _as_int(value)
     if number is None:
         raise TypeError(
             f"`every_k` must be {needed}; got {value!r} of type {type(value).__name__}"
@@ -222,6 +218,94 @@ def skip_result(should_skip: Any) -> jax.Array:
     return should_skip
 
 
+def size(name: str, value: Any) -> int | None:
+    """An int >= 1, or ``None``."""
+    if value is None:
+        return None
+    number = _as_int(value)
+    if number is None:
+        raise TypeError(
+            f"`{name}` must be an int >= 1; got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if number < 1:
+        raise ValueError(f"`{name}` must be an int >= 1; got {number}")
+    return number
+
+
+def weight_function(value: Any) -> Any:
+    """A function that weighs micro-batches, or ``None``."""
+    if value is None or callable(value):
+        return value
+    raise TypeError(
+        "`weight` must be a function of the arguments of `fun` that returns the "
+        f"weight of a micro-batch, or None for its number of examples; got {value!r} "
+        f"of type {type(value).__name__}"
+    )
+
+
+def loss(value: Any) -> jax.Array:
+    """What `fun` returned as its value, a real floating scalar."""
+    try:
+        value = jnp.asarray(value)
+    except TypeError:
+        raise TypeError(
+            "`fun` must return a real floating scalar to differentiate; got "
+            f"{type(value).__name__}. If it returns auxiliary output as well, pass "
+            "has_aux=True"
+        ) from None
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "`fun` must return a real floating scalar to differentiate; got shape "
+            f"{value.shape} and dtype {value.dtype}. Reduce it over the micro-batch, "
+            "with jnp.mean, say"
+        )
+    return value
+
+
+def pair(value: Any, needed: str) -> tuple[Any, Any]:
+    """What `fun` returned, or a part of it, as two things."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return value[0], value[1]
+    what = f"{len(value)} things" if isinstance(value, tuple) else type(value).__name__
+    raise TypeError(
+        f"`fun` must return {needed} with these `has_aux` and `carry_argnum`; got "
+        f"{what} where a pair is needed"
+    )
+
+
+def same_carry(name: str, carry: Any, new_carry: Any) -> None:
+    """Raises where a carry comes out of `fun` in another type than it went in."""
+    same_structure(
+        "carry",
+        new_carry,
+        name,
+        carry,
+        "`fun` must return its carry as it took it, with new values",
+    )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(carry),
+        jax.tree.leaves(new_carry),
+        strict=True,
+    )
+    for (path, old), new in pairs:
+        types = [
+            f"{_window.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
+            for x in (old, new)
+        ]
+        if types[0] != types[1]:
+            raise TypeError(
+                f"{_named(name, path)} is carried from micro-batch to micro-batch and "
+                f"must keep its type; it went into `fun` as {types[0]} and came out "
+                f"as {types[1]}"
+            )
+
+
+def argument_path(path: Any) -> str:
+    """The name of a leaf in a dict of arguments by name."""
+    return _named(path[0].key, path[1:])
+
+
 def same_structure(
     name: str, tree: Any, expected_name: str, expected: Any, advice: str
 ) -> None:
@@ -288,6 +372,14 @@ def gradients(grads: Any, expected: Any, *, narrow: bool) -> None:
                 f"is {sums} because of the parameters that `init` saw. Pass "
                 f"`accumulator_dtype={mine}` to keep the precision, or cast them"
             )
+
+
+def _as_int(value: Any) -> int | None:
+    """A whole number as an int; a bool, which is an int to Python, is a mistake."""
+    try:
+        return None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _is_bool(value: Any) -> bool:

@@ -258,7 +258,7 @@ class _Accumulation:
             skip_state=self._initial_skip_state(params),
             noise_scale=(),
             acc_grads=sums,
-            inner_state=_boundary.cast_like(inner_state, inner_state),
+            inner_state=_window.cast_like(inner_state, inner_state),
         )
 
     def update(
@@ -313,7 +313,7 @@ class _Accumulation:
             step,
             lambda _, inner_state: run(step.sums, inner_state),
             lambda updates, params: _boundary.apply_updates(params, updates),
-            _boundary.as_arrays(params),
+            _window.as_arrays(params),
             in_turn=self._in_turn(step, shapes),
         )
         return params, self._finish(step, updated, step.sums, inner_state)
@@ -324,7 +324,7 @@ class _Accumulation:
         _checks.state(state, has_accumulator=self.has_accumulator, grads=grads)
         weight, nonempty = _checks.weight(weight, state.weight.dtype)
         self._check_gradients(grads, state, params)
-        grads = _boundary.as_arrays(_window.keep_inexact(grads))
+        grads = _window.as_arrays(_window.keep_inexact(grads))
         arrived = jnp.ones([], bool)
         if self.skip is not None:
             should_skip, skip_state = self._ask_skip(grads, state, params)
@@ -397,7 +397,7 @@ class _Accumulation:
             result = _window.close(sums, weight, self.gradient_reduction)
             mean = _window.fill_inexact(grads, result)
             updates, new_state = call(
-                _boundary.cast_like(mean, grads) if narrow else mean,
+                _window.cast_like(mean, grads) if narrow else mean,
                 inner_state,
                 params,
                 _window.close(total, weight, self.reduction),
@@ -412,8 +412,8 @@ class _Accumulation:
             )
             return (
                 weight != 0,
-                _boundary.cast_like(updates, shapes),
-                _boundary.cast_like(new_state, inner_state),
+                _window.cast_like(updates, shapes),
+                _window.cast_like(new_state, inner_state),
             )
 
         return shapes, run
@@ -482,7 +482,7 @@ class _Accumulation:
         )
         return (
             _checks.skip_result(should_skip),
-            _boundary.cast_like(info, state.skip_state),
+            _window.cast_like(info, state.skip_state),
         )
 
     def _initial_skip_state(self, params):

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import dtypes
+from jax import dtypes, lax
 
 Reduction = Literal["mean", "ratio", "sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -67,8 +67,10 @@ def fill_inexact(tree: Tree, accumulated: Tree) -> Tree:
 def at_least_float32(dtype: Any) -> Any:
     """The default accumulator dtype: float32, or `dtype` where that is wider.
 
-    In bfloat16 ones sum to 256 and stay there.
+    In bfloat16 ones sum to 256 and stay there. Integers are counts, and stay.
     """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return dtype
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
@@ -84,6 +86,25 @@ def weight_dtype(tree: Tree) -> Any:
     """float32, or float64 where `tree` holds double precision."""
     bits = [jnp.finfo(dtype_of(x)).bits for x in jax.tree.leaves(keep_inexact(tree))]
     return jnp.dtype("float64" if 64 in bits else "float32")
+
+
+def as_arrays(tree: Tree) -> Tree:
+    """`tree` with its Python scalars as arrays."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    """`tree` in the dtypes of `like`, none of them weak.
+
+    A weak type would become a strong one in the next update, and compile it anew.
+    """
+
+    def cast(x, target):
+        if x.dtype == target.dtype and not getattr(x, "weak_type", False):
+            return x
+        return lax.convert_element_type(x, target.dtype)
+
+    return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
 
 
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -105,20 +126,28 @@ def contributions(tree: Tree, weight: jax.Array, reduction: str) -> Tree:
 
 
 def add(
-    sums: Tree, tree: Tree, weight: jax.Array, reduction: str, *, first: jax.Array
+    sums: Tree,
+    tree: Tree,
+    weight: jax.Array,
+    reduction: str,
+    *,
+    first: jax.Array | None = None,
 ) -> Tree:
     """S with one more micro-batch in it, in the dtypes of `sums`.
 
-    On the `first` micro-step of a window the sums start anew. That is a select,
-    and the only thing that clears a window: no buffer is rewritten with zeros,
-    and a NaN never outlives its window.
+    On the `first` micro-step of a window, if it is told, the sums start anew. That
+    is a select, and the only thing that clears a window: no buffer is rewritten with
+    zeros, and a NaN never outlives its window.
     """
 
     def add_leaf(s, x):
         # A narrow accumulator is rounded once, after the addition.
         wide = at_least_float32(s.dtype)
         x = contributions(jnp.asarray(x).astype(wide), weight, reduction)
-        return jnp.where(first, x, s.astype(wide) + x).astype(s.dtype)
+        total = s.astype(wide) + x
+        if first is not None:
+            total = jnp.where(first, x, total)
+        return total.astype(s.dtype)
 
     return jax.tree.map(add_leaf, sums, tree)
 

@@ -1,0 +1,162 @@
+"""What becomes of the auxiliary outputs of micro-batches.
+
+=========  ====================================================================
+policy     result
+=========  ====================================================================
+"stack"    all of them, ``[K, ...]``
+"concat"   their axis 0 is that of the examples: one axis 0, in the batch's order
+"mean"     their mean, with the weights of the loss
+"sum"      their sum
+"last"     the last one
+=========  ====================================================================
+
+``"mean"`` and ``"sum"`` leave out micro-batches of weight 0, as all sums here do; the
+others hand on what came.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from optax_accum import _checks, _window
+from optax_accum._split import Split
+
+AuxPolicy = Literal["stack", "concat", "mean", "sum", "last"]
+POLICIES: tuple[str, ...] = get_args(AuxPolicy)
+_RESULT = {"mean": jnp.mean, "sum": jnp.sum}  # what gives a result its dtype
+
+
+class Auxiliaries(NamedTuple):
+    """The policy of each leaf of `aux`, and its path.
+
+    All methods take and return lists with one entry per leaf.
+
+    Attributes:
+      policies: One of `POLICIES` for each leaf.
+      paths: Their names in error messages.
+      shapes: `aux` of a whole micro-batch, as a tree of `jax.ShapeDtypeStruct`.
+    """
+
+    policies: list[str]
+    paths: list[str]
+    shapes: Any
+
+    @classmethod
+    def plan(cls, policies: Any, shapes: Any, split: Split) -> "Auxiliaries":
+        """Finds each leaf's policy in `policies`, a prefix of the tree `shapes`."""
+        try:
+            matched = jax.tree.leaves(jax.tree.broadcast(policies, shapes))
+        except ValueError as error:
+            raise ValueError(
+                "`aux` must be a policy, or a tree of policies that is a prefix of "
+                f"what `fun` returns as auxiliary output; got {policies!r} for "
+                f"{jax.tree.structure(shapes)}"
+            ) from error
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
+        paths = [f"`aux{jax.tree_util.keystr(path)}`" for path, _ in leaves]
+        plan = cls(matched, paths, shapes)
+        plan.check_examples(shapes, split.size)
+        return plan
+
+    def check_examples(self, aux: Any, examples: int) -> None:
+        """Raises where a leaf to be concatenated has another number of examples."""
+        for policy, path, leaf in zip(
+            self.policies, self.paths, jax.tree.leaves(aux), strict=True
+        ):
+            if policy == "concat" and (leaf.ndim == 0 or leaf.shape[0] != examples):
+                raise ValueError(
+                    f'{path} has the policy "concat", which needs one entry per '
+                    f"example along axis 0; a micro-batch of {examples} examples gave "
+                    f'shape {leaf.shape}. Use "stack", "mean", "sum" or "last", or '
+                    "move the examples to axis 0 in `fun`"
+                )
+
+    def start(self) -> list[Any]:
+        """What is carried from micro-batch to micro-batch, before the first."""
+
+        def start_leaf(policy, leaf):
+            if policy == "last":
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            if policy in _RESULT:
+                dtype = jax.eval_shape(_RESULT[policy], leaf).dtype
+                return jnp.zeros(leaf.shape, _window.at_least_float32(dtype))
+            return None
+
+        return self._map(start_leaf, jax.tree.leaves(self.shapes))
+
+    def add(self, carried: list[Any], aux: Any, weight: jax.Array) -> list[Any]:
+        """What is carried, with one more micro-batch in it."""
+
+        def add_leaf(policy, total, leaf):
+            if policy == "last":
+                return leaf
+            if policy in _RESULT:
+                return _window.add(total, leaf, weight, policy)
+            return None
+
+        return self._map(add_leaf, carried, jax.tree.leaves(aux))
+
+    def kept(self, aux: Any) -> list[Any]:
+        """What is kept of every micro-batch."""
+        return self._map(
+            lambda policy, leaf: leaf if policy in ("stack", "concat") else None,
+            jax.tree.leaves(aux),
+        )
+
+    def finish(
+        self,
+        carried: list[Any],
+        stacks: list[Any],
+        tails: list[Any] | None,
+        weight: jax.Array,
+        split: Split,
+    ) -> Any:
+        """The results, as a tree.
+
+        Args:
+          carried: From the last `add`.
+          stacks: From `kept`, with a first axis of whole micro-batches.
+          tails: From `kept` of the tail, if there is one.
+          weight: W.
+          split: How the batch was split.
+        """
+
+        def finish_leaf(policy, path, leaf, total, stack, tail):
+            if policy == "last":
+                return total
+            if policy in _RESULT:
+                result = _window.close(total, weight, policy)
+                dtype = jax.eval_shape(_RESULT[policy], leaf).dtype
+                return _window.cast_like(result, jax.ShapeDtypeStruct((), dtype))
+            if policy == "concat":
+                return split.join(stack, tail)
+            return stack if tail is None else _append(stack, tail, path)
+
+        leaves, structure = jax.tree.flatten(self.shapes)
+        if tails is None:
+            tails = [None] * len(leaves)
+        return jax.tree.unflatten(
+            structure,
+            self._map(finish_leaf, self.paths, leaves, carried, stacks, tails),
+        )
+
+    def _map(self, function: Any, *lists: list[Any]) -> list[Any]:
+        return [function(*row) for row in zip(self.policies, *lists, strict=True)]
+
+
+def check(policies: Any) -> None:
+    """Raises unless all leaves of `policies` are policies."""
+    for policy in jax.tree.leaves(policies):
+        _checks.one_of("aux", policy, POLICIES)
+
+
+def _append(stack: jax.Array, tail: jax.Array, path: str) -> jax.Array:
+    if stack.shape[1:] != tail.shape:
+        raise ValueError(
+            f'{path} has the policy "stack", but the last micro-batch, which is '
+            f"smaller, gave shape {tail.shape} and the others {stack.shape[1:]}. Use "
+            '"concat" for outputs with one entry per example, or a `microbatch_size` '
+            "that divides the batch"
+        )
+    return jnp.concatenate([stack, tail[None]])

@@ -1,0 +1,413 @@
+"""`jax.value_and_grad` whose batch runs in micro-batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_accum import _checks, _split, _window
+from optax_accum._arguments import Call, Positions, Roles
+from optax_accum._aux import Auxiliaries
+from optax_accum._aux import check as check_policies
+
+
+class MicrobatchInfo(NamedTuple):
+    """What `value_and_grad` knows beside its result, for whoever asks.
+
+    Attributes:
+      weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the
+        micro-batches' weights: how many examples or tokens the result stands for. It
+        is the `weight` under which `accumulate` takes the gradient.
+      skipped: ``i32[]``, how many micro-batches `skip` rejected.
+    """
+
+    weight: jax.Array
+    skipped: jax.Array
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    batch_argnums: Positions = 1,
+    batch_argnames: str | Iterable[str] = (),
+    batch_axis: int = 0,
+    reduction: _window.Reduction = "mean",
+    weight: Callable[..., Any] | None = None,
+    aux: Any = "stack",
+    carry_argnum: int | None = None,
+    rng_argnums: Positions = (),
+    accumulator_dtype: Any = None,
+    skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
+    return_info: bool = False,
+) -> Callable[..., Any]:
+    """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
+
+    The same call and the same result, in the memory of one micro-batch. The batch
+    arguments are cut into K micro-batches, `fun` and its gradient run on each inside
+    one `jax.lax.scan`, and the sums are divided once:
+
+        value = Σ wᵢ·vᵢ / Σ wᵢ        gradient = Σ wᵢ·gᵢ / Σ wᵢ
+
+    with wᵢ the number of examples in micro-batch i, or what `weight` says. For a
+    `fun` that is a mean over the examples, these are the value and the gradient of
+    the whole batch.
+
+    Call it under `jax.jit`, where it is traced once. Outside of it the loop is
+    compiled anew at every call.
+
+    Args:
+      fun: The function to differentiate, returning a real scalar, or a pair as
+        `has_aux` and `carry_argnum` say. It sees one micro-batch at a time.
+      argnums: As in `jax.value_and_grad`: which positional arguments to differentiate
+        with respect to.
+      has_aux: As in `jax.value_and_grad`: whether `fun` returns ``(value, aux)``.
+      num_microbatches: K, which must divide the number of examples. Exactly one of
+        this and `microbatch_size` is needed.
+      microbatch_size: How many examples make a micro-batch, any number up to that of
+        the batch. Where it does not divide the batch, the rest runs as one smaller
+        micro-batch, under its own weight.
+      batch_argnums: Which positional arguments are batches: trees of arrays, all with
+        the same number of examples along `batch_axis`.
+      batch_argnames: Which keyword arguments are.
+      batch_axis: The axis of the examples in every leaf of the batch arguments.
+      reduction: ``"mean"`` for a `fun` that is a mean over the weight (the default;
+        result Σ wᵢ·gᵢ / Σ wᵢ); ``"ratio"`` for a sum that is to be divided by the total
+        weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` for one that is not (Σ gᵢ).
+      weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
+        how many units (valid tokens, say) this micro-batch's mean was taken over.
+        By default the number of its examples. A micro-batch of weight 0 contributes
+        nothing, even if its gradient is NaN; if all weights are 0, so are value and
+        gradient.
+      aux: What becomes of auxiliary outputs: one policy for all leaves, or a tree of
+        them that is a prefix of `aux`. ``"stack"``: all K on a new first axis.
+        ``"concat"``: one entry per example along axis 0, in the order of the batch.
+        ``"mean"``: their mean, weighted as the loss is. ``"sum"``: their sum.
+        ``"last"``: the last micro-batch's. Weight 0 counts in neither mean nor sum.
+      carry_argnum: Which argument is handed from micro-batch to micro-batch, such as
+        the statistics of BatchNorm. `fun` returns its next value: ``(value, carry)``,
+        or ``(value, (aux, carry))`` with `has_aux`. A micro-batch of weight 0 leaves
+        it as it was.
+      rng_argnums: Which arguments are random keys, typed or raw, or trees of them.
+        Micro-batch i gets ``jax.random.fold_in(key, i)``: its dropout is its own, and
+        the same at every call with the same key.
+      accumulator_dtype: The dtype of the sums. By default at least float32 and never
+        less than the gradient's own.
+      skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch, which
+        then has weight 0; the others give their own mean. `oa.skip_not_finite` is one,
+        and Optax's predicates fit. It sees one micro-batch's gradients and the
+        arguments in `argnums`.
+      return_info: Whether to return ``(result, MicrobatchInfo)``, with the total
+        weight and the number of micro-batches that were skipped.
+
+    Returns:
+      A function with the arguments of `fun` that returns what `jax.value_and_grad`
+      would, in the same dtypes: ``(value, grads)``; ``((value, aux), grads)`` with
+      `has_aux`; ``((value, carry), grads)`` or ``((value, (aux, carry)), grads)`` with
+      `carry_argnum`. With `return_info` the pair of that and a `MicrobatchInfo`.
+
+    Raises:
+      TypeError: At the call: `fun` does not return a real scalar, or a carry of
+        another type than it took; a random key that is none.
+      ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy.
+        At the call: a size that does not go with the batch; batch leaves that
+        differ in their number of examples or have none; an argument with two roles or
+        with none of that position or name; an `aux` that is no prefix.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, x, y):
+      ...     return jnp.mean((x @ w - y) ** 2)
+      >>> w, x, y = jnp.ones(2), jnp.arange(10.0).reshape(5, 2), jnp.ones(5)
+      >>> print(*jax.value_and_grad(loss)(w, x, y))
+      96.0 [ 96. 112.]
+      >>> in_parts = oa.value_and_grad(loss, microbatch_size=2, batch_argnums=(1, 2))
+      >>> print(*jax.jit(in_parts)(w, x, y))
+      96.0 [ 96. 112.]
+
+      A mean over valid tokens, of which micro-batches hold different numbers:
+
+      >>> def token_loss(w, x, mask):
+      ...     return jnp.sum(mask * (x @ w) ** 2) / jnp.maximum(mask.sum(), 1)
+      >>> mask = jnp.arange(5) < 2
+      >>> in_parts = oa.value_and_grad(
+      ...     token_loss,
+      ...     num_microbatches=5,
+      ...     batch_argnums=(1, 2),
+      ...     weight=lambda w, x, mask: mask.sum(),
+      ... )
+      >>> print(jax.jit(in_parts)(w, x, mask)[0], token_loss(w, x, mask))
+      53.0 53.0
+
+    Note:
+      Where the micro-batches are equal, they are strided: micro-batch i holds the
+      examples i, i + K, i + 2K, ... A batch that is sharded over devices is so split
+      without communication, if every micro-batch can be sharded as the batch was. With
+      a smaller last micro-batch they are contiguous.
+
+      `jax.grad` of the value goes through the loop, and keeps what every micro-batch
+      needs for its backward pass: right, but without any memory saved.
+
+      The result has the parameters' dtypes, as that of `jax.value_and_grad` has: the
+      gradient of bfloat16 parameters is summed in float32 and rounded once.
+
+    References:
+      Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
+      (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
+    """
+    if (num_microbatches is None) == (microbatch_size is None):
+        raise ValueError(
+            "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
+            f"{num_microbatches!r} and {microbatch_size!r}"
+        )
+    _checks.one_of("reduction", reduction, _window.REDUCTIONS)
+    check_policies(aux)
+    if not has_aux and aux != "stack":
+        raise ValueError(
+            f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
+            "is False. Pass has_aux=True, or leave `aux` out"
+        )
+    microbatched = _Microbatched(
+        fun=fun,
+        roles=Roles(argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums),
+        has_aux=has_aux,
+        num_microbatches=_checks.size("num_microbatches", num_microbatches),
+        microbatch_size=_checks.size("microbatch_size", microbatch_size),
+        batch_axis=batch_axis,
+        reduction=reduction,
+        weight=_checks.weight_function(weight),
+        policies=aux,
+        accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
+        skip=_checks.predicate(skip),
+    )
+
+    @functools.wraps(fun)
+    def value_and_grad_of_batch(*args, **kwargs):
+        result, info = microbatched.run(args, kwargs)
+        return (result, info) if return_info else result
+
+    return value_and_grad_of_batch
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`jax.grad` whose batch runs in micro-batches: `value_and_grad` without the value.
+
+    Args:
+      fun: As in `value_and_grad`.
+      argnums: As in `value_and_grad`.
+      has_aux: As in `value_and_grad`.
+      **options: The keyword arguments of `value_and_grad`.
+
+    Returns:
+      A function that returns what `jax.grad` would: ``grads``, or ``(grads, aux)`` with
+      `has_aux`; where there is a carry, it takes the place of ``aux``, or ``(aux,
+      carry)`` does. With `return_info` the pair of that and a `MicrobatchInfo`.
+
+    Raises:
+      TypeError: As `value_and_grad`.
+      ValueError: As `value_and_grad`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, x):
+      ...     return jnp.mean((x @ w) ** 2)
+      >>> w, x = jnp.ones(2), jnp.arange(8.0).reshape(4, 2)
+      >>> print(jax.jit(oa.grad(loss, num_microbatches=2))(w, x))
+      [62. 76.]
+      >>> print(jax.grad(loss)(w, x))
+      [62. 76.]
+    """
+    with_value = value_and_grad(fun, argnums, has_aux, **options)
+    has_extra = has_aux or options.get("carry_argnum") is not None
+
+    def without_value(result):
+        value, grads = result
+        return (grads, value[1]) if has_extra else grads
+
+    @functools.wraps(fun)
+    def grad_of_batch(*args, **kwargs):
+        result = with_value(*args, **kwargs)
+        if options.get("return_info"):
+            return without_value(result[0]), result[1]
+        return without_value(result)
+
+    return grad_of_batch
+
+
+class _Part(NamedTuple):
+    """What one micro-batch gives."""
+
+    value: jax.Array
+    grads: Any
+    aux: Any
+    carry: Any
+    weight: jax.Array
+    rejected: jax.Array
+
+
+class _Totals(NamedTuple):
+    """What goes from micro-batch to micro-batch: the sums, and the carry."""
+
+    value: jax.Array
+    grads: Any
+    aux: list[Any]
+    weight: jax.Array
+    skipped: jax.Array
+    carry: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Microbatched:
+    """The settings of `value_and_grad`, and how it runs."""
+
+    fun: Callable[..., Any]
+    roles: Roles
+    has_aux: bool
+    num_microbatches: int | None
+    microbatch_size: int | None
+    batch_axis: int
+    reduction: str
+    weight: Callable[..., Any] | None
+    policies: Any
+    accumulator_dtype: Any
+    skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """All micro-batches of one call."""
+        call = self.roles.bind(self.fun, args, kwargs)
+        split = _split.plan(
+            call.batch, self.batch_axis, self.num_microbatches, self.microbatch_size
+        )
+
+        # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
+        @jax.jit
+        def microbatch(carry, index):
+            part = split.take(call.batch, index)
+            return self._differentiate(call, part, carry, index, split.size)
+
+        @jax.jit
+        def tail_microbatch(carry):
+            part = split.take_tail(call.batch)
+            return self._differentiate(call, part, carry, split.whole, split.tail)
+
+        carry = None if call.carry is None else args[call.carry]
+        carry = _window.cast_like(carry, carry)
+        indices = jnp.arange(split.whole, dtype=jnp.int32)
+        shapes = jax.eval_shape(microbatch, carry, indices[0])
+        auxiliaries = Auxiliaries.plan(self.policies, shapes.aux, split)
+
+        def body(totals, index):
+            part = microbatch(totals.carry, index)
+            return self._add(totals, part, auxiliaries), auxiliaries.kept(part.aux)
+
+        start = self._start(shapes, auxiliaries, carry)
+        totals, stacks = lax.scan(body, start, indices)
+        tails = None
+        if split.tail:
+            part = tail_microbatch(totals.carry)
+            auxiliaries.check_examples(part.aux, split.tail)
+            totals, tails = (
+                self._add(totals, part, auxiliaries),
+                auxiliaries.kept(part.aux),
+            )
+
+        aux = auxiliaries.finish(totals.aux, stacks, tails, totals.weight, split)
+        sums = totals.value, totals.grads
+        value, grads = _window.cast_like(
+            _window.close(sums, totals.weight, self.reduction),
+            (shapes.value, shapes.grads),
+        )
+        outputs = self._pack(value, aux, totals.carry, call)
+        return (outputs, grads), MicrobatchInfo(totals.weight, totals.skipped)
+
+    def _differentiate(self, call: Call, part, carry, index, size: int) -> _Part:
+        """Value and gradient on one micro-batch of `size` examples."""
+        args, kwargs = call.for_microbatch(part, carry, index)
+
+        def unpacked(*args, **kwargs):
+            value, aux, new_carry = self._unpack(self.fun(*args, **kwargs), call)
+            return value, (aux, self._checked_carry(carry, new_carry, call))
+
+        argnums: Any = call.differentiated
+        if not isinstance(self.roles.argnums, Iterable):
+            (argnums,) = argnums
+        (value, (aux, new_carry)), grads = jax.value_and_grad(
+            unpacked, argnums, has_aux=True
+        )(*args, **kwargs)
+
+        given = size if self.weight is None else self.weight(*args, **kwargs)
+        dtype = _window.weight_dtype(grads)
+        weight, nonempty = _checks.weight(given, dtype)
+        rejected = jnp.zeros([], bool)
+        if self.skip is not None:
+            params = jax.tree.map(lambda i: args[i], argnums)
+            rejected = _checks.skip_result(self.skip(grads, None, params)[0])
+            weight, nonempty = jnp.where(rejected, 0, weight), False
+        if not nonempty:
+            new_carry = jax.tree.map(
+                lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
+            )
+        aux = _window.as_arrays(aux)
+        return _Part(value, grads, aux, new_carry, weight, rejected)
+
+    def _start(self, shapes: _Part, auxiliaries: Auxiliaries, carry) -> _Totals:
+        _checks.accumulator_fits(shapes.grads, self.accumulator_dtype)
+        return _Totals(
+            value=_window.zeros(shapes.value),
+            grads=_window.zeros(shapes.grads, self.accumulator_dtype),
+            aux=auxiliaries.start(),
+            weight=_window.zeros(shapes.weight),
+            skipped=jnp.zeros([], jnp.int32),
+            carry=carry,
+        )
+
+    def _add(self, totals: _Totals, part: _Part, auxiliaries: Auxiliaries) -> _Totals:
+        weight = part.weight
+        return _Totals(
+            value=_window.add(totals.value, part.value, weight, self.reduction),
+            grads=_window.add(totals.grads, part.grads, weight, self.reduction),
+            aux=auxiliaries.add(totals.aux, part.aux, weight),
+            weight=_window.add(totals.weight, weight, weight, "sum"),
+            skipped=totals.skipped + part.rejected.astype(jnp.int32),
+            carry=part.carry,
+        )
+
+    def _unpack(self, result: Any, call: Call) -> tuple[jax.Array, Any, Any]:
+        """What `fun` returned, as ``(value, aux, carry)``."""
+        has_carry = call.carry is not None
+        if not self.has_aux and not has_carry:
+            return _checks.loss(result), (), None
+        if self.has_aux and has_carry:
+            value, rest = _checks.pair(result, "(value, (aux, carry))")
+            aux, carry = _checks.pair(rest, "(value, (aux, carry))")
+            return _checks.loss(value), aux, carry
+        value, rest = _checks.pair(
+            result, "(value, aux)" if self.has_aux else "(value, carry)"
+        )
+        aux, carry = (rest, None) if self.has_aux else ((), rest)
+        return _checks.loss(value), aux, carry
+
+    def _pack(self, value, aux, carry, call: Call) -> Any:
+        """The reverse of `_unpack`."""
+        if call.carry is None:
+            return (value, aux) if self.has_aux else value
+        return value, (aux, carry) if self.has_aux else carry
+
+    def _checked_carry(self, carry: Any, new_carry: Any, call: Call) -> Any:
+        """The new carry, if its type is that of the old one."""
+        if call.carry is None:
+            return None
+        _checks.same_carry(call.names[call.carry], carry, new_carry)
+        return _window.cast_like(new_carry, carry)

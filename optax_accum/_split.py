@@ -1,0 +1,160 @@
+"""How a batch is split into micro-batches, and how their outputs are put together.
+
+``B`` examples, ``K`` micro-batches of ``M`` and, where M does not divide B, a tail of
+the last ``B - K·M``.
+
+Without a tail the split is strided: micro-batch i holds the examples i, i + K,
+i + 2K, ... A batch that is sharded over devices is then split where it lies, and every
+device works on every micro-batch; contiguous parts would have to be gathered first.
+With a tail the parts are contiguous, because leaving out the tail would copy the rest.
+
+Micro-batches are cut out inside the loop. Scanning over a transposed batch would hold
+a copy of it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_accum import _checks
+
+
+class Split(NamedTuple):
+    """A batch of ``B = whole * size + tail`` examples, along `axis`."""
+
+    whole: int  # K, without the tail
+    size: int  # M
+    tail: int
+    axis: int
+
+    def take(self, batch: Any, index: jax.Array) -> Any:
+        """The whole micro-batch at `index`: arrays ``[B, ...]`` become ``[M, ...]``."""
+
+        def take_leaf(x):
+            axis = self.axis % x.ndim
+            if self.tail:
+                start = index * self.size
+                return lax.dynamic_slice_in_dim(x, start, self.size, axis)
+            shape = *x.shape[:axis], self.size, self.whole, *x.shape[axis + 1 :]
+            return lax.dynamic_index_in_dim(
+                x.reshape(shape), index, axis + 1, keepdims=False
+            )
+
+        return jax.tree.map(take_leaf, batch)
+
+    def take_tail(self, batch: Any) -> Any:
+        """The examples after the last whole micro-batch."""
+
+        def take_leaf(x):
+            axis = self.axis % x.ndim
+            return lax.slice_in_dim(x, self.whole * self.size, None, axis=axis)
+
+        return jax.tree.map(take_leaf, batch)
+
+    def join(self, parts: jax.Array, tail: jax.Array | None) -> jax.Array:
+        """``[K, M, ...]`` and the tail's ``[B - K·M, ...]`` in the batch's order."""
+        examples = self.whole * self.size, *parts.shape[2:]
+        if tail is None:
+            return parts.swapaxes(0, 1).reshape(examples)
+        return jnp.concatenate([parts.reshape(examples), tail])
+
+
+def plan(
+    batch: Any, axis: int, num_microbatches: int | None, microbatch_size: int | None
+) -> Split:
+    """How to split `batch`, a dict from argument names to trees of arrays.
+
+    Raises:
+      ValueError: leaves without examples or with different numbers of them, or a size
+        that does not go with their number.
+    """
+    examples, name = _count_examples(batch, axis)
+    if microbatch_size is not None:
+        if microbatch_size > examples:
+            raise ValueError(
+                f"`microbatch_size={microbatch_size}` is more than the batch has: "
+                f"{name} holds {examples} examples along axis {axis}. Use at most "
+                f"{examples}, which is the whole batch at once"
+            )
+        whole, tail = divmod(examples, microbatch_size)
+        split = Split(whole, microbatch_size, tail, axis)
+    else:
+        assert num_microbatches is not None
+        if examples % num_microbatches:
+            divisors = [n for n in range(1, examples + 1) if examples % n == 0]
+            raise ValueError(
+                f"`num_microbatches={num_microbatches}` does not divide the batch: "
+                f"{name} holds {examples} examples along axis {axis}. Use "
+                f"{_alternatives(divisors)}, or `microbatch_size`, which takes any "
+                f"size up to {examples}"
+            )
+        size = examples // num_microbatches
+        split = Split(num_microbatches, size, 0, axis)
+    _check_sharding(batch, split)
+    return split
+
+
+def _count_examples(batch: Any, axis: int) -> tuple[int, str]:
+    """How many examples the batch has, and the name of a leaf that says so."""
+    examples, first = 0, ""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = _checks.argument_path(path)
+        if not -leaf.ndim <= axis < leaf.ndim:
+            what = "is a scalar" if leaf.ndim == 0 else f"has shape {leaf.shape}"
+            raise ValueError(
+                f"{name} {what}, but every leaf of a batch argument needs its examples "
+                f"along `batch_axis={axis}`. Pass what all examples share in an "
+                "argument that is not in `batch_argnums` or `batch_argnames`"
+            )
+        if not first:
+            examples, first = leaf.shape[axis], name
+        elif leaf.shape[axis] != examples:
+            raise ValueError(
+                "all leaves of the batch arguments must have the same number of "
+                f"examples along `batch_axis={axis}`; {first} has {examples}, but "
+                f"{name} has {leaf.shape[axis]}"
+            )
+    if not first:
+        raise ValueError(
+            "the batch arguments hold no array to split; `batch_argnums` and "
+            f"`batch_argnames` lead to {', '.join(f'`{n}`' for n in batch) or 'none'}"
+        )
+    if not examples:
+        raise ValueError(f"the batch is empty: {first} has 0 examples")
+    return examples, first
+
+
+def _check_sharding(batch: Any, split: Split) -> None:
+    """Raises where an explicit mesh cannot hold a micro-batch."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        if sharding is None or not sharding.spec:
+            continue
+        shards = _shards(sharding, split.axis % leaf.ndim)
+        for size in (split.size, split.tail):
+            if size % shards:
+                raise ValueError(
+                    f"{_checks.argument_path(path)} is sharded over {shards} devices "
+                    f"along axis {split.axis}, and a micro-batch of {size} examples "
+                    "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
+                    f"every micro-batch is a multiple of {shards}"
+                )
+
+
+def _shards(sharding: Any, axis: int) -> int:
+    """In how many parts an explicit mesh holds `axis`."""
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    if names is None or names is jax.sharding.PartitionSpec.UNCONSTRAINED:
+        return 1
+    names = names if isinstance(names, tuple) else (names,)
+    shards = 1
+    for name in names:
+        shards *= sharding.mesh.shape[name]
+    return shards
+
+
+def _alternatives(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

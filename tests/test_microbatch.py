@@ -1,0 +1,566 @@
+"""`oa.value_and_grad`: what it returns is what the whole batch gives."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_accum as oa
+
+SIZES = [
+    {"num_microbatches": 1},
+    {"num_microbatches": 4},
+    {"num_microbatches": 12},
+    {"microbatch_size": 12},
+    {"microbatch_size": 4},
+    {"microbatch_size": 5},  # 5, 5, 2
+    {"microbatch_size": 11},  # 11, 1
+    {"microbatch_size": 1},
+]
+B = 12
+
+
+def name_of(size):
+    ((name, value),) = size.items()
+    return f"{name}={value}"
+
+
+every_size = pytest.mark.parametrize("size", SIZES, ids=name_of)
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def normal(*shape, seed=0, dtype=np.float64):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+def make_params(dtype=np.float64):
+    return {"w": jnp.asarray(normal(3, 2, dtype=dtype)), "b": jnp.ones(2, dtype)}
+
+
+def make_batch(dtype=np.float64):
+    return {"x": normal(B, 3, dtype=dtype), "target": {"y": normal(B, 2, dtype=dtype)}}
+
+
+def residuals(params, batch):
+    prediction = jnp.tanh(batch["x"] @ params["w"] + params["b"][None])
+    return ((prediction - batch["target"]["y"]) ** 2).sum(-1)
+
+
+def mean_loss(params, batch):
+    return residuals(params, batch).mean()
+
+
+def same(got, wanted, rtol=1e-12):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_close(got, wanted, rtol=rtol, atol=rtol)
+
+
+def whole(fun, *args, **kwargs):
+    """On the whole batch at once."""
+    return jax.jit(jax.value_and_grad(fun, *args, **kwargs))
+
+
+# --- What jax.value_and_grad returns ---
+
+
+@every_size
+def test_the_result_is_that_of_the_whole_batch(size):
+    params, batch = make_params(), make_batch()
+    wanted = whole(mean_loss)(params, batch)
+    same(jax.jit(oa.value_and_grad(mean_loss, **size))(params, batch), wanted)
+    same(oa.value_and_grad(mean_loss, **size)(params, batch), wanted)
+    same(jax.jit(oa.grad(mean_loss, **size))(params, batch), wanted[1])
+
+
+@pytest.mark.parametrize("argnums", [0, 1, -5, (0, 1), (1, 0), (1,)])
+def test_several_argnums_and_batches(argnums):
+    def loss(a, b, x, other, y):
+        return jnp.mean((x @ a * b[None] + other - y) ** 2)
+
+    args = normal(3, 2), normal(2), normal(B, 3), 0.5, normal(B, 2)
+    wanted = whole(loss, argnums)(*args)
+    got = oa.value_and_grad(loss, argnums, microbatch_size=5, batch_argnums=(2, -1))
+    same(jax.jit(got)(*args), wanted)
+
+
+@pytest.mark.parametrize("names", ["y", ["y"], ("y", "x")])
+def test_keyword_batches(names):
+    def loss(w, x, *, y, scale):
+        return scale * jnp.mean((x @ w - y) ** 2)
+
+    w, x, y = normal(3, 2), normal(B, 3), normal(B, 2)
+    wanted = whole(loss)(w, x, y=y, scale=2.0)
+    by_name = functools.partial(oa.value_and_grad, loss, num_microbatches=3)
+    if "x" in names:
+        f = by_name(batch_argnums=(), batch_argnames=names)
+        same(f(w, x=x, y=y, scale=2.0), wanted)
+    else:
+        f = by_name(batch_argnums=1, batch_argnames=names)
+        same(f(w, x, y=y, scale=2.0), wanted)
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+@every_size
+def test_examples_along_another_axis(size, axis):
+    def loss(w, x):
+        return jnp.mean(jnp.tanh(jnp.einsum("tbi,io->tbo", x, w)) ** 2)
+
+    w, x = normal(3, 2), normal(4, B, 3)
+    wanted = whole(loss)(w, x)
+    same(oa.value_and_grad(loss, **size, batch_axis=axis)(w, x), wanted)
+
+
+def test_what_is_no_batch_reaches_fun_as_it_is():
+    def loss(w, x, flag, config):
+        assert flag is True
+        assert config == {"name": "tanh", "scale": 2}
+        return jnp.mean(jnp.tanh(x @ w) * config["scale"])
+
+    config = {"name": "tanh", "scale": 2}
+    f = oa.value_and_grad(loss, num_microbatches=2)
+    value, _ = jax.jit(lambda w, x: f(w, x, True, config))(normal(3), normal(4, 3))
+    assert np.isfinite(value)
+
+
+def test_a_batch_may_hold_none_integers_and_keys():
+    batch = {"x": normal(B, 3), "label": np.arange(B) % 2, "nothing": None}
+    batch["key"] = jax.random.split(jax.random.key(0), B)
+
+    def loss(w, batch):
+        noise = jax.vmap(jax.random.normal)(batch["key"])
+        return jnp.mean(jnp.where(batch["label"] == 1, batch["x"] @ w + noise, 0))
+
+    w = normal(3)
+    wanted = whole(loss)(w, batch)
+    for size in (2, 5):
+        same(oa.value_and_grad(loss, microbatch_size=size)(w, batch), wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@every_size
+def test_dtypes_are_those_of_jax(size, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), make_params())
+    batch = jax.tree.map(lambda x: x.astype(dtype), make_batch())
+    with jax.numpy_dtype_promotion("standard"):
+        wanted = whole(mean_loss)(params, batch)
+        got = jax.jit(oa.value_and_grad(mean_loss, **size))(params, batch)
+    same(got, wanted, rtol=8 * float(jnp.finfo(dtype).eps))
+
+
+def test_mixed_and_complex_parameters():
+    params = {
+        "c": jnp.asarray(normal(3) + 1j * normal(3, seed=1)),
+        "h": jnp.ones(3, jnp.bfloat16),
+        "f": jnp.ones(3, jnp.float32),
+    }
+
+    def loss(params, x):
+        y = x * params["h"].astype(x.dtype)[None] * params["f"].astype(x.dtype)[None]
+        return jnp.mean(jnp.abs(y @ params["c"]) ** 2)
+
+    x = normal(B, 3).astype(np.complex128)
+    wanted = whole(loss)(params, x)
+    got = jax.jit(oa.value_and_grad(loss, microbatch_size=5))(params, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    same(got[1]["c"], wanted[1]["c"])
+    same(got[1]["f"], wanted[1]["f"], rtol=1e-6)
+    same(got[1]["h"], wanted[1]["h"], rtol=1e-2)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """In bfloat16 the ones would stop at 256."""
+    w, x = jnp.zeros((), jnp.bfloat16), jnp.ones((4096,), jnp.bfloat16)
+    f = oa.grad(lambda w, x: (w * x).sum(), num_microbatches=4096, reduction="sum")
+    assert jax.jit(f)(w, x) == 4096
+    narrow = oa.grad(
+        lambda w, x: (w * x).sum(),
+        num_microbatches=4096,
+        reduction="sum",
+        accumulator_dtype=jnp.bfloat16,
+    )
+    assert jax.jit(narrow)(w, x) == 256
+
+
+# --- Weights and reductions ---
+
+
+MASK = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
+MASKS = {
+    "uneven": MASK,
+    "one holds none": np.roll(MASK, 1, axis=0),
+    "first holds none": np.sort(MASK, axis=0),
+    "last holds none": np.sort(MASK, axis=0)[::-1],
+}
+
+
+def token_sum(w, x, mask):
+    return jnp.sum(mask * jnp.tanh(x @ w) ** 2)
+
+
+def token_mean(w, x, mask):
+    return token_sum(w, x, mask) / mask.sum()  # NaN where there are none
+
+
+def count_tokens(w, x, mask):
+    del w, x
+    return mask.sum()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_the_token_mean_of_the_whole_batch(size, dtype, mask):
+    w, x = jnp.asarray(normal(4), dtype), jnp.asarray(normal(6, 3, 4), dtype)
+    mask = jnp.asarray(mask, dtype)
+    wanted = whole(token_mean)(w, x, mask)
+    options = {
+        "microbatch_size": size,
+        "batch_argnums": (1, 2),
+        "weight": count_tokens,
+    }
+    mean = oa.value_and_grad(token_mean, reduction="mean", **options)
+    ratio = oa.value_and_grad(token_sum, reduction="ratio", **options)
+    rtol = 4 * float(jnp.finfo(dtype).eps)
+    same(jax.jit(mean)(w, x, mask), wanted, rtol)
+    same(jax.jit(ratio)(w, x, mask), wanted, rtol)
+
+
+def test_without_weights_it_is_a_mean_of_means():
+    """What the weights are for: the test above can fail."""
+    x, mask = np.array([1.0, 1.0, 1.0, 4.0]), np.array([1.0, 1.0, 1.0, 0.0])[::-1]
+
+    def loss(w, x, mask):
+        return w * jnp.sum(x * mask) / mask.sum()
+
+    f = oa.value_and_grad(loss, microbatch_size=2, batch_argnums=(1, 2))
+    assert loss(1.0, x, mask) == 2
+    assert f(1.0, x, mask)[0] == 1.75
+
+
+@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+def test_no_weight_at_all_gives_zeros(reduction):
+    f = oa.value_and_grad(
+        token_mean,
+        microbatch_size=4,
+        batch_argnums=(1, 2),
+        weight=count_tokens,
+        reduction=reduction,
+        return_info=True,
+    )
+    (value, grads), info = jax.jit(f)(normal(4), normal(6, 3, 4), jnp.zeros((6, 3)))
+    assert value == 0
+    assert (grads == 0).all()
+    assert info.weight == 0
+
+
+@every_size
+@pytest.mark.parametrize("reduction", ["ratio", "sum"])
+def test_sums(reduction, size):
+    def sum_loss(params, batch):
+        return residuals(params, batch).sum()
+
+    params, batch = make_params(), make_batch()
+    divisor = B if reduction == "ratio" else 1
+    wanted = whole(lambda *a: sum_loss(*a) / divisor)(params, batch)
+    f = oa.value_and_grad(sum_loss, reduction=reduction, return_info=True, **size)
+    result, info = f(params, batch)
+    same(result, wanted)
+    assert info == (B, 0)
+
+
+def test_a_weight_sees_the_arguments_of_fun():
+    seen = []
+
+    def loss(w, x, key, *, flag):
+        assert flag
+        return jnp.mean(x * w) + 0 * jax.random.normal(key)
+
+    def weight(w, x, key, *, flag):
+        seen.append((w.shape, x.shape, flag))
+        return x.shape[0] + 0.0 * jax.random.uniform(key)
+
+    f = oa.value_and_grad(loss, microbatch_size=5, weight=weight, rng_argnums=2)
+    with jax.numpy_dtype_promotion("standard"):
+        f(jnp.ones(()), normal(B), jax.random.key(0), flag=True)
+    assert seen == [((), (5,), True), ((), (2,), True)]
+
+
+# --- Auxiliary outputs ---
+
+
+def loss_with_aux(params, batch):
+    per_example = residuals(params, batch)
+    aux = {
+        "loss": per_example,
+        "sizes": (jnp.asarray(len(per_example)), per_example.mean()),
+        "correct": per_example < 1,
+    }
+    return per_example.mean(), aux
+
+
+@every_size
+def test_every_policy(size):
+    params, batch = make_params(), make_batch()
+    wanted, grads = whole(loss_with_aux, has_aux=True)(params, batch)
+    policies = {"loss": "concat", "sizes": ("stack", "mean"), "correct": "concat"}
+    f = oa.value_and_grad(loss_with_aux, has_aux=True, aux=policies, **size)
+    (value, aux), got = jax.jit(f)(params, batch)
+    same((value, got), (wanted[0], grads))
+    same(aux["loss"], wanted[1]["loss"])  # in the batch's order
+    same(aux["correct"], wanted[1]["correct"])
+    same(aux["sizes"][1], wanted[1]["sizes"][1])
+    sizes = aux["sizes"][0]
+    assert sizes.sum() == B
+    assert sizes.dtype == wanted[1]["sizes"][0].dtype
+    m = size.get("microbatch_size") or B // size["num_microbatches"]
+    assert sizes.tolist() == [m] * (B // m) + [B % m] * bool(B % m)
+
+
+def test_the_order_of_stacked_outputs_is_that_of_the_microbatches():
+    """Strided where they are equal, contiguous where the last is smaller."""
+
+    def loss(w, x):
+        return jnp.mean(w * x), x
+
+    x = np.arange(6.0)
+    f = functools.partial(oa.value_and_grad, loss, has_aux=True)
+    (_, parts), _ = f(num_microbatches=3)(1.0, x)
+    assert parts.tolist() == [[0, 3], [1, 4], [2, 5]]
+    (_, joined), _ = f(num_microbatches=3, aux="concat")(1.0, x)
+    assert joined.tolist() == x.tolist()
+    (_, last), _ = f(microbatch_size=4, aux="last")(1.0, x)
+    assert last.tolist() == [4, 5]
+
+
+@every_size
+def test_sums_and_last(size):
+    def loss(params, batch):
+        per_example = residuals(params, batch)
+        count = jnp.asarray(len(per_example), jnp.int8)
+        aux = [per_example.sum(), count, per_example < 1, count]
+        return per_example.mean(), [*aux[:2], aux[2].any(), aux[3]]
+
+    params, batch = make_params(), make_batch()
+    f = oa.value_and_grad(loss, has_aux=True, aux=["sum", "sum", "sum", "last"], **size)
+    (_, (total, count, parts, last)), _ = f(params, batch)
+    same(total, residuals(params, batch).sum())
+    m = size.get("microbatch_size") or B // size["num_microbatches"]
+    assert count == B
+    assert count.dtype == jnp.sum(jnp.zeros(1, jnp.int8)).dtype
+    assert parts <= -(-B // m)
+    assert last == (B % m or m)
+    assert last.dtype == jnp.int8
+
+
+def test_the_mean_of_a_count_and_of_a_narrow_float():
+    def loss(w, x):
+        aux = {"count": jnp.asarray(len(x)), "narrow": x.mean().astype(jnp.bfloat16)}
+        return jnp.mean(w * x), aux
+
+    x = np.ones(10)
+    f = oa.value_and_grad(loss, has_aux=True, aux="mean", microbatch_size=4)
+    (_, aux), _ = f(1.0, x)
+    assert aux["count"] == (4 * 4 + 4 * 4 + 2 * 2) / 10
+    assert jnp.issubdtype(aux["count"].dtype, jnp.floating)
+    assert aux["narrow"].dtype == jnp.bfloat16
+
+
+def test_an_aux_mean_is_weighted_whatever_the_reduction():
+    def loss(w, x, mask):
+        return jnp.sum(w * x * mask), {"mean": jnp.sum(x * mask) / mask.sum()}
+
+    x, mask = np.arange(6.0), np.array([1, 0, 0, 0, 1, 1.0])
+    for reduction in ("mean", "ratio", "sum"):
+        f = oa.value_and_grad(
+            loss,
+            has_aux=True,
+            aux="mean",
+            microbatch_size=4,
+            batch_argnums=(1, 2),
+            weight=count_tokens,
+            reduction=reduction,
+        )
+        (_, aux), _ = f(1.0, x, mask)
+        same(aux["mean"], jnp.asarray((0 + 4 + 5) / 3))
+
+
+def test_aux_of_several_kinds_passes():
+    def loss(w, x):
+        aux = {"int": 3, "none": None, "empty": (), "key": jax.random.key(1)}
+        return jnp.mean(w * x), aux
+
+    for policy in ("stack", "last"):
+        f = oa.value_and_grad(loss, has_aux=True, num_microbatches=3, aux=policy)
+        (_, aux), _ = f(1.0, np.ones(6))
+        assert aux["none"] is None
+        assert aux["empty"] == ()
+        assert (aux["int"] == 3).all()
+        assert aux["key"].shape == ((3,) if policy == "stack" else ())
+
+
+# --- Carry ---
+
+
+@every_size
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_carry_goes_from_microbatch_to_microbatch(has_aux, size):
+    def loss(params, batch, stats):
+        n = len(batch["x"])
+        (calls,) = stats["calls"]
+        stats = {"sum": stats["sum"] + batch["x"].sum(0), "calls": (calls + 1,)}
+        value = mean_loss(params, batch)
+        return value, (jnp.asarray(n), stats) if has_aux else stats
+
+    params, batch = make_params(), make_batch()
+    stats = {"sum": jnp.zeros(3), "calls": (0,)}
+    f = oa.value_and_grad(loss, has_aux=has_aux, carry_argnum=2, **size)
+    (value, rest), grads = jax.jit(f)(params, batch, stats)
+    same((value, grads), whole(mean_loss)(params, batch))
+    if has_aux:
+        sizes, rest = rest
+        assert sizes.sum() == B
+    same(rest["sum"], jnp.asarray(batch["x"].sum(0)))
+    m = size.get("microbatch_size") or B // size["num_microbatches"]
+    assert rest["calls"] == (-(-B // m),)
+    # `oa.grad` returns it where `jax.grad` has its auxiliary output.
+    got = oa.grad(loss, has_aux=has_aux, carry_argnum=2, **size)(params, batch, stats)
+    chex.assert_trees_all_close(got[0], grads)
+    chex.assert_trees_all_close(got[1][1] if has_aux else got[1], rest)
+
+
+def test_the_carry_is_what_a_loop_by_hand_gives():
+    """In order, each micro-batch on what the one before it left."""
+
+    def loss(w, x, state):
+        state = 0.9 * state + 0.1 * x.mean()
+        return jnp.mean(w * x) * state, state
+
+    x = normal(10)
+    (_, got), _ = oa.value_and_grad(loss, microbatch_size=4, carry_argnum=2)(
+        1.0, x, 2.0
+    )
+    state = 2.0
+    for part in (x[:4], x[4:8], x[8:]):
+        state = 0.9 * state + 0.1 * part.mean()
+    assert abs(got - state) < 1e-12
+
+
+# --- Randomness ---
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_each_microbatch_has_its_own_randomness(make_key):
+    def loss(w, x, keys):
+        noise = jax.random.normal(keys["dropout"])
+        return jnp.mean(w * x), noise
+
+    keys = {"dropout": make_key(3)}
+    f = oa.value_and_grad(loss, has_aux=True, microbatch_size=4, rng_argnums=(2,))
+    (_, noise), _ = jax.jit(f)(1.0, np.ones(10), keys)
+    wanted = [
+        jax.random.normal(jax.random.fold_in(keys["dropout"], i)) for i in range(3)
+    ]
+    assert noise.tolist() == [float(x) for x in wanted]
+    assert len(set(noise.tolist())) == 3
+    assert jax.jit(f)(1.0, np.ones(10), keys)[0][1].tolist() == noise.tolist()
+
+
+def test_without_rng_argnums_the_key_is_the_same_everywhere():
+    def loss(w, x, key):
+        return jnp.mean(w * x), jax.random.normal(key)
+
+    f = oa.value_and_grad(loss, has_aux=True, num_microbatches=4)
+    (_, noise), _ = f(1.0, np.ones(8), jax.random.key(0))
+    assert len(set(noise.tolist())) == 1
+
+
+# --- Rejecting micro-batches ---
+
+
+@pytest.mark.parametrize("skip", [oa.skip_not_finite, optax.skip_not_finite])
+@pytest.mark.parametrize("bad", [0, 3, 5])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_microbatch_is_left_out(poison, bad, skip):
+    """Micro-batch i holds the examples i and i + 6, or 2 i and 2 i + 1 when ragged."""
+
+    def loss(params, batch, carry):
+        per_example = residuals(params, batch)
+        value = per_example.mean()
+        return value, ({"mean": value, "sum": value, "stack": value}, carry + value)
+
+    params, clean = make_params(), make_batch()
+    batch = make_batch()
+    batch["x"][bad] = poison
+    good = [i for i in range(B) if i % 6 != bad]
+    rest = jax.tree.map(lambda x: x[np.array(good)], clean)
+    wanted = whole(mean_loss)(params, rest)
+    f = oa.value_and_grad(
+        loss,
+        has_aux=True,
+        num_microbatches=6,
+        aux={"mean": "mean", "sum": "sum", "stack": "stack"},
+        carry_argnum=2,
+        skip=skip,
+        return_info=True,
+    )
+    ((value, (aux, carry)), grads), info = jax.jit(f)(params, batch, 0.0)
+    same((value, grads), wanted)
+    same(aux["mean"], wanted[0])
+    same(aux["sum"], 5 * wanted[0])
+    same(carry, 5 * wanted[0])
+    assert info == (10, 1)
+    assert np.isnan(aux["stack"][bad]) or np.isinf(poison)
+
+    without = oa.value_and_grad(mean_loss, num_microbatches=6)
+    _, grads = without(params, batch)
+    assert not np.isfinite(grads["w"]).all()
+
+
+def test_a_bad_tail_and_all_bad():
+    f = oa.value_and_grad(
+        mean_loss, microbatch_size=5, skip=oa.skip_not_finite, return_info=True
+    )
+    params, batch = make_params(), make_batch()
+    batch["x"][-1] = np.nan
+    result, info = f(params, batch)
+    rest = jax.tree.map(lambda x: x[:10], make_batch())
+    same(result, whole(mean_loss)(params, rest))
+    assert info == (10, 1)
+    batch["x"][:] = np.nan
+    (value, grads), info = f(params, batch)
+    chex.assert_trees_all_equal(
+        (value, grads), jax.tree.map(jnp.zeros_like, (value, grads))
+    )
+    assert info == (0, 3)
+
+
+def test_a_predicate_sees_gradients_and_parameters():
+    seen = []
+
+    def skip(grads, gradient_step, params):
+        seen.append((grads, gradient_step, params))
+        return jnp.zeros([], bool), ()
+
+    def loss(a, b, x):
+        return jnp.mean(a * b * x)
+
+    oa.grad(loss, (1, 0), num_microbatches=2, batch_argnums=2, skip=skip)(
+        jnp.ones(()), 2.0 * jnp.ones(()), np.ones(4)
+    )
+    grads, step, params = seen[0]
+    assert len(grads) == 2
+    assert step is None
+    assert params == (2.0, 1.0)
+
+
+def test_info_beside_grad():
+    grads, info = oa.grad(mean_loss, microbatch_size=5, return_info=True)(
+        make_params(), make_batch()
+    )
+    same(grads, jax.grad(mean_loss)(make_params(), make_batch()))
+    assert isinstance(info, oa.MicrobatchInfo)
+    assert info == (B, 0)
