@@ -7,6 +7,15 @@ import jax
 LINE = re.compile(
     r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\(", re.MULTILINE
 )
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
 SHAPE = re.compile(r"\w+\[(?P<dims>[\d,]*)\]")
 
 
@@ -23,6 +32,12 @@ def temporaries(program) -> int:
 def operations(program, name: str) -> list[str]:
     """The types of the results of all `name` operations, e.g. ``"f32[8,4]{1,0}"``."""
     return [m["type"] for m in LINE.finditer(program.as_text()) if m["op"] == name]
+
+
+def collectives(program) -> list[str]:
+    """The names of all operations that exchange data between devices."""
+    names = [m["op"].removesuffix("-start") for m in LINE.finditer(program.as_text())]
+    return [name for name in names if name in COLLECTIVES]
 
 
 def large_copies(program, elements: int) -> list[str]:

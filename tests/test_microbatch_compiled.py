@@ -1,0 +1,195 @@
+"""What the loop of `oa.value_and_grad` costs, read from the compiled program."""
+
+import functools
+import itertools
+
+import hlo
+import jax
+import jax.numpy as jnp
+import pytest
+from optax import microbatching
+
+import optax_accum as oa
+
+B = 256
+SIZES = (128, 512, 384, 16)  # of which no two matrices share a shape
+SCALARS = 512  # bytes: the loop's counters, W, and their alignment
+
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def make_params(dtype=jnp.float32):
+    pairs = itertools.pairwise(SIZES)
+    return [shape(*pair, dtype=dtype) for pair in pairs]
+
+
+def make_batch(*lead):
+    lead = lead or (B,)
+    return {"x": shape(*lead, SIZES[0]), "y": shape(*lead, SIZES[-1])}
+
+
+def loss(params, batch):
+    h = batch["x"].astype(params[0].dtype)
+    for w in params[:-1]:
+        h = jnp.tanh(h @ w)
+    return jnp.mean((h @ params[-1]).astype(jnp.float32) * batch["y"])
+
+
+def by_hand(k, fun=loss):
+    """The scan that everybody writes, over micro-batches that come split."""
+
+    def run(params, batches):
+        def body(carry, batch):
+            value, grads = jax.value_and_grad(fun)(params, batch)
+            add = functools.partial(jax.tree.map, lambda s, g: s + g.astype(s.dtype))
+            return add(carry, (value, grads)), None
+
+        zeros = [jnp.zeros(p.shape, jnp.float32) for p in params]
+        start = jnp.zeros([]), zeros
+        (value, grads), _ = jax.lax.scan(body, start, batches)
+        mean = [(g / k).astype(p.dtype) for g, p in zip(grads, params, strict=True)]
+        return value / k, mean
+
+    return run
+
+
+def program(fun, params, batch):
+    return hlo.compiled(fun, params, batch, donate=())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("k", [2, 8, 32])
+def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
+    params = make_params(dtype)
+    ours = program(oa.value_and_grad(loss, num_microbatches=k), params, make_batch())
+    scan = program(by_hand(k), params, make_batch(k, B // k))
+    assert hlo.temporaries(ours) <= hlo.temporaries(scan) + SCALARS
+    # The same loop and the same work, but for a multiplication by the weight.
+    assert len(hlo.operations(ours, "while")) == len(hlo.operations(scan, "while"))
+    flops, by_scan = (p.cost_analysis()["flops"] for p in (ours, scan))
+    assert flops <= by_scan + 1.1 * sum(p.size for p in params)
+
+
+@pytest.mark.parametrize("k", [2, 8, 32])
+def test_it_holds_less_than_optax_microbatch(k):
+    params, batch = make_params(), make_batch()
+    theirs = microbatching.microbatch(
+        jax.value_and_grad(loss),
+        argnums=1,
+        microbatch_size=B // k,
+        accumulator=microbatching.AccumulationType.MEAN,
+    )
+    ours = program(oa.value_and_grad(loss, num_microbatches=k), params, batch)
+    assert hlo.temporaries(ours) < hlo.temporaries(program(theirs, params, batch))
+
+
+def test_more_micro_batches_hold_less():
+    params = make_params()
+    batch = {"x": shape(8 * B, SIZES[0]), "y": shape(8 * B, SIZES[-1])}
+    held = [
+        hlo.temporaries(
+            program(oa.value_and_grad(loss, num_microbatches=k), params, batch)
+        )
+        for k in (1, 2, 8, 32)
+    ]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < 0.15 * held[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": lambda _, batch: jnp.sum(batch["y"][:, 0] > 0)},
+        {"skip": oa.skip_not_finite},
+        {"reduction": "ratio"},
+    ],
+    ids=["plain", "weight", "skip", "ratio"],
+)
+@pytest.mark.parametrize(
+    "size",
+    [{"num_microbatches": 8}, {"microbatch_size": B // 8}, {"microbatch_size": 30}],
+)
+def test_no_copy_of_the_batch_nor_of_the_parameters(size, options):
+    params, batch = make_params(), make_batch()
+    f = oa.value_and_grad(loss, **size, **options)
+    compiled = program(f, params, batch)
+    assert hlo.large_copies(compiled, B * SIZES[-1]) == []
+    # Beside the sums, less than a few micro-batches' activations and one gradient.
+    activations = (B // 8) * sum(SIZES) * 4
+    assert hlo.temporaries(compiled) < 2 * hlo.nbytes(params) + 6 * activations
+
+
+def test_scanning_over_a_transposed_batch_would_copy_it():
+    """The instrument sees what is avoided."""
+
+    def transposed(params, batch):
+        def split(x):
+            return x.reshape(B // 8, 8, -1).swapaxes(0, 1)
+
+        return by_hand(8)(params, jax.tree.map(split, batch))
+
+    compiled = program(transposed, make_params(), make_batch())
+    assert hlo.large_copies(compiled, B * SIZES[-1]) != []
+
+
+@pytest.mark.parametrize(
+    ("size", "traces"),
+    [
+        ({"num_microbatches": 1}, 1),
+        ({"num_microbatches": 8}, 1),
+        ({"microbatch_size": B // 4}, 1),
+        ({"microbatch_size": 30}, 2),  # with a smaller last one
+    ],
+    ids=str,
+)
+def test_fun_is_traced_once_per_shape(size, traces):
+    seen = []
+
+    def counted(params, batch, carry, key):
+        seen.append(batch["x"].shape)
+        noise = jax.random.uniform(key)
+        return loss(params, batch) * noise, ({"noise": noise}, carry + noise)
+
+    params, batch = make_params(), make_batch()
+    f = oa.value_and_grad(
+        counted, has_aux=True, aux="mean", carry_argnum=2, rng_argnums=3, **size
+    )
+    key = jax.eval_shape(jax.random.key, 0)
+    lowered = jax.jit(f).lower(params, batch, shape(), key)
+    assert len(seen) == len(set(seen)) == traces
+    lowered.compile()
+    jax.jit(jax.vmap(f, (0, None, None, None))).lower(
+        jax.tree.map(lambda p: shape(3, *p.shape), params), batch, shape(), key
+    )
+    assert len(seen) == 2 * traces
+
+
+def test_one_micro_batch_needs_no_loop():
+    params, batch = make_params(), make_batch()
+    ours = program(oa.value_and_grad(loss, num_microbatches=1), params, batch)
+    plain = program(jax.value_and_grad(loss), params, batch)
+    assert hlo.operations(ours, "while") == []
+    assert hlo.temporaries(ours) <= hlo.temporaries(plain) + SCALARS
+
+
+def test_sums_and_means_of_aux_are_not_stacked():
+    """A statistic as large as the parameters is held once, not once per micro-batch."""
+
+    def with_statistic(params, batch):
+        return loss(params, batch), params[0] * batch["x"][0, 0]
+
+    params, batch = make_params(), make_batch()
+
+    def held(policy):
+        f = oa.value_and_grad(
+            with_statistic, has_aux=True, num_microbatches=8, aux=policy
+        )
+        compiled = program(f, params, batch).memory_analysis()
+        return compiled.temp_size_in_bytes + compiled.output_size_in_bytes
+
+    statistic = hlo.nbytes(params[0])
+    for policy in ("mean", "sum", "last"):
+        assert held(policy) < held("stack") - 6 * statistic

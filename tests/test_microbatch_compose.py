@@ -1,0 +1,309 @@
+"""`oa.value_and_grad` among JAX's other transformations, meshes and `accumulate`."""
+
+import chex
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training import loosely
+
+import optax_accum as oa
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
+
+
+def loss(w, x, y):
+    return jnp.mean((jnp.tanh(x @ w) - y) ** 2)
+
+
+def in_parts(fun=loss, **options):
+    options = {"microbatch_size": 5, "batch_argnums": (1, 2)} | options
+    return oa.value_and_grad(fun, **options)
+
+
+def arguments():
+    return normal(3, 2), normal(12, 3), normal(12, 2)
+
+
+def same(got, wanted):
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def whole(fun, *args):
+    return jax.jit(jax.value_and_grad(fun))(*args)
+
+
+@pytest.mark.usefixtures("float64")
+class TestTransformations:
+    def test_vmap_over_parameters(self):
+        w, x, y = normal(4, 3, 2), *arguments()[1:]
+        got = jax.jit(jax.vmap(in_parts(), (0, None, None)))(w, x, y)
+        same(got, jax.vmap(lambda w: whole(loss, w, x, y))(w))
+
+    def test_vmap_over_batches(self):
+        w, x, y = normal(3, 2), normal(4, 12, 3), normal(4, 12, 2)
+        got = jax.jit(jax.vmap(in_parts(), (None, 0, 0)))(w, x, y)
+        same(got, jax.vmap(lambda x, y: whole(loss, w, x, y))(x, y))
+
+    def test_vmap_with_weights_and_skip(self):
+        w, x, y = normal(3, 2), normal(4, 12, 3), normal(4, 12, 2)
+        x = x.at[1, 0].set(jnp.nan)
+        f = in_parts(skip=oa.skip_not_finite, return_info=True)
+        (_, grads), info = jax.jit(jax.vmap(f, (None, 0, 0)))(w, x, y)
+        assert info.skipped.tolist() == [0, 1, 0, 0]
+        assert info.weight.tolist() == [12, 7, 12, 12]
+        same(grads[1], whole(loss, w, x[1, 5:], y[1, 5:])[1])
+
+    def test_checkpoint_and_scan_over_layers_inside(self):
+        def deep(w, x, y):
+            @jax.checkpoint
+            def layer(h, w):
+                return jnp.tanh(h @ w), None
+
+            h, _ = jax.lax.scan(layer, x, w)
+            return jnp.mean((h - y) ** 2)
+
+        w, x, y = normal(5, 3, 3), normal(12, 3), normal(12, 3)
+        got = jax.jit(in_parts(deep))(w, x, y)
+        same(got, whole(deep, w, x, y))
+
+    def test_custom_derivatives_inside(self):
+        @jax.custom_vjp
+        def clipped(x):
+            return x
+
+        clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-2, 1e-2),))
+
+        def fun(w, x, y):
+            return loss(clipped(w), x, y)
+
+        args = arguments()
+        # What it does to each micro-batch's gradient is what the loop by hand does.
+        parts = [slice(0, 5), slice(5, 10), slice(10, 12)]
+        grads = [whole(fun, args[0], args[1][p], args[2][p])[1] for p in parts]
+        wanted = (5 * grads[0] + 5 * grads[1] + 2 * grads[2]) / 12
+        same(jax.jit(in_parts(fun))(*args)[1], wanted)
+
+    @pytest.mark.parametrize("size", [4, 5])
+    def test_the_gradient_of_its_value(self, size):
+        args = arguments()
+        f = in_parts(microbatch_size=size)
+        same(jax.jit(jax.grad(lambda *a: f(*a)[0]))(*args), whole(loss, *args)[1])
+
+    def test_the_gradient_of_its_gradient(self):
+        def norm(value_and_grad):
+            return lambda *args: jnp.sum(value_and_grad(*args)[1] ** 2)
+
+        args = arguments()
+        wanted = jax.jit(jax.grad(norm(jax.value_and_grad(loss))))(*args)
+        same(jax.jit(jax.grad(norm(in_parts())))(*args), wanted)
+
+    def test_a_hessian_vector_product(self):
+        w, x, y = arguments()
+        tangent = normal(3, 2, seed=1)
+
+        def product(value_and_grad):
+            gradient = jax.jit(lambda w: value_and_grad(w, x, y)[1])
+            return jax.jvp(gradient, (w,), (tangent,))
+
+        same(product(in_parts()), product(jax.value_and_grad(loss)))
+
+    def test_the_gradient_of_its_value_with_weights_skip_and_carry(self):
+        """Selects and the reciprocal of W put no NaN into a second derivative."""
+
+        def fun(w, x, y, carry):
+            return loss(w, x, y) + 0 * carry, carry + jnp.mean(x)
+
+        def count(w, x, y, carry):
+            del w, y, carry
+            return (x[:, 0] < 0).sum()
+
+        f = in_parts(fun, weight=count, skip=oa.skip_not_finite, carry_argnum=3)
+        w, x, y = arguments()
+        x = jnp.abs(x).at[0].multiply(-1)  # of all micro-batches one has weight
+        got = jax.jit(jax.grad(lambda w: f(w, x, y, jnp.zeros(()))[0][0]))(w)
+        same(got, whole(loss, w, x[:5], y[:5])[1])
+
+    def test_inside_cond_scan_and_while(self):
+        w, x, y = arguments()
+        f = in_parts()
+
+        def step(w, _):
+            _, grads = f(w, x, y)
+            return jax.lax.cond(grads.sum() > 1e9, lambda: w, lambda: w - grads), None
+
+        def plain(w, _):
+            return w - whole(loss, w, x, y)[1], None
+
+        got, _ = jax.jit(lambda w: jax.lax.scan(step, w, length=3))(w)
+        wanted, _ = jax.lax.scan(plain, w, length=3)
+        same(got, wanted)
+
+    def test_it_looks_like_the_function_it_wraps(self):
+        def named(params, batch):
+            """Says what it does."""
+            return (params * batch).mean()
+
+        for wrapped in (
+            oa.value_and_grad(named, num_microbatches=1),
+            oa.grad(named, num_microbatches=1),
+        ):
+            assert wrapped.__name__ == "named"
+            assert wrapped.__doc__ == named.__doc__
+
+
+# --- A training step ---
+
+
+def test_donation_reuses_parameters_and_state():
+    params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    tx = optax.sgd(0.1)
+
+    def step(params, state, x):
+        f = oa.grad(lambda p, x: jnp.mean((x @ p["w"]) ** 2), num_microbatches=4)
+        updates, state = tx.update(f(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    program = hlo.compiled(step, params, tx.init(params), x)
+    assert program.memory_analysis().alias_size_in_bytes >= hlo.nbytes(params)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("reduction", ["mean", "ratio"])
+@pytest.mark.parametrize("optimizer", [optax.adamw, optax.sgd])
+def test_micro_batches_inside_and_windows_outside(optimizer, reduction):
+    """The weights multiply through: two levels update as the global batch does."""
+
+    def token_loss(w, x, mask):
+        total = jnp.sum(mask * jnp.tanh(x @ w) ** 2)
+        if reduction == "ratio":
+            return total
+        return total / jnp.maximum(mask.sum(), 1)
+
+    def token_mean(w, x, mask):
+        return jnp.sum(mask * jnp.tanh(x @ w) ** 2) / mask.sum()
+
+    inner = loosely(optimizer(0.1))
+    tx = oa.accumulate(inner, every_k=3)
+
+    def count(w, x, mask):
+        del w, x
+        return mask.sum()
+
+    gradient = oa.value_and_grad(
+        token_loss,
+        microbatch_size=3,
+        batch_argnums=(1, 2),
+        weight=count,
+        reduction=reduction,
+        return_info=True,
+    )
+
+    @jax.jit
+    def micro_step(params, state, x, mask):
+        (value, grads), info = gradient(params, x, mask)
+        return tx.update_params(grads, state, params, weight=info.weight, value=value)
+
+    @jax.jit
+    def global_step(params, state, x, mask):
+        value, grads = jax.value_and_grad(token_mean)(params, x, mask)
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    w = normal(4)
+    params, state = w, tx.init(w)
+    wanted, inner_state = w, inner.init(w)
+    random = np.random.default_rng(0)
+    for window in range(3):
+        x = normal(24, 4, seed=window)
+        mask = jnp.asarray(random.random(24) < 0.4, x.dtype).at[8:16].set(0)
+        mask = mask.at[0].set(1)
+        for i in range(3):
+            part = slice(8 * i, 8 * i + 8)
+            params, state = micro_step(params, state, x[part], mask[part])
+        wanted, inner_state, value = global_step(wanted, inner_state, x, mask)
+        same(state.value / state.weight, value)
+        same(params, wanted)
+
+
+# --- Sharded batches ---
+
+
+def sharded(kind, x, *spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    return mesh, jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+@KINDS
+def test_splitting_a_sharded_batch_needs_no_collective(kind):
+    mesh, x = sharded(kind, normal(32, 6), "data")
+    w = jax.device_put(normal(6, 4), NamedSharding(mesh, PartitionSpec()))
+    traces = []
+
+    def local(w, x):
+        """Reduces nothing over the examples, so that only the split could exchange."""
+        traces.append(1)
+        return jnp.mean(w), jnp.tanh(x @ w)
+
+    with jax.set_mesh(mesh):
+        f = oa.value_and_grad(local, has_aux=True, num_microbatches=4, aux="concat")
+        program = jax.jit(f).lower(w, x).compile()
+        (_, joined), _ = program(w, x)
+    assert len(traces) == 1
+    assert hlo.collectives(program) == []
+    # Every device works on two of the eight examples of every micro-batch.
+    assert [t.split("{")[0] for t in hlo.operations(program, "dot")] == ["f32[2,4]"]
+    assert joined.sharding.is_equivalent_to(x.sharding, 2)
+    wanted = jnp.tanh(normal(32, 6) @ normal(6, 4))
+    chex.assert_trees_all_close(joined, wanted, rtol=1e-5)
+
+
+@KINDS
+def test_the_instruments_see_what_a_contiguous_split_does(kind):
+    mesh, x = sharded(kind, normal(32, 6), "data")
+
+    def contiguous(x):
+        parts = [jax.lax.dynamic_slice_in_dim(x, 8 * i, 8) for i in range(4)]
+        return jnp.stack([jnp.tanh(p) for p in parts])
+
+    with jax.set_mesh(mesh):
+        assert hlo.collectives(jax.jit(contiguous).lower(x).compile()) != []
+
+
+@pytest.mark.parametrize("size", [{"num_microbatches": 4}, {"microbatch_size": 12}])
+@KINDS
+def test_on_a_mesh_the_result_is_that_of_the_whole_batch(kind, size):
+    _, x = sharded(kind, normal(32, 6), "data")
+    mesh, w = sharded(kind, normal(6, 4), None, "model")
+    with jax.set_mesh(mesh):
+        _, y = sharded(kind, normal(32, 4), "data", "model")
+        wanted = whole(loss, w, x, y)
+        f = oa.value_and_grad(loss, batch_argnums=(1, 2), **size)
+        value, grads = jax.jit(f)(w, x, y)
+    chex.assert_trees_all_close((value, grads), wanted, rtol=1e-5, atol=1e-6)
+    assert grads.sharding.is_equivalent_to(w.sharding, 2)
+
+
+def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
+    mesh, x = sharded(AxisType.Explicit, normal(32, 6), "data")
+    with jax.set_mesh(mesh):
+        f = jax.jit(
+            oa.value_and_grad(lambda w, x: jnp.mean(w * x), num_microbatches=16)
+        )
+        with pytest.raises(
+            ValueError, match="`x` is sharded over 4 devices along axis 0"
+        ):
+            f(1.0, x)
+        f = oa.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=10)
+        with pytest.raises(ValueError, match="a micro-batch of 10 examples cannot be"):
+            f(1.0, x)
