@@ -19,8 +19,6 @@ optax.apply_every  chained behind the optimizer, then optax.apply_updates
 
 import argparse
 import functools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from measuring import in_turn, median_ratio, pyplot, setting, write_json
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -146,18 +145,12 @@ def measure(
     runners = [Runner(way, optimizer, grads, k) for way in WAYS]
     micro: dict[str, list[float]] = {way: [] for way in WAYS}
     window: dict[str, list[float]] = {way: [] for way in WAYS}
-    for round_ in range(rounds + 1):
-        # Who comes after whom changes, so that no way always follows a heavy one.
-        turn = round_ % len(runners)
-        for runner in runners[turn:] + runners[:turn]:
-            seconds = runner.window(grads)
-            if round_ > 0:  # The first one warms up.
-                micro[runner.way].append(statistics.median(seconds[:-1]))
-                window[runner.way].append(sum(seconds))
+    for number, runner in in_turn(runners, rounds + 1):
+        seconds = runner.window(grads)
+        if number > 0:  # The first one warms up.
+            micro[runner.way].append(statistics.median(seconds[:-1]))
+            window[runner.way].append(sum(seconds))
         advance()
-
-    def ratio(above: list[float], below: list[float]) -> float:
-        return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     nbytes = sum(x.nbytes for x in jax.tree.leaves(grads))
     return [
@@ -167,8 +160,8 @@ def measure(
             way=runner.way,
             micro_step_ms=1e3 * statistics.median(micro[runner.way]),
             window_ms=1e3 * statistics.median(window[runner.way]),
-            micro_step_to_floor=ratio(micro[runner.way], micro[FLOOR]),
-            multi_steps_to_window=ratio(window[MULTI_STEPS], window[runner.way]),
+            micro_step_to_floor=median_ratio(micro[runner.way], micro[FLOOR]),
+            multi_steps_to_window=median_ratio(window[MULTI_STEPS], window[runner.way]),
             temporaries=runner.temporaries / nbytes,
             compile_s=runner.compile_s,
         )
@@ -232,11 +225,7 @@ def write_markdown(results: list[Result], title: str, path: Path) -> None:
 
 def draw(results: list[Result], title: str, path: Path) -> None:
     """One panel per optimizer: a window's time by way."""
-    import matplotlib as mpl  # noqa: PLC0415 - only a picture needs it
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
+    plt = pyplot()
     names = list(dict.fromkeys(r.optimizer for r in results))
     figure, axes = plt.subplots(
         1, len(names), figsize=(1.6 + 3.6 * len(names), 3.2), squeeze=False
@@ -295,16 +284,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
-    device = jax.devices()[0]
-    title = (
-        f"{device.device_kind}, {platform.machine()}, JAX {jax.__version__}, "
-        f"Optax {optax.__version__}, {options.dtype}, k = {options.k}"
-    )
+    title = f"{setting()}, {options.dtype}, k = {options.k}"
     results = []
     console = Console()
     with Progress(console=console, transient=True) as progress:
         for name in options.optimizers:
-            task = progress.add_task(name, total=options.rounds + 1)
+            task = progress.add_task(name, total=len(WAYS) * (options.rounds + 1))
             results += measure(
                 name,
                 int(options.muon_params if name == "muon" else options.params),
@@ -315,9 +300,7 @@ def main(arguments: list[str]) -> None:
             )
     show(results, title, console)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"setting": title, "results": [r._asdict() for r in results]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(options.json, title, results)
     if options.markdown:
         write_markdown(results, title, options.markdown)
     if options.picture:

@@ -248,7 +248,7 @@ def loss(value: Any) -> jax.Array:
     """What `fun` returned as its value, a real floating scalar."""
     try:
         value = jnp.asarray(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             "`fun` must return a real floating scalar to differentiate; got "
             f"{type(value).__name__}. If it returns auxiliary output as well, pass "

@@ -302,6 +302,9 @@ class _Microbatched:
             part = split.take_tail(call.batch)
             return self._differentiate(call, part, carry, split.whole, split.tail)
 
+        # Weights in whole micro-batches are 1, and XLA then multiplies nothing by them.
+        relative = self.weight is None and self.reduction == "mean"
+        unit = split.size if relative else 1
         carry = None if call.carry is None else args[call.carry]
         carry = _window.cast_like(carry, carry)
         indices = jnp.arange(split.whole, dtype=jnp.int32)
@@ -310,7 +313,9 @@ class _Microbatched:
 
         def body(totals, index):
             part = microbatch(totals.carry, index)
-            return self._add(totals, part, auxiliaries), auxiliaries.kept(part.aux)
+            return self._add(totals, part, auxiliaries, unit), auxiliaries.kept(
+                part.aux
+            )
 
         start = self._start(shapes, auxiliaries, carry)
         totals, stacks = lax.scan(body, start, indices)
@@ -318,15 +323,13 @@ class _Microbatched:
         if split.tail:
             part = tail_microbatch(totals.carry)
             auxiliaries.check_examples(part.aux, split.tail)
-            totals, tails = (
-                self._add(totals, part, auxiliaries),
-                auxiliaries.kept(part.aux),
-            )
+            tails = auxiliaries.kept(part.aux)
+            totals = self._add(totals, part, auxiliaries, unit)
 
         aux = auxiliaries.finish(totals.aux, stacks, tails, totals.weight, split)
         sums = totals.value, totals.grads
         value, grads = _window.cast_like(
-            _window.close(sums, totals.weight, self.reduction),
+            _window.close(sums, totals.weight / unit, self.reduction),
             (shapes.value, shapes.grads),
         )
         outputs = self._pack(value, aux, totals.carry, call)
@@ -373,11 +376,13 @@ class _Microbatched:
             carry=carry,
         )
 
-    def _add(self, totals: _Totals, part: _Part, auxiliaries: Auxiliaries) -> _Totals:
-        weight = part.weight
+    def _add(
+        self, totals: _Totals, part: _Part, auxiliaries: Auxiliaries, unit: int
+    ) -> _Totals:
+        weight, relative = part.weight, part.weight / unit
         return _Totals(
-            value=_window.add(totals.value, part.value, weight, self.reduction),
-            grads=_window.add(totals.grads, part.grads, weight, self.reduction),
+            value=_window.add(totals.value, part.value, relative, self.reduction),
+            grads=_window.add(totals.grads, part.grads, relative, self.reduction),
             aux=auxiliaries.add(totals.aux, part.aux, weight),
             weight=_window.add(totals.weight, weight, weight, "sum"),
             skipped=totals.skipped + part.rejected.astype(jnp.int32),

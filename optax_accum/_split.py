@@ -75,7 +75,7 @@ def plan(
         if microbatch_size > examples:
             raise ValueError(
                 f"`microbatch_size={microbatch_size}` is more than the batch has: "
-                f"{name} holds {examples} examples along axis {axis}. Use at most "
+                f"{name} holds {_examples(examples)} along axis {axis}. Use at most "
                 f"{examples}, which is the whole batch at once"
             )
         whole, tail = divmod(examples, microbatch_size)
@@ -86,7 +86,7 @@ def plan(
             divisors = [n for n in range(1, examples + 1) if examples % n == 0]
             raise ValueError(
                 f"`num_microbatches={num_microbatches}` does not divide the batch: "
-                f"{name} holds {examples} examples along axis {axis}. Use "
+                f"{name} holds {_examples(examples)} along axis {axis}. Use "
                 f"{_alternatives(divisors)}, or `microbatch_size`, which takes any "
                 f"size up to {examples}"
             )
@@ -153,6 +153,10 @@ def _shards(sharding: Any, axis: int) -> int:
     for name in names:
         shards *= sharding.mesh.shape[name]
     return shards
+
+
+def _examples(count: int) -> str:
+    return f"{count} example" if count == 1 else f"{count} examples"
 
 
 def _alternatives(numbers: list[int]) -> str:

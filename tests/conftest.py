@@ -1,11 +1,20 @@
 """JAX as every test wants it: eight devices, and no promotion that nobody asked for."""
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same cases at every run. To look for new ones: --hypothesis-profile=explore
+every_run = {"deadline": None, "database": None}
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, max_examples=50, **every_run
+)
+hypothesis.settings.register_profile("explore", max_examples=1000, **every_run)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture

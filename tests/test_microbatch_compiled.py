@@ -66,10 +66,10 @@ def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
     ours = program(oa.value_and_grad(loss, num_microbatches=k), params, make_batch())
     scan = program(by_hand(k), params, make_batch(k, B // k))
     assert hlo.temporaries(ours) <= hlo.temporaries(scan) + SCALARS
-    # The same loop and the same work, but for a multiplication by the weight.
+    # The same loop and the same work; nothing is multiplied by a weight.
     assert len(hlo.operations(ours, "while")) == len(hlo.operations(scan, "while"))
     flops, by_scan = (p.cost_analysis()["flops"] for p in (ours, scan))
-    assert flops <= by_scan + 1.1 * sum(p.size for p in params)
+    assert flops <= by_scan + 64
 
 
 @pytest.mark.parametrize("k", [2, 8, 32])

@@ -1,0 +1,54 @@
+"""What the benchmarks share: taking turns, ratios, and saying where it was."""
+
+import json
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+T = TypeVar("T")
+
+
+def setting() -> str:
+    """The hardware and the versions, for a title."""
+    return (
+        f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX {jax.__version__}, "
+        f"Optax {optax.__version__}"
+    )
+
+
+def in_turn(runners: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """``(round, runner)``, every runner once a round.
+
+    Who comes after whom changes, so that no way always follows a heavy one.
+    """
+    for number in range(rounds):
+        start = number % len(runners)
+        for runner in (*runners[start:], *runners[:start]):
+            yield number, runner
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """The median of ratios that were each taken within one round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def write_json(path: Path, title: str, results: Sequence[Any]) -> None:
+    """The figures, which are named tuples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"setting": title, "results": [r._asdict() for r in results]}
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def pyplot() -> Any:
+    """Matplotlib, for files; imported here, because only a picture needs it."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    return plt

@@ -1,0 +1,376 @@
+"""What `oa.value_and_grad` says to who gets it wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_errors import saying
+
+import optax_accum as oa
+
+PARAMS = {"w": jnp.ones(3)}
+X = np.ones((10, 3), np.float32)
+
+
+def loss(params, batch):
+    return jnp.mean(batch @ params["w"])
+
+
+def raises(error, *words):
+    return pytest.raises(error, match=saying(*words))
+
+
+def run(fun=loss, *args, **options):
+    if not {"num_microbatches", "microbatch_size"} & set(options):
+        options["num_microbatches"] = 5
+    args = args or (PARAMS, X)
+    return oa.value_and_grad(fun, **options)(*args)
+
+
+# --- Sizes ---
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 5)])
+def test_neither_or_both_sizes(sizes):
+    options = dict(zip(("num_microbatches", "microbatch_size"), sizes, strict=False))
+    for function in (oa.value_and_grad, oa.grad):
+        with raises(
+            ValueError,
+            "exactly one of `num_microbatches` and `microbatch_size`",
+            "2 and 5" if sizes else "None and None",
+        ):
+            function(loss, **options)
+
+
+@pytest.mark.parametrize("name", ["num_microbatches", "microbatch_size"])
+def test_a_size_that_is_none(name):
+    for value in (0, -3):
+        with raises(ValueError, f"`{name}` must be an int >= 1", f"got {value}"):
+            oa.value_and_grad(loss, **{name: value})
+    for value in (2.0, "4", True, (2,)):
+        with raises(TypeError, f"`{name}` must be an int >= 1", f"got {value!r}"):
+            oa.value_and_grad(loss, **{name: value})
+    run(**{name: np.int64(5)})
+
+
+def test_a_size_above_the_batch():
+    with raises(
+        ValueError,
+        "`microbatch_size=11` is more than the batch has",
+        "`batch` holds 10 examples",
+        "Use at most 10",
+    ):
+        run(microbatch_size=11)
+
+
+@pytest.mark.parametrize("number", [3, 4, 20])
+def test_a_number_that_does_not_divide_the_batch(number):
+    with raises(
+        ValueError,
+        f"`num_microbatches={number}` does not divide the batch",
+        "`batch` holds 10 examples along axis 0",
+        "Use 1, 2, 5 or 10",
+        "`microbatch_size`, which takes any size up to 10",
+    ):
+        run(num_microbatches=number)
+
+
+def test_a_batch_of_one_example():
+    with raises(
+        ValueError, "`batch` holds 1 example along", "Use 1, or `microbatch_size`"
+    ):
+        run(loss, PARAMS, X[:1], num_microbatches=2)
+
+
+# --- The batch ---
+
+
+def test_different_numbers_of_examples():
+    def fun(params, batch, *, mask):
+        return loss(params, batch["x"][0]) * mask.sum()
+
+    with raises(
+        ValueError,
+        "the same number of examples along `batch_axis=0`",
+        "`batch['x'][0]` has 10, but `mask` has 9",
+    ):
+        oa.value_and_grad(fun, num_microbatches=5, batch_argnames="mask")(
+            PARAMS, {"x": [X]}, mask=np.ones(9)
+        )
+
+
+def test_a_scalar_in_the_batch():
+    def fun(params, batch):
+        return loss(params, batch["x"]) * batch["scale"]
+
+    with raises(
+        ValueError,
+        "`batch['scale']` is a scalar",
+        "examples along `batch_axis=0`",
+        "not in `batch_argnums` or `batch_argnames`",
+    ):
+        run(fun, PARAMS, {"x": X, "scale": 2.0})
+
+
+def test_no_such_axis():
+    with raises(ValueError, "`batch` has shape (10, 3)", "`batch_axis=2`"):
+        run(batch_axis=2)
+
+
+def test_an_empty_batch():
+    with raises(ValueError, "the batch is empty: `batch` has 0 examples"):
+        run(loss, PARAMS, X[:0], microbatch_size=1)
+    with raises(ValueError, "hold no array to split", "`batch`"):
+        run(loss, PARAMS, {"x": None})
+    with raises(ValueError, "hold no array to split", "lead to none"):
+        run(batch_argnums=())
+
+
+def test_arguments_that_have_no_name():
+    def fun(params, *batches):
+        return loss(params, batches[0])
+
+    with raises(ValueError, "`args[1]` has 10, but `args[2]['y']` has 9"):
+        run(fun, PARAMS, X, {"y": X[:9]}, batch_argnums=(1, 2))
+
+
+# --- Roles ---
+
+
+def test_a_position_that_the_call_does_not_have():
+    with raises(
+        ValueError,
+        "`batch_argnums` names the positional argument 1",
+        "called with 1",
+        "`batch_argnums=()` and `batch_argnames`",
+    ):
+        oa.value_and_grad(loss, num_microbatches=5)(PARAMS, batch=X)
+    for name in ("argnums", "carry_argnum", "rng_argnums"):
+        with raises(ValueError, f"`{name}` names the positional argument 2"):
+            run(**{name: 2})
+
+
+def test_a_name_that_the_call_does_not_have():
+    with raises(
+        ValueError, "`batch_argnames` names the keyword argument 'mask'", "with none"
+    ):
+        run(batch_argnames=("mask",))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"argnums": 1}, "`argnums` and `batch_argnums` both name argument 1, `batch`"),
+        ({"argnums": -1}, "`argnums` and `batch_argnums` both name argument 1"),
+        ({"argnums": (0, 0)}, "`argnums` and `argnums` both name argument 0, `params`"),
+        ({"carry_argnum": 1}, "`batch_argnums` and `carry_argnum` both name"),
+        ({"carry_argnum": 0}, "`argnums` and `carry_argnum` both name"),
+        ({"rng_argnums": (0,)}, "`argnums` and `rng_argnums` both name"),
+    ],
+)
+def test_an_argument_with_two_roles(options, words):
+    with raises(ValueError, words, "an argument has one role"):
+        run(**options)
+
+
+@pytest.mark.parametrize("name", ["argnums", "batch_argnums", "rng_argnums"])
+def test_positions_that_are_none(name):
+    for value in ("batch", 1.0, ("x",), None):
+        with raises(TypeError, f"`{name}` must be an int or several ints", repr(value)):
+            run(**{name: value})
+
+
+def test_a_key_that_is_none():
+    def fun(params, batch, rngs):
+        del rngs
+        return loss(params, batch)
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    for bad in (keys, 0, jnp.zeros(2), jnp.zeros((3, 2), jnp.uint32)):
+        with raises(
+            TypeError,
+            "`rngs['dropout']` is in `rng_argnums` and must be one random key",
+            f"got shape {jnp.shape(bad)}",
+        ):
+            run(fun, PARAMS, X, {"dropout": bad}, rng_argnums=2)
+
+
+# --- What `fun` returns ---
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda x: x.mean(-1), ("got shape (2,) and dtype float32", "Reduce it")),
+        (lambda x: x.sum().astype(int), ("got shape () and dtype int32",)),
+        (lambda x: x.sum() > 0, ("dtype bool",)),
+        (lambda x: x.sum() + 1j, ("dtype complex64",)),
+        (lambda x: (x.sum(), x), ("got tuple", "has_aux=True")),
+        (lambda x: {"loss": x.sum()}, ("got dict",)),
+        (lambda _: None, ("got NoneType",)),
+    ],
+)
+def test_a_value_that_cannot_be_differentiated(result, words):
+    def fun(params, batch):
+        return result(batch * params["w"][None])
+
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        raises(TypeError, "`fun` must return a real floating scalar", *words),
+    ):
+        run(fun)
+
+
+@pytest.mark.parametrize(
+    ("options", "result", "words"),
+    [
+        ({"has_aux": True}, 1.0, ("(value, aux)", "got float")),
+        ({"has_aux": True}, (1.0, 2, 3), ("(value, aux)", "got 3 things")),
+        ({"carry_argnum": 2}, 1.0, ("(value, carry)", "got float")),
+        (
+            {"carry_argnum": 2, "has_aux": True},
+            (1.0, 2.0),
+            ("(value, (aux, carry))", "got float where a pair is needed"),
+        ),
+    ],
+)
+def test_a_result_that_is_no_pair(options, result, words):
+    with raises(TypeError, "`fun` must return", *words):
+        run(lambda params, batch, carry: result, PARAMS, X, 0.0, **options)  # noqa: ARG005
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda s: {"mean": s["mean"].astype(jnp.bfloat16)},
+            TypeError,
+            ("`stats['mean']`", "as float32[3]", "came out as bfloat16[3]"),
+        ),
+        (
+            lambda s: {"mean": s["mean"][:2]},
+            TypeError,
+            ("`stats['mean']`", "as float32[3]", "came out as float32[2]"),
+        ),
+        (
+            lambda s: {"mean": s["mean"], "var": s["mean"]},
+            ValueError,
+            ("`carry['var']` is not in `stats`", "as it took it"),
+        ),
+        (lambda _: {}, ValueError, ("`stats['mean']` has no counterpart",)),
+    ],
+)
+def test_a_carry_that_changes_its_type(change, error, words):
+    def fun(params, batch, stats):
+        return loss(params, batch), change(stats)
+
+    with raises(error, *words):
+        run(fun, PARAMS, X, {"mean": jnp.zeros(3)}, carry_argnum=2)
+
+
+# --- Auxiliary outputs ---
+
+
+def with_aux(params, batch):
+    value = loss(params, batch)
+    return value, {"value": value, "x": batch}
+
+
+def test_an_unknown_policy():
+    for policies in (
+        "average",
+        {"x": "stack", "value": "average"},
+        ["mean", "average"],
+    ):
+        with raises(ValueError, "`aux` must be one of", '"concat"', "got 'average'"):
+            run(with_aux, has_aux=True, aux=policies)
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [{"value": "mean"}, ["mean", "stack"], {"value": ["mean"], "x": "stack"}],
+)
+def test_policies_that_are_no_prefix(policies):
+    with raises(
+        ValueError,
+        "a tree of policies that is a prefix of what `fun` returns",
+        f"got {policies!r}",
+        "'value': *",
+    ):
+        run(with_aux, has_aux=True, aux=policies)
+
+
+def test_policies_without_aux():
+    with raises(ValueError, "`aux='mean'`", "`has_aux` is False"):
+        oa.value_and_grad(loss, num_microbatches=2, aux="mean")
+
+
+def test_concat_of_what_has_no_examples():
+    with raises(
+        ValueError,
+        "`aux['value']` has the policy \"concat\"",
+        "a micro-batch of 2 examples gave shape ()",
+    ):
+        run(with_aux, has_aux=True, aux="concat")
+
+    def transposed(params, batch):
+        return loss(params, batch), batch.T
+
+    with raises(
+        ValueError, "`aux`", "gave shape (3, 4)", "move the examples to axis 0"
+    ):
+        run(transposed, has_aux=True, aux="concat", microbatch_size=4)
+
+
+def test_stack_of_what_differs():
+    with raises(
+        ValueError,
+        "`aux['x']` has the policy \"stack\"",
+        "gave shape (2, 3) and the others (4, 3)",
+        'Use "concat"',
+    ):
+        run(with_aux, has_aux=True, microbatch_size=4)
+
+
+# --- Settings ---
+
+
+def test_settings_that_are_none():
+    with raises(ValueError, '`reduction` must be one of "mean", "ratio", "sum"'):
+        run(reduction="average")
+    with raises(TypeError, "`weight` must be a function of the arguments", "got 3"):
+        run(weight=3)
+    with raises(TypeError, "`skip` must be a function"):
+        run(skip=True)
+    with raises(TypeError, "`accumulator_dtype`", "int32"):
+        run(accumulator_dtype=jnp.int32)
+    with raises(TypeError, "unexpected keyword argument 'microbatches'"):
+        oa.grad(loss, microbatches=3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "words"),
+    [
+        (lambda p, b: b, ValueError, ("`weight` must be a scalar", "shape (2, 3)")),  # noqa: ARG005
+        (lambda p, b: "2", TypeError, ("`weight` must be a real scalar", "got '2'")),  # noqa: ARG005
+        (lambda p, b: -1, ValueError, ("`weight` must be finite and >= 0",)),  # noqa: ARG005
+    ],
+)
+def test_a_weight_that_is_none(weight, error, words):
+    with raises(error, *words):
+        run(weight=weight)
+
+
+def test_a_decision_that_is_none():
+    with raises(TypeError, "`skip` must return (bool scalar, info)", "shape (3,)"):
+        run(skip=lambda grads, step, params: (grads["w"] > 0, ()))  # noqa: ARG005
+
+
+def test_complex_sums_of_real_gradients():
+    with raises(TypeError, "`accumulator_dtype` complex64 cannot hold", "['w']"):
+        run(accumulator_dtype=jnp.complex64)
+
+
+def test_what_jax_refuses_is_refused():
+    with raises(TypeError, "int32"):
+        run(lambda n, x: (n * x).sum() * 1.0, 3, X[:, 0].astype(np.int32))
