@@ -86,7 +86,7 @@ def mlp(quick: bool) -> Model:
 def transformer(quick: bool) -> Model:
     """A decoder with a scan over its layers, on sequences of tokens."""
     layers, width, heads, length, vocabulary = (
-        (2, 64, 2, 32, 64) if quick else (4, 256, 4, 128, 256)
+        (2, 64, 2, 32, 64) if quick else (2, 256, 4, 64, 256)
     )
     examples = 32
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -174,11 +174,16 @@ class Runner:
         self.seconds: list[float] = []
 
     def run(self) -> Any:
-        """Once, noting the time."""
-        start = time.perf_counter()
-        result = jax.block_until_ready(self.program(*self.arguments))
-        self.seconds.append(time.perf_counter() - start)
-        return result
+        """Once."""
+        return jax.block_until_ready(self.program(*self.arguments))
+
+    def turn(self, seconds: float) -> None:
+        """Runs for at least so long, and notes how long one run took."""
+        start, runs = time.perf_counter(), 0
+        while (passed := time.perf_counter() - start) < seconds or not runs:
+            self.run()
+            runs += 1
+        self.seconds.append(passed / runs)
 
 
 def check_equal(runners: list[Runner]) -> None:
@@ -193,15 +198,18 @@ def check_equal(runners: list[Runner]) -> None:
 
 
 def measure(
-    model: Model, k: int, *, rounds: int, advance: Callable[[], None]
+    model: Model,
+    k: int,
+    *,
+    rounds: int,
+    turn: float,
+    advance: Callable[[], None],
 ) -> list[Result]:
     """All ways with one model and number of micro-batches, interleaved."""
     runners = {way: Runner(way, model, k) for way in WAYS}
     check_equal(list(runners.values()))
-    for runner in runners.values():
-        runner.seconds.clear()  # The first run warms up.
     for _, runner in in_turn(list(runners.values()), rounds):
-        runner.run()
+        runner.turn(turn)
         advance()
     return [
         Result(
@@ -294,15 +302,15 @@ def draw(results: list[Result], title: str, path: Path) -> None:
             below.plot(k, [r.temporary_mb for r in rows], label=way, **styles[way])
         above.set_title(f"{name}, {rows[0].parameters / 1e6:.2g}M parameters")
         above.set_ylim(0)
+        below.set_ylim(0)
         below.set_xscale("log", base=2)
         below.set_xticks(k, [str(n) for n in k])
-        below.set_yscale("log")
         below.set_xlabel("micro-batches")
         for axis in (above, below):
             axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("time, times a scan by hand")
     axes[1][0].set_ylabel("temporary MB")
-    axes[1][-1].legend(frameon=False, fontsize="small")
+    axes[0][-1].legend(frameon=False, fontsize="small", loc="lower left")
     figure.suptitle(title, fontsize="medium")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,14 +331,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=[2, 8, 32],
         help="numbers of them (default: 2 8 32)",
     )
-    add("--rounds", type=int, default=15, help="timed runs of each (default: 15)")
-    add("--quick", action="store_true", help="small models, three rounds")
+    add("--rounds", type=int, default=40, help="turns of each (default: 40)")
+    add("--turn", type=float, default=0.3, help="seconds at least (default: 0.3)")
+    add("--quick", action="store_true", help="small models, two rounds")
     add("--json", type=Path, help="write the figures here")
     add("--markdown", type=Path, help="write the table here")
     add("--picture", type=Path, help="draw them here (needs matplotlib)")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds = 3
+        options.rounds, options.turn = 2, 0.0
     return options
 
 
@@ -350,6 +359,7 @@ def main(arguments: list[str]) -> None:
                     model,
                     k,
                     rounds=options.rounds,
+                    turn=options.turn,
                     advance=functools.partial(progress.advance, task),
                 )
     show(results, title, console)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ def setting() -> str:
 
 
 def in_turn(runners: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """``(round, runner)``, every runner once a round.
+    """``(round, runner)``, every runner once a round, in an order that is drawn anew.
 
-    Who comes after whom changes, so that no way always follows a heavy one.
+    A mere rotation would let each of them always follow the same one, and find the
+    caches and the memory as that one left them.
     """
+    order = random.Random(0)
     for number in range(rounds):
-        start = number % len(runners)
-        for runner in (*runners[start:], *runners[:start]):
+        for runner in order.sample(runners, len(runners)):
             yield number, runner
 
 

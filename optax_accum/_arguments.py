@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optax_accum import _window
 
-Positions = int | Iterable[int]
+Positions = int | Sequence[int]
 
 
 class Call(NamedTuple):
@@ -57,7 +57,7 @@ class Roles(NamedTuple):
 
     argnums: Positions
     batch_argnums: Positions
-    batch_argnames: str | Iterable[str]
+    batch_argnames: str | Sequence[str]
     carry_argnum: int | None
     rng_argnums: Positions
 
@@ -131,7 +131,7 @@ def _positions(role: str, value: Positions, args: tuple[Any, ...]) -> tuple[int,
     return tuple(i % len(args) for i in given)
 
 
-def _keywords(names: str | Iterable[str], kwargs: dict[str, Any]) -> tuple[str, ...]:
+def _keywords(names: str | Sequence[str], kwargs: dict[str, Any]) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in kwargs:

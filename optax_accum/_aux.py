@@ -77,10 +77,10 @@ class Auxiliaries(NamedTuple):
 
         def start_leaf(policy, leaf):
             if policy == "last":
-                return jnp.zeros(leaf.shape, leaf.dtype)
+                return jnp.zeros_like(leaf)
             if policy in _RESULT:
                 dtype = jax.eval_shape(_RESULT[policy], leaf).dtype
-                return jnp.zeros(leaf.shape, _window.at_least_float32(dtype))
+                return jnp.zeros_like(leaf, dtype=_window.at_least_float32(dtype))
             return None
 
         return self._map(start_leaf, jax.tree.leaves(self.shapes))
@@ -145,7 +145,7 @@ class Auxiliaries(NamedTuple):
         return [function(*row) for row in zip(self.policies, *lists, strict=True)]
 
 
-def check(policies: Any) -> None:
+def check_policies(policies: Any) -> None:
     """Raises unless all leaves of `policies` are policies."""
     for policy in jax.tree.leaves(policies):
         _checks.one_of("aux", policy, POLICIES)

@@ -100,7 +100,7 @@ def accumulator_fits(params: Any, dtype: Any) -> None:
         if is_complex != jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"`accumulator_dtype` {dtype} cannot hold the gradient of "
-                f"{_named('params', path)}, which is {own}: one is complex and the "
+                f"{named('params', path)}, which is {own}: one is complex and the "
                 "other is not. Leave `accumulator_dtype` out and each leaf gets its own"
             )
 
@@ -244,68 +244,6 @@ def weight_function(value: Any) -> Any:
     )
 
 
-def loss(value: Any) -> jax.Array:
-    """What `fun` returned as its value, a real floating scalar."""
-    try:
-        value = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(
-            "`fun` must return a real floating scalar to differentiate; got "
-            f"{type(value).__name__}. If it returns auxiliary output as well, pass "
-            "has_aux=True"
-        ) from None
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            "`fun` must return a real floating scalar to differentiate; got shape "
-            f"{value.shape} and dtype {value.dtype}. Reduce it over the micro-batch, "
-            "with jnp.mean, say"
-        )
-    return value
-
-
-def pair(value: Any, needed: str) -> tuple[Any, Any]:
-    """What `fun` returned, or a part of it, as two things."""
-    if isinstance(value, tuple | list) and len(value) == 2:
-        return value[0], value[1]
-    what = f"{len(value)} things" if isinstance(value, tuple) else type(value).__name__
-    raise TypeError(
-        f"`fun` must return {needed} with these `has_aux` and `carry_argnum`; got "
-        f"{what} where a pair is needed"
-    )
-
-
-def same_carry(name: str, carry: Any, new_carry: Any) -> None:
-    """Raises where a carry comes out of `fun` in another type than it went in."""
-    same_structure(
-        "carry",
-        new_carry,
-        name,
-        carry,
-        "`fun` must return its carry as it took it, with new values",
-    )
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(carry),
-        jax.tree.leaves(new_carry),
-        strict=True,
-    )
-    for (path, old), new in pairs:
-        types = [
-            f"{_window.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
-            for x in (old, new)
-        ]
-        if types[0] != types[1]:
-            raise TypeError(
-                f"{_named(name, path)} is carried from micro-batch to micro-batch and "
-                f"must keep its type; it went into `fun` as {types[0]} and came out "
-                f"as {types[1]}"
-            )
-
-
-def argument_path(path: Any) -> str:
-    """The name of a leaf in a dict of arguments by name."""
-    return _named(path[0].key, path[1:])
-
-
 def same_structure(
     name: str, tree: Any, expected_name: str, expected: Any, advice: str
 ) -> None:
@@ -318,9 +256,9 @@ def same_structure(
     missing = [path for path in wanted if path not in paths]
     surplus = [path for path in paths if path not in wanted]
     if missing:
-        difference = f"{_named(expected_name, missing[0])} has no counterpart in it"
+        difference = f"{named(expected_name, missing[0])} has no counterpart in it"
     elif surplus:
-        difference = f"{_named(name, surplus[0])} is not in `{expected_name}`"
+        difference = f"{named(name, surplus[0])} is not in `{expected_name}`"
     else:
         difference = "the paths agree, but their containers are of other types"
     raise ValueError(
@@ -354,8 +292,8 @@ def gradients(grads: Any, expected: Any, *, narrow: bool) -> None:
     for (path, g), wanted in pairs:
         if jnp.shape(g) != jnp.shape(wanted):
             raise ValueError(
-                f"{_named('grads', path)} has shape {jnp.shape(g)}, but "
-                f"{_named('params', path)} has shape {jnp.shape(wanted)}; "
+                f"{named('grads', path)} has shape {jnp.shape(g)}, but "
+                f"{named('params', path)} has shape {jnp.shape(wanted)}; "
                 "gradients must have the shapes of the parameters that `init` saw"
             )
         mine, sums = _window.dtype_of(g), _window.dtype_of(wanted)
@@ -363,15 +301,20 @@ def gradients(grads: Any, expected: Any, *, narrow: bool) -> None:
             sums, jnp.complexfloating
         ):
             raise TypeError(
-                f"{_named('grads', path)} is {mine}, but {_named('params', path)} "
+                f"{named('grads', path)} is {mine}, but {named('params', path)} "
                 f"is {sums}: one is complex and the other is not"
             )
         if not narrow and jnp.finfo(mine).bits > jnp.finfo(sums).bits:
             raise TypeError(
-                f"{_named('grads', path)} is {mine}, wider than its accumulator, which "
+                f"{named('grads', path)} is {mine}, wider than its accumulator, which "
                 f"is {sums} because of the parameters that `init` saw. Pass "
                 f"`accumulator_dtype={mine}` to keep the precision, or cast them"
             )
+
+
+def named(tree: str, path: Any) -> str:
+    """The leaf at `path` of what is called `tree`, for a message."""
+    return f"`{tree}{jax.tree_util.keystr(path)}`"
 
 
 def _as_int(value: Any) -> int | None:
@@ -384,7 +327,3 @@ def _as_int(value: Any) -> int | None:
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool | np.bool_)
-
-
-def _named(tree: str, path: Any) -> str:
-    return f"`{tree}{jax.tree_util.keystr(path)}`"

@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _checks, _split, _window
-from optax_accum._arguments import Call, Positions, Roles
-from optax_accum._aux import Auxiliaries
-from optax_accum._aux import check as check_policies
+from optax_accum import _arguments, _aux, _checks, _outputs, _split, _window
 
 
 class MicrobatchInfo(NamedTuple):
@@ -31,19 +28,19 @@ class MicrobatchInfo(NamedTuple):
 
 def value_and_grad(
     fun: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    batch_argnums: Positions = 1,
-    batch_argnames: str | Iterable[str] = (),
+    batch_argnums: int | Sequence[int] = 1,
+    batch_argnames: str | Sequence[str] = (),
     batch_axis: int = 0,
     reduction: _window.Reduction = "mean",
     weight: Callable[..., Any] | None = None,
     aux: Any = "stack",
     carry_argnum: int | None = None,
-    rng_argnums: Positions = (),
+    rng_argnums: int | Sequence[int] = (),
     accumulator_dtype: Any = None,
     skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
     return_info: bool = False,
@@ -153,7 +150,8 @@ def value_and_grad(
       a smaller last micro-batch they are contiguous.
 
       `jax.grad` of the value goes through the loop, and keeps what every micro-batch
-      needs for its backward pass: right, but without any memory saved.
+      needs for its backward pass: right, but without any memory saved. (A micro-batch
+      that `skip` rejected for a NaN makes it NaN, as `jnp.where` does.)
 
       The result has the parameters' dtypes, as that of `jax.value_and_grad` has: the
       gradient of bfloat16 parameters is summed in float32 and rounded once.
@@ -168,7 +166,7 @@ def value_and_grad(
             f"{num_microbatches!r} and {microbatch_size!r}"
         )
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
-    check_policies(aux)
+    _aux.check_policies(aux)
     if not has_aux and aux != "stack":
         raise ValueError(
             f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
@@ -176,7 +174,9 @@ def value_and_grad(
         )
     microbatched = _Microbatched(
         fun=fun,
-        roles=Roles(argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums),
+        roles=_arguments.Roles(
+            argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums
+        ),
         has_aux=has_aux,
         num_microbatches=_checks.size("num_microbatches", num_microbatches),
         microbatch_size=_checks.size("microbatch_size", microbatch_size),
@@ -198,7 +198,7 @@ def value_and_grad(
 
 def grad(
     fun: Callable[..., Any],
-    argnums: int | tuple[int, ...] = 0,
+    argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     **options: Any,
 ) -> Callable[..., Any]:
@@ -273,7 +273,7 @@ class _Microbatched:
     """The settings of `value_and_grad`, and how it runs."""
 
     fun: Callable[..., Any]
-    roles: Roles
+    roles: _arguments.Roles
     has_aux: bool
     num_microbatches: int | None
     microbatch_size: int | None
@@ -290,32 +290,34 @@ class _Microbatched:
         split = _split.plan(
             call.batch, self.batch_axis, self.num_microbatches, self.microbatch_size
         )
+        carried = None if call.carry is None else call.names[call.carry]
+        outputs = _outputs.Outputs(self.has_aux, carried)
 
         # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
         @jax.jit
         def microbatch(carry, index):
             part = split.take(call.batch, index)
-            return self._differentiate(call, part, carry, index, split.size)
+            return self._differentiate(call, outputs, part, carry, index, split.size)
 
         @jax.jit
         def tail_microbatch(carry):
             part = split.take_tail(call.batch)
-            return self._differentiate(call, part, carry, split.whole, split.tail)
+            return self._differentiate(
+                call, outputs, part, carry, split.whole, split.tail
+            )
 
-        # Weights in whole micro-batches are 1, and XLA then multiplies nothing by them.
-        relative = self.weight is None and self.reduction == "mean"
-        unit = split.size if relative else 1
+        # A mean may count in whole micro-batches: XLA then multiplies nothing by 1.
+        unit = split.size if self.weight is None and self.reduction == "mean" else 1
         carry = None if call.carry is None else args[call.carry]
         carry = _window.cast_like(carry, carry)
         indices = jnp.arange(split.whole, dtype=jnp.int32)
         shapes = jax.eval_shape(microbatch, carry, indices[0])
-        auxiliaries = Auxiliaries.plan(self.policies, shapes.aux, split)
+        auxiliaries = _aux.Auxiliaries.plan(self.policies, shapes.aux, split)
 
         def body(totals, index):
             part = microbatch(totals.carry, index)
-            return self._add(totals, part, auxiliaries, unit), auxiliaries.kept(
-                part.aux
-            )
+            totals = self._add(totals, part, auxiliaries, unit)
+            return totals, auxiliaries.kept(part.aux)
 
         start = self._start(shapes, auxiliaries, carry)
         totals, stacks = lax.scan(body, start, indices)
@@ -326,25 +328,31 @@ class _Microbatched:
             tails = auxiliaries.kept(part.aux)
             totals = self._add(totals, part, auxiliaries, unit)
 
-        aux = auxiliaries.finish(totals.aux, stacks, tails, totals.weight, split)
+        weight = totals.weight
+        if self.weight is None and self.skip is None:
+            # Known before; what nobody asks for, XLA takes out of the loop.
+            weight = jnp.full_like(weight, split.whole * split.size + split.tail)
+        aux = auxiliaries.finish(totals.aux, stacks, tails, weight, split)
         sums = totals.value, totals.grads
         value, grads = _window.cast_like(
-            _window.close(sums, totals.weight / unit, self.reduction),
+            _window.close(sums, weight / unit, self.reduction),
             (shapes.value, shapes.grads),
         )
-        outputs = self._pack(value, aux, totals.carry, call)
-        return (outputs, grads), MicrobatchInfo(totals.weight, totals.skipped)
+        result = outputs.pack(value, aux, totals.carry), grads
+        return result, MicrobatchInfo(weight, totals.skipped)
 
-    def _differentiate(self, call: Call, part, carry, index, size: int) -> _Part:
+    def _differentiate(
+        self, call: _arguments.Call, outputs: _outputs.Outputs, part, carry, index, size
+    ) -> _Part:
         """Value and gradient on one micro-batch of `size` examples."""
         args, kwargs = call.for_microbatch(part, carry, index)
 
         def unpacked(*args, **kwargs):
-            value, aux, new_carry = self._unpack(self.fun(*args, **kwargs), call)
-            return value, (aux, self._checked_carry(carry, new_carry, call))
+            value, *rest = outputs.unpack(self.fun(*args, **kwargs), carry)
+            return value, rest
 
         argnums: Any = call.differentiated
-        if not isinstance(self.roles.argnums, Iterable):
+        if not isinstance(self.roles.argnums, Sequence):
             (argnums,) = argnums
         (value, (aux, new_carry)), grads = jax.value_and_grad(
             unpacked, argnums, has_aux=True
@@ -362,10 +370,9 @@ class _Microbatched:
             new_carry = jax.tree.map(
                 lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
             )
-        aux = _window.as_arrays(aux)
         return _Part(value, grads, aux, new_carry, weight, rejected)
 
-    def _start(self, shapes: _Part, auxiliaries: Auxiliaries, carry) -> _Totals:
+    def _start(self, shapes: _Part, auxiliaries: _aux.Auxiliaries, carry) -> _Totals:
         _checks.accumulator_fits(shapes.grads, self.accumulator_dtype)
         return _Totals(
             value=_window.zeros(shapes.value),
@@ -377,7 +384,7 @@ class _Microbatched:
         )
 
     def _add(
-        self, totals: _Totals, part: _Part, auxiliaries: Auxiliaries, unit: int
+        self, totals: _Totals, part: _Part, auxiliaries: _aux.Auxiliaries, unit: int
     ) -> _Totals:
         weight, relative = part.weight, part.weight / unit
         return _Totals(
@@ -388,31 +395,3 @@ class _Microbatched:
             skipped=totals.skipped + part.rejected.astype(jnp.int32),
             carry=part.carry,
         )
-
-    def _unpack(self, result: Any, call: Call) -> tuple[jax.Array, Any, Any]:
-        """What `fun` returned, as ``(value, aux, carry)``."""
-        has_carry = call.carry is not None
-        if not self.has_aux and not has_carry:
-            return _checks.loss(result), (), None
-        if self.has_aux and has_carry:
-            value, rest = _checks.pair(result, "(value, (aux, carry))")
-            aux, carry = _checks.pair(rest, "(value, (aux, carry))")
-            return _checks.loss(value), aux, carry
-        value, rest = _checks.pair(
-            result, "(value, aux)" if self.has_aux else "(value, carry)"
-        )
-        aux, carry = (rest, None) if self.has_aux else ((), rest)
-        return _checks.loss(value), aux, carry
-
-    def _pack(self, value, aux, carry, call: Call) -> Any:
-        """The reverse of `_unpack`."""
-        if call.carry is None:
-            return (value, aux) if self.has_aux else value
-        return value, (aux, carry) if self.has_aux else carry
-
-    def _checked_carry(self, carry: Any, new_carry: Any, call: Call) -> Any:
-        """The new carry, if its type is that of the old one."""
-        if call.carry is None:
-            return None
-        _checks.same_carry(call.names[call.carry], carry, new_carry)
-        return _window.cast_like(new_carry, carry)

@@ -100,7 +100,7 @@ def _count_examples(batch: Any, axis: int) -> tuple[int, str]:
     """How many examples the batch has, and the name of a leaf that says so."""
     examples, first = 0, ""
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = _checks.argument_path(path)
+        name = _leaf_name(path)
         if not -leaf.ndim <= axis < leaf.ndim:
             what = "is a scalar" if leaf.ndim == 0 else f"has shape {leaf.shape}"
             raise ValueError(
@@ -136,7 +136,7 @@ def _check_sharding(batch: Any, split: Split) -> None:
         for size in (split.size, split.tail):
             if size % shards:
                 raise ValueError(
-                    f"{_checks.argument_path(path)} is sharded over {shards} devices "
+                    f"{_leaf_name(path)} is sharded over {shards} devices "
                     f"along axis {split.axis}, and a micro-batch of {size} examples "
                     "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
                     f"every micro-batch is a multiple of {shards}"
@@ -153,6 +153,11 @@ def _shards(sharding: Any, axis: int) -> int:
     for name in names:
         shards *= sharding.mesh.shape[name]
     return shards
+
+
+def _leaf_name(path: Any) -> str:
+    """The name of a leaf in a dict of arguments by name."""
+    return _checks.named(path[0].key, path[1:])
 
 
 def _examples(count: int) -> str:

@@ -145,6 +145,11 @@ class TestTransformations:
         wanted, _ = jax.lax.scan(plain, w, length=3)
         same(got, wanted)
 
+    def test_without_jit(self):
+        args = arguments()
+        with jax.disable_jit():
+            same(in_parts()(*args), whole(loss, *args))
+
     def test_it_looks_like_the_function_it_wraps(self):
         def named(params, batch):
             """Says what it does."""
@@ -294,6 +299,26 @@ def test_on_a_mesh_the_result_is_that_of_the_whole_batch(kind, size):
     assert grads.sharding.is_equivalent_to(w.sharding, 2)
 
 
+@KINDS
+def test_on_a_mesh_auxiliary_outputs_stay_sharded(kind):
+    mesh, x = sharded(kind, normal(32, 6), "data")
+    policies = {"last": "last", "mean": "mean", "sum": "sum", "stack": "stack"}
+
+    def fun(w, x):
+        return jnp.mean(x * w), dict.fromkeys(policies, x)
+
+    with jax.set_mesh(mesh):
+        f = oa.value_and_grad(fun, has_aux=True, num_microbatches=4, aux=policies)
+        program = jax.jit(f).lower(jnp.ones(()), x).compile()
+        (_, aux), _ = program(jnp.ones(()), x)
+    parts = np.asarray(normal(32, 6)).reshape(8, 4, 6)
+    wanted = {"last": parts[:, -1], "mean": parts.mean(1), "sum": parts.sum(1)}
+    wanted["stack"] = parts.swapaxes(0, 1)
+    chex.assert_trees_all_close(aux, wanted, rtol=1e-5, atol=1e-6)
+    for name in ("last", "mean", "sum"):
+        assert aux[name].sharding.is_equivalent_to(x.sharding, 2)
+
+
 def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
     mesh, x = sharded(AxisType.Explicit, normal(32, 6), "data")
     with jax.set_mesh(mesh):
@@ -307,3 +332,52 @@ def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
         f = oa.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=10)
         with pytest.raises(ValueError, match="a micro-batch of 10 examples cannot be"):
             f(1.0, x)
+
+
+# --- Flax ---
+
+
+def test_batch_norm_and_dropout_of_flax():
+    """Statistics and keys go from micro-batch to micro-batch as by hand."""
+    # Imported here, because Flax warns about JAX's strict promotion when it is.
+    import flax.linen as nn  # noqa: PLC0415
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(4)(x))
+            x = nn.Dropout(0.5, deterministic=False)(nn.tanh(x))
+            return nn.Dense(2)(x)
+
+    def fun(params, batch, batch_stats, key):
+        prediction, updated = Network().apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["x"],
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        return jnp.mean((prediction - batch["y"]) ** 2), updated["batch_stats"]
+
+    batch = {"x": normal(10, 3), "y": normal(10, 2)}
+    key = jax.random.key(0)
+    with jax.numpy_rank_promotion("allow"):
+        variables = Network().init({"params": key, "dropout": key}, batch["x"])
+        params, stats = variables["params"], variables["batch_stats"]
+        f = oa.value_and_grad(fun, microbatch_size=4, carry_argnum=2, rng_argnums=3)
+        (value, got_stats), grads = jax.jit(f)(params, batch, stats, key)
+
+        one = jax.jit(jax.value_and_grad(fun, has_aux=True))
+        values, gradients, sizes = [], [], (4, 4, 2)
+        for i, start in enumerate((0, 4, 8)):
+            part = jax.tree.map(lambda x, s=start: x[s : s + 4], batch)
+            (v, stats), g = one(params, part, stats, jax.random.fold_in(key, i))
+            values.append(v)
+            gradients.append(g)
+
+    def mean(*parts):
+        return sum(n * p for n, p in zip(sizes, parts, strict=True)) / 10
+
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    chex.assert_trees_all_close(got_stats, stats, **close)
+    chex.assert_trees_all_close(value, mean(*values), **close)
+    chex.assert_trees_all_close(grads, jax.tree.map(mean, *gradients), **close)

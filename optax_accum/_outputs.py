@@ -1,0 +1,106 @@
+"""What a function returns, taken apart: its value, auxiliary outputs and carry."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_accum import _checks, _window
+
+
+class Outputs(NamedTuple):
+    """How `fun` returns what it returns: as `has_aux` and `carry_argnum` say.
+
+    Attributes:
+      has_aux: Whether there is auxiliary output.
+      carry_name: The name of the carried argument, if there is one.
+    """
+
+    has_aux: bool
+    carry_name: str | None
+
+    def unpack(self, result: Any, carry: Any) -> tuple[jax.Array, Any, Any]:
+        """``(value, aux, carry)`` from what `fun` returned for this `carry`.
+
+        Raises:
+          TypeError: The result is built otherwise, its value is no real scalar, or its
+            carry has another type than `carry`.
+          ValueError: The carry has another structure.
+        """
+        has_carry = self.carry_name is not None
+        aux, new_carry = (), None
+        if self.has_aux and has_carry:
+            needed = "(value, (aux, carry))"
+            result, rest = _pair(result, needed)
+            aux, new_carry = _pair(rest, needed)
+        elif self.has_aux:
+            result, aux = _pair(result, "(value, aux)")
+        elif has_carry:
+            result, new_carry = _pair(result, "(value, carry)")
+        value = _real_scalar(result)
+        if self.carry_name is not None:
+            _check_carry(self.carry_name, carry, new_carry)
+        return value, _window.as_arrays(aux), _window.cast_like(new_carry, carry)
+
+    def pack(self, value: jax.Array, aux: Any, carry: Any) -> Any:
+        """The reverse of `unpack`."""
+        if self.carry_name is None:
+            return (value, aux) if self.has_aux else value
+        return value, (aux, carry) if self.has_aux else carry
+
+
+def _real_scalar(value: Any) -> jax.Array:
+    """What `fun` returned as its value."""
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "`fun` must return a real floating scalar to differentiate; got "
+            f"{type(value).__name__}. If it returns auxiliary output as well, pass "
+            "has_aux=True"
+        ) from None
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "`fun` must return a real floating scalar to differentiate; got shape "
+            f"{value.shape} and dtype {value.dtype}. Reduce it over the micro-batch, "
+            "with jnp.mean, say"
+        )
+    return value
+
+
+def _pair(value: Any, needed: str) -> tuple[Any, Any]:
+    """What `fun` returned, or a part of it, as two things."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return value[0], value[1]
+    what = f"{len(value)} things" if isinstance(value, tuple) else type(value).__name__
+    raise TypeError(
+        f"`fun` must return {needed} with these `has_aux` and `carry_argnum`; got "
+        f"{what} where a pair is needed"
+    )
+
+
+def _check_carry(name: str, carry: Any, new_carry: Any) -> None:
+    """Raises where a carry comes out of `fun` in another type than it went in."""
+    _checks.same_structure(
+        "carry",
+        new_carry,
+        name,
+        carry,
+        "`fun` must return its carry as it took it, with new values",
+    )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(carry),
+        jax.tree.leaves(new_carry),
+        strict=True,
+    )
+    for (path, old), new in pairs:
+        types = [
+            f"{_window.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
+            for x in (old, new)
+        ]
+        if types[0] != types[1]:
+            raise TypeError(
+                f"{_checks.named(name, path)} is carried from micro-batch to "
+                f"micro-batch and must keep its type; it went into `fun` as {types[0]} "
+                f"and came out as {types[1]}"
+            )
