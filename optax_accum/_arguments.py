@@ -2,15 +2,13 @@
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optax_accum import _window
-
-Positions = int | Sequence[int]
 
 
 class Call(NamedTuple):
@@ -20,29 +18,36 @@ class Call(NamedTuple):
       args: All positional arguments.
       kwargs: All keyword arguments.
       names: The name of each positional argument, for messages.
-      differentiated: The positions in `argnums`.
-      batch: The batch arguments by name, all leaves arrays.
-      places: Where the batch arguments stand: a position or a keyword, by name.
+      argnums: What to differentiate with respect to, counted from the front.
+      batch: The batch arguments, all leaves arrays.
+      places: Where each of them stands: its position or its keyword.
       carry: The position of the carried argument, or ``None``.
       keys: The positions of the random keys.
     """
 
-    args: tuple[Any, ...]
+    args: list[Any]
     kwargs: dict[str, Any]
     names: list[str]
-    differentiated: tuple[int, ...]
-    batch: dict[str, Any]
-    places: dict[str, int | str]
+    argnums: int | tuple[int, ...]
+    batch: list[Any]
+    places: list[int | str]
     carry: int | None
     keys: tuple[int, ...]
 
+    def batch_names(self) -> list[str]:
+        """The names of the batch arguments, for messages."""
+        return [p if isinstance(p, str) else self.names[p] for p in self.places]
+
     def for_microbatch(
-        self, part: dict[str, Any], carry: Any, index: Any
+        self, part: list[Any], carry: Any, index: Any
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with which the micro-batch number `index` is run."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        for name, place in self.places.items():
-            (args if isinstance(place, int) else kwargs)[place] = part[name]  # type: ignore[index]
+        for place, argument in zip(self.places, part, strict=True):
+            if isinstance(place, str):
+                kwargs[place] = argument
+            else:
+                args[place] = argument
         if self.carry is not None:
             args[self.carry] = carry
         for position in self.keys:
@@ -53,13 +58,37 @@ class Call(NamedTuple):
 
 
 class Roles(NamedTuple):
-    """The roles that `value_and_grad` was told, checked against each call."""
+    """The roles that `value_and_grad` was told, to be found in each call."""
 
-    argnums: Positions
-    batch_argnums: Positions
-    batch_argnames: str | Sequence[str]
-    carry_argnum: int | None
-    rng_argnums: Positions
+    argnums: int | tuple[int, ...]
+    batch_argnums: tuple[int, ...]
+    batch_argnames: tuple[str, ...]
+    carry_argnum: tuple[int, ...]
+    rng_argnums: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        argnums: int | Sequence[int],
+        batch_argnums: int | Sequence[int],
+        batch_argnames: str | Sequence[str],
+        carry_argnum: int | None,
+        rng_argnums: int | Sequence[int],
+    ) -> "Roles":
+        """Checks their types.
+
+        Raises:
+          TypeError: A position that is no int, or a name that is no str.
+        """
+        positions = _positions("argnums", argnums)
+        carry = () if carry_argnum is None else carry_argnum
+        return cls(
+            argnums=positions if isinstance(argnums, Iterable) else positions[0],
+            batch_argnums=_positions("batch_argnums", batch_argnums),
+            batch_argnames=_names("batch_argnames", batch_argnames),
+            carry_argnum=_positions("carry_argnum", carry),
+            rng_argnums=_positions("rng_argnums", rng_argnums),
+        )
 
     def bind(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -67,57 +96,72 @@ class Roles(NamedTuple):
         """Takes a call of `fun` apart.
 
         Raises:
-          TypeError: A position that is no int, or a key that is none.
+          TypeError: A key that is none.
           ValueError: An argument that the call does not have, or with two roles.
         """
-        carry = () if self.carry_argnum is None else (self.carry_argnum,)
+        one = isinstance(self.argnums, int)
         positions = {
-            role: _positions(role, value, args)
-            for role, value in {
-                "argnums": self.argnums,
+            role: _from_the_front(role, given, len(args))
+            for role, given in {
+                "argnums": (self.argnums,) if one else self.argnums,
                 "batch_argnums": self.batch_argnums,
-                "carry_argnum": carry,
+                "carry_argnum": self.carry_argnum,
                 "rng_argnums": self.rng_argnums,
             }.items()
         }
-        names = _names(fun, len(args))
+        names = _parameter_names(fun, len(args))
         _check_disjoint(positions, names)
-        places: dict[str, int | str] = {names[i]: i for i in positions["batch_argnums"]}
-        places |= {name: name for name in _keywords(self.batch_argnames, kwargs)}
-        batch = {
-            name: jax.tree.map(
-                jnp.asarray, args[place] if isinstance(place, int) else kwargs[place]
-            )
-            for name, place in places.items()
-        }
+        for name in self.batch_argnames:
+            if name not in kwargs:
+                raise ValueError(
+                    f"`batch_argnames` names the keyword argument {name!r}, but the "
+                    f"function was called with {sorted(kwargs) or 'none'}. Pass it by "
+                    "keyword, or give its position in `batch_argnums`"
+                )
+        batch = [args[i] for i in positions["batch_argnums"]]
+        batch += [kwargs[name] for name in self.batch_argnames]
         for i in positions["rng_argnums"]:
             _check_keys(names[i], args[i])
+        argnums = positions["argnums"]
         return Call(
-            args=args,
+            args=list(args),
             kwargs=kwargs,
             names=names,
-            differentiated=positions["argnums"],
-            batch=batch,
-            places=places,
+            argnums=argnums[0] if one else argnums,
+            batch=jax.tree.map(jnp.asarray, batch),
+            places=[*positions["batch_argnums"], *self.batch_argnames],
             carry=next(iter(positions["carry_argnum"]), None),
             keys=positions["rng_argnums"],
         )
 
 
-def _positions(role: str, value: Positions, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """The positions in `value`, counted from the front."""
+def _positions(role: str, value: Any) -> tuple[int, ...]:
     try:
-        try:
-            given: Any = (operator.index(value),)  # type: ignore[arg-type]
-        except TypeError:
-            given = tuple(operator.index(i) for i in value)  # type: ignore[union-attr]
+        if isinstance(value, Iterable):
+            return tuple(operator.index(i) for i in value)
+        return (operator.index(value),)
     except TypeError:
         raise TypeError(
             f"`{role}` must be an int or several ints, positions of arguments; got "
             f"{value!r}"
         ) from None
+
+
+def _names(role: str, value: Any) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if isinstance(names, Iterable):
+        names = tuple(names)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(
+        f"`{role}` must be a name or several names of keyword arguments; got {value!r}"
+    )
+
+
+def _from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
+    """Positions of which the negative ones were counted from the end."""
     for i in given:
-        if not -len(args) <= i < len(args):
+        if not -count <= i < count:
             hint = ""
             if role == "batch_argnums":
                 hint = (
@@ -126,33 +170,21 @@ def _positions(role: str, value: Positions, args: tuple[Any, ...]) -> tuple[int,
                 )
             raise ValueError(
                 f"`{role}` names the positional argument {i}, but the function was "
-                f"called with {len(args)}{hint}"
+                f"called with {count}{hint}"
             )
-    return tuple(i % len(args) for i in given)
+    return tuple(i % count for i in given)
 
 
-def _keywords(names: str | Sequence[str], kwargs: dict[str, Any]) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
-        if name not in kwargs:
-            raise ValueError(
-                f"`batch_argnames` names the keyword argument {name!r}, but the "
-                f"function was called with {sorted(kwargs) or 'none'}. Pass it by "
-                "keyword, or give its position in `batch_argnums`"
-            )
-    return names
-
-
-def _names(fun: Callable[..., Any], count: int) -> list[str]:
+def _parameter_names(fun: Callable[..., Any], count: int) -> list[str]:
     """What `fun` calls its positional arguments, or ``args[i]``."""
     positional = (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     )
     try:
-        parameters = inspect.signature(fun).parameters.values()
+        parameters = list(inspect.signature(fun).parameters.values())
     except (TypeError, ValueError):  # Not everything that is callable tells.
-        parameters = {}.values()
+        parameters = []
     names = [p.name for p in parameters if p.kind in positional][:count]
     return names + [f"args[{i}]" for i in range(len(names), count)]
 
@@ -163,22 +195,24 @@ def _check_disjoint(positions: dict[str, tuple[int, ...]], names: list[str]) -> 
     for role, given in positions.items():
         for i in given:
             if i in seen:
+                both = (
+                    f"`{role}` twice names"
+                    if seen[i] == role
+                    else (f"`{seen[i]}` and `{role}` both name")
+                )
                 raise ValueError(
-                    f"`{seen[i]}` and `{role}` both name argument {i}, `{names[i]}`; "
-                    "an argument has one role"
+                    f"{both} argument {i}, `{names[i]}`; an argument has one role"
                 )
             seen[i] = role
 
 
 def _check_keys(name: str, keys: Any) -> None:
     """Raises unless every leaf is one random key, typed or raw."""
+    raw = jax.eval_shape(jax.random.PRNGKey, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(keys):
         dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            is_one = shape == ()
-        else:
-            is_one = dtype == jnp.uint32 and len(shape) == 1
-        if not is_one:
+        is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        if (shape != ()) if is_typed else ((shape, dtype) != (raw.shape, raw.dtype)):
             raise TypeError(
                 f"`{name}{jax.tree_util.keystr(path)}` is in `rng_argnums` and must be "
                 "one random key, from jax.random.key or jax.random.PRNGKey; got shape "

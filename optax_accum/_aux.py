@@ -30,7 +30,7 @@ _RESULT = {"mean": jnp.mean, "sum": jnp.sum}  # what gives a result its dtype
 class Auxiliaries(NamedTuple):
     """The policy of each leaf of `aux`, and its path.
 
-    All methods take and return lists with one entry per leaf.
+    What is carried and kept, `policies` and `paths` are lists with one entry per leaf.
 
     Attributes:
       policies: One of `POLICIES` for each leaf.
@@ -55,6 +55,14 @@ class Auxiliaries(NamedTuple):
             ) from error
         leaves = jax.tree_util.tree_leaves_with_path(shapes)
         paths = [f"`aux{jax.tree_util.keystr(path)}`" for path, _ in leaves]
+        for policy, path, leaf in zip(
+            matched, paths, jax.tree.leaves(shapes), strict=True
+        ):
+            if policy in _RESULT and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+                raise TypeError(
+                    f'{path} has the policy "{policy}", but {leaf.dtype} cannot be '
+                    'added up. Use "stack" or "last"'
+                )
         plan = cls(matched, paths, shapes)
         plan.check_examples(shapes, split.size)
         return plan

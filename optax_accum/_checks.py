@@ -206,8 +206,14 @@ def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
     return value
 
 
-def skip_result(should_skip: Any) -> jax.Array:
-    """What a `skip` predicate decided, as ``bool[]``."""
+def skip_result(result: Any) -> tuple[jax.Array, Any]:
+    """What a `skip` predicate returned: its decision as ``bool[]``, and the info."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(
+            "`skip` must return (bool scalar, info), as Optax's predicates do; got "
+            f"{type(result).__name__}"
+        )
+    should_skip, info = result
     should_skip = jnp.asarray(should_skip)
     if should_skip.shape != () or should_skip.dtype != bool:
         raise TypeError(
@@ -215,7 +221,7 @@ def skip_result(should_skip: Any) -> jax.Array:
             f"{should_skip.shape} and dtype {should_skip.dtype}. Reduce it with "
             "jnp.any or jnp.all"
         )
-    return should_skip
+    return should_skip, info
 
 
 def size(name: str, value: Any) -> int | None:
@@ -230,6 +236,17 @@ def size(name: str, value: Any) -> int | None:
         )
     if number < 1:
         raise ValueError(f"`{name}` must be an int >= 1; got {number}")
+    return number
+
+
+def axis(value: Any) -> int:
+    """An int, negative ones included."""
+    number = _as_int(value)
+    if number is None:
+        raise TypeError(
+            "`batch_axis` must be an int, the same for all batch arguments; got "
+            f"{value!r} of type {type(value).__name__}"
+        )
     return number
 
 

@@ -47,7 +47,8 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
-    The same call and the same result, in the memory of one micro-batch. The batch
+    The same call and the same result, in the memory of one micro-batch and of one sum
+    as large as the gradient. The batch
     arguments are cut into K micro-batches, `fun` and its gradient run on each inside
     one `jax.lax.scan`, and the sums are divided once:
 
@@ -72,7 +73,8 @@ def value_and_grad(
         the batch. Where it does not divide the batch, the rest runs as one smaller
         micro-batch, under its own weight.
       batch_argnums: Which positional arguments are batches: trees of arrays, all with
-        the same number of examples along `batch_axis`.
+        the same number of examples along `batch_axis`. Name them all: every other
+        argument reaches `fun` whole, and where that broadcasts, no error tells.
       batch_argnames: Which keyword arguments are.
       batch_axis: The axis of the examples in every leaf of the batch arguments.
       reduction: ``"mean"`` for a `fun` that is a mean over the weight (the default;
@@ -80,11 +82,12 @@ def value_and_grad(
         weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` for one that is not (Σ gᵢ).
       weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
         how many units (valid tokens, say) this micro-batch's mean was taken over.
-        By default the number of its examples. A micro-batch of weight 0 contributes
+        By default the number of its examples. What is computed at run time is not
+        checked. A micro-batch of weight 0 contributes
         nothing, even if its gradient is NaN; if all weights are 0, so are value and
         gradient.
       aux: What becomes of auxiliary outputs: one policy for all leaves, or a tree of
-        them that is a prefix of `aux`. ``"stack"``: all K on a new first axis.
+        them that is a prefix of `aux`. ``"stack"``: all of them on a new first axis.
         ``"concat"``: one entry per example along axis 0, in the order of the batch.
         ``"mean"``: their mean, weighted as the loss is. ``"sum"``: their sum.
         ``"last"``: the last micro-batch's. Weight 0 counts in neither mean nor sum.
@@ -111,9 +114,11 @@ def value_and_grad(
       `carry_argnum`. With `return_info` the pair of that and a `MicrobatchInfo`.
 
     Raises:
-      TypeError: At the call: `fun` does not return a real scalar, or a carry of
-        another type than it took; a random key that is none.
-      ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy.
+      TypeError: A size, a position, a name, `batch_axis`, `weight`, `skip` or
+        `accumulator_dtype` of another type. At the call: `fun` does not return a real
+        scalar, or a carry of another type than it took; a random key that is none.
+      ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy;
+        float64 sums where JAX has none.
         At the call: a size that does not go with the batch; batch leaves that
         differ in their number of examples or have none; an argument with two roles or
         with none of that position or name; an `aux` that is no prefix.
@@ -141,17 +146,18 @@ def value_and_grad(
       ...     weight=lambda w, x, mask: mask.sum(),
       ... )
       >>> print(jax.jit(in_parts)(w, x, mask)[0], token_loss(w, x, mask))
-      53.0 53.0
+      13.0 13.0
 
     Note:
       Where the micro-batches are equal, they are strided: micro-batch i holds the
       examples i, i + K, i + 2K, ... A batch that is sharded over devices is so split
       without communication, if every micro-batch can be sharded as the batch was. With
-      a smaller last micro-batch they are contiguous.
+      a smaller last micro-batch they are contiguous. What `fun` and its gradient
+      exchange, they exchange in every micro-batch.
 
       `jax.grad` of the value goes through the loop, and keeps what every micro-batch
-      needs for its backward pass: right, but without any memory saved. (A micro-batch
-      that `skip` rejected for a NaN makes it NaN, as `jnp.where` does.)
+      needs for its backward pass: right, but without any memory saved. (A NaN in a
+      micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
 
       The result has the parameters' dtypes, as that of `jax.value_and_grad` has: the
       gradient of bfloat16 parameters is summed in float32 and rounded once.
@@ -174,13 +180,13 @@ def value_and_grad(
         )
     microbatched = _Microbatched(
         fun=fun,
-        roles=_arguments.Roles(
+        roles=_arguments.Roles.of(
             argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums
         ),
         has_aux=has_aux,
         num_microbatches=_checks.size("num_microbatches", num_microbatches),
         microbatch_size=_checks.size("microbatch_size", microbatch_size),
-        batch_axis=batch_axis,
+        batch_axis=_checks.axis(batch_axis),
         reduction=reduction,
         weight=_checks.weight_function(weight),
         policies=aux,
@@ -287,8 +293,29 @@ class _Microbatched:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """All micro-batches of one call."""
         call = self.roles.bind(self.fun, args, kwargs)
+        leaves, structure = jax.tree.flatten((call.args, call.kwargs))
+
+        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
+        # function closes over, JAX keeps. What is no array stays what it is.
+        @jax.jit
+        def run(batch, arrays):
+            merged = [
+                x if a is None else a for a, x in zip(arrays, leaves, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(structure, merged)
+            return self._run(call._replace(args=args, kwargs=kwargs, batch=batch))
+
+        return run(
+            call.batch, [x if isinstance(x, jax.Array) else None for x in leaves]
+        )
+
+    def _run(self, call: _arguments.Call) -> tuple[Any, Any]:
         split = _split.plan(
-            call.batch, self.batch_axis, self.num_microbatches, self.microbatch_size
+            call.batch,
+            call.batch_names(),
+            self.batch_axis,
+            self.num_microbatches,
+            self.microbatch_size,
         )
         carried = None if call.carry is None else call.names[call.carry]
         outputs = _outputs.Outputs(self.has_aux, carried)
@@ -308,7 +335,7 @@ class _Microbatched:
 
         # A mean may count in whole micro-batches: XLA then multiplies nothing by 1.
         unit = split.size if self.weight is None and self.reduction == "mean" else 1
-        carry = None if call.carry is None else args[call.carry]
+        carry = None if call.carry is None else call.args[call.carry]
         carry = _window.cast_like(carry, carry)
         indices = jnp.arange(split.whole, dtype=jnp.int32)
         shapes = jax.eval_shape(microbatch, carry, indices[0])
@@ -351,20 +378,17 @@ class _Microbatched:
             value, *rest = outputs.unpack(self.fun(*args, **kwargs), carry)
             return value, rest
 
-        argnums: Any = call.differentiated
-        if not isinstance(self.roles.argnums, Sequence):
-            (argnums,) = argnums
         (value, (aux, new_carry)), grads = jax.value_and_grad(
-            unpacked, argnums, has_aux=True
+            unpacked, call.argnums, has_aux=True
         )(*args, **kwargs)
 
         given = size if self.weight is None else self.weight(*args, **kwargs)
-        dtype = _window.weight_dtype(grads)
+        dtype = _window.weight_dtype((value, grads, aux))
         weight, nonempty = _checks.weight(given, dtype)
         rejected = jnp.zeros([], bool)
         if self.skip is not None:
-            params = jax.tree.map(lambda i: args[i], argnums)
-            rejected = _checks.skip_result(self.skip(grads, None, params)[0])
+            params = jax.tree.map(lambda i: args[i], call.argnums)
+            rejected, _ = _checks.skip_result(self.skip(grads, None, params))
             weight, nonempty = jnp.where(rejected, 0, weight), False
         if not nonempty:
             new_carry = jax.tree.map(

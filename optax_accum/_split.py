@@ -62,15 +62,30 @@ class Split(NamedTuple):
 
 
 def plan(
-    batch: Any, axis: int, num_microbatches: int | None, microbatch_size: int | None
+    batch: list[Any],
+    names: list[str],
+    axis: int,
+    num_microbatches: int | None,
+    microbatch_size: int | None,
 ) -> Split:
-    """How to split `batch`, a dict from argument names to trees of arrays.
+    """How to split the trees of arrays in `batch`, arguments called `names`.
 
     Raises:
       ValueError: leaves without examples or with different numbers of them, or a size
         that does not go with their number.
     """
-    examples, name = _count_examples(batch, axis)
+    leaves = [
+        (_checks.named(argument, path), leaf)
+        for argument, tree in zip(names, batch, strict=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    if not leaves:
+        raise ValueError(
+            "the batch arguments hold no array to split; `batch_argnums` and "
+            f"`batch_argnames` lead to {', '.join(f'`{n}`' for n in names) or 'none'}"
+        )
+    examples = _count_examples(leaves, axis)
+    name, _ = leaves[0]
     if microbatch_size is not None:
         if microbatch_size > examples:
             raise ValueError(
@@ -92,15 +107,13 @@ def plan(
             )
         size = examples // num_microbatches
         split = Split(num_microbatches, size, 0, axis)
-    _check_sharding(batch, split)
+    _check_sharding(leaves, split)
     return split
 
 
-def _count_examples(batch: Any, axis: int) -> tuple[int, str]:
-    """How many examples the batch has, and the name of a leaf that says so."""
-    examples, first = 0, ""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = _leaf_name(path)
+def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
+    """How many examples all leaves have."""
+    for name, leaf in leaves:
         if not -leaf.ndim <= axis < leaf.ndim:
             what = "is a scalar" if leaf.ndim == 0 else f"has shape {leaf.shape}"
             raise ValueError(
@@ -108,27 +121,21 @@ def _count_examples(batch: Any, axis: int) -> tuple[int, str]:
                 f"along `batch_axis={axis}`. Pass what all examples share in an "
                 "argument that is not in `batch_argnums` or `batch_argnames`"
             )
-        if not first:
-            examples, first = leaf.shape[axis], name
-        elif leaf.shape[axis] != examples:
+        first, other = leaves[0][1].shape[axis], leaf.shape[axis]
+        if other != first:
             raise ValueError(
                 "all leaves of the batch arguments must have the same number of "
-                f"examples along `batch_axis={axis}`; {first} has {examples}, but "
-                f"{name} has {leaf.shape[axis]}"
+                f"examples along `batch_axis={axis}`; {leaves[0][0]} has {first}, but "
+                f"{name} has {other}"
             )
     if not first:
-        raise ValueError(
-            "the batch arguments hold no array to split; `batch_argnums` and "
-            f"`batch_argnames` lead to {', '.join(f'`{n}`' for n in batch) or 'none'}"
-        )
-    if not examples:
-        raise ValueError(f"the batch is empty: {first} has 0 examples")
-    return examples, first
+        raise ValueError(f"the batch is empty: {leaves[0][0]} has 0 examples")
+    return first
 
 
-def _check_sharding(batch: Any, split: Split) -> None:
+def _check_sharding(leaves: list[tuple[str, Any]], split: Split) -> None:
     """Raises where an explicit mesh cannot hold a micro-batch."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    for name, leaf in leaves:
         sharding = getattr(jax.typeof(leaf), "sharding", None)
         if sharding is None or not sharding.spec:
             continue
@@ -136,7 +143,7 @@ def _check_sharding(batch: Any, split: Split) -> None:
         for size in (split.size, split.tail):
             if size % shards:
                 raise ValueError(
-                    f"{_leaf_name(path)} is sharded over {shards} devices "
+                    f"{name} is sharded over {shards} devices "
                     f"along axis {split.axis}, and a micro-batch of {size} examples "
                     "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
                     f"every micro-batch is a multiple of {shards}"
@@ -153,11 +160,6 @@ def _shards(sharding: Any, axis: int) -> int:
     for name in names:
         shards *= sharding.mesh.shape[name]
     return shards
-
-
-def _leaf_name(path: Any) -> str:
-    """The name of a leaf in a dict of arguments by name."""
-    return _checks.named(path[0].key, path[1:])
 
 
 def _examples(count: int) -> str:

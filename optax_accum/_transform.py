@@ -471,7 +471,9 @@ class _Accumulation:
     def _ask_skip(self, grads, state, params):
         """Whether to skip, and the info in the type that the state holds it in."""
         assert self.skip is not None
-        should_skip, info = self.skip(grads, state.gradient_step, params)
+        should_skip, info = _checks.skip_result(
+            self.skip(grads, state.gradient_step, params)
+        )
         _checks.same_structure(
             "info",
             info,
@@ -480,17 +482,17 @@ class _Accumulation:
             "`skip` must return the same info always; a state that another `skip` made "
             "needs its `skip_state` replaced by that of `init`",
         )
-        return (
-            _checks.skip_result(should_skip),
-            _window.cast_like(info, state.skip_state),
-        )
+        return should_skip, _window.cast_like(info, state.skip_state)
 
     def _initial_skip_state(self, params):
         """Zeros of the type that `skip` returns as its info."""
-        if self.skip is None:
+        skip = self.skip
+        if skip is None:
             return ()
         grads, step = _window.keep_inexact(params), jnp.zeros([], jnp.int32)
-        _, info = jax.eval_shape(self.skip, grads, step, params)
+        _, info = jax.eval_shape(
+            lambda *args: _checks.skip_result(skip(*args)), grads, step, params
+        )
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
 
 

@@ -1,6 +1,7 @@
 """`oa.value_and_grad`: what it returns is what the whole batch gives."""
 
 import functools
+import gc
 
 import chex
 import jax
@@ -103,6 +104,15 @@ def test_keyword_batches(names):
         same(f(w, x, y=y, scale=2.0), wanted)
 
 
+def test_a_keyword_that_is_called_as_a_position():
+    def loss(w, x, /, **more):
+        return jnp.mean(x @ w * more["x"])
+
+    w, x, y = normal(3), normal(B, 3), normal(B)
+    f = oa.value_and_grad(loss, num_microbatches=3, batch_argnames="x")
+    same(f(w, x, x=y), jax.value_and_grad(loss)(w, x, x=y))
+
+
 @pytest.mark.parametrize("axis", [1, -2])
 @every_size
 def test_examples_along_another_axis(size, axis):
@@ -183,6 +193,29 @@ def test_bfloat16_gradients_are_summed_in_float32():
         accumulator_dtype=jnp.bfloat16,
     )
     assert jax.jit(narrow)(w, x) == 256
+
+
+def test_a_double_precision_value_of_single_precision_parameters():
+    def loss(w, x):
+        value = jnp.mean(x) + jnp.mean(w).astype(x.dtype)
+        return value, value
+
+    w, x = jnp.zeros(3, jnp.float32), normal(B)
+    f = oa.value_and_grad(loss, has_aux=True, aux="mean", num_microbatches=3)
+    (value, mean), grads = f(w, x)
+    same((value, mean), (jnp.mean(x), jnp.mean(x)), rtol=1e-14)
+    assert grads.dtype == jnp.float32
+
+
+def test_without_jit_no_batch_is_kept():
+    f = oa.value_and_grad(mean_loss, microbatch_size=5)
+    params, batch = jax.tree.map(jnp.asarray, (make_params(), make_batch()))
+    f(params, batch)
+    before = len(jax.live_arrays())
+    for _ in range(3):
+        f(params, jax.tree.map(jnp.copy, batch))
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
 
 
 # --- Weights and reductions ---
@@ -539,22 +572,25 @@ def test_a_bad_tail_and_all_bad():
 
 
 def test_a_predicate_sees_gradients_and_parameters():
-    seen = []
-
     def skip(grads, gradient_step, params):
-        seen.append((grads, gradient_step, params))
-        return jnp.zeros([], bool), ()
+        """Rejects what it should not have seen."""
+        assert gradient_step is None
+        (of_b, of_a), (b, a) = grads, params
+        return (a != 1) | (b != 2) | (of_a != 2 * of_b), ()
 
     def loss(a, b, x):
         return jnp.mean(a * b * x)
 
-    oa.grad(loss, (1, 0), num_microbatches=2, batch_argnums=2, skip=skip)(
-        jnp.ones(()), 2.0 * jnp.ones(()), np.ones(4)
+    f = oa.grad(
+        loss,
+        (1, 0),
+        num_microbatches=2,
+        batch_argnums=2,
+        skip=skip,
+        return_info=True,
     )
-    grads, step, params = seen[0]
-    assert len(grads) == 2
-    assert step is None
-    assert params == (2.0, 1.0)
+    _, info = f(jnp.ones(()), 2.0 * jnp.ones(()), np.ones(4))
+    assert info == (4, 0)
 
 
 def test_info_beside_grad():

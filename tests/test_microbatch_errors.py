@@ -162,7 +162,7 @@ def test_a_name_that_the_call_does_not_have():
     [
         ({"argnums": 1}, "`argnums` and `batch_argnums` both name argument 1, `batch`"),
         ({"argnums": -1}, "`argnums` and `batch_argnums` both name argument 1"),
-        ({"argnums": (0, 0)}, "`argnums` and `argnums` both name argument 0, `params`"),
+        ({"argnums": (0, 0)}, "`argnums` twice names argument 0, `params`"),
         ({"carry_argnum": 1}, "`batch_argnums` and `carry_argnum` both name"),
         ({"carry_argnum": 0}, "`argnums` and `carry_argnum` both name"),
         ({"rng_argnums": (0,)}, "`argnums` and `rng_argnums` both name"),
@@ -180,13 +180,27 @@ def test_positions_that_are_none(name):
             run(**{name: value})
 
 
+def test_names_that_are_none():
+    for value in (3, [3], None):
+        with raises(
+            TypeError, "`batch_argnames` must be a name or several", repr(value)
+        ):
+            oa.value_and_grad(loss, num_microbatches=5, batch_argnames=value)
+
+
+def test_an_axis_that_is_none():
+    with raises(TypeError, "`batch_axis` must be an int", "got {'x': 0} of type dict"):
+        oa.value_and_grad(loss, num_microbatches=5, batch_axis={"x": 0})
+
+
 def test_a_key_that_is_none():
     def fun(params, batch, rngs):
         del rngs
         return loss(params, batch)
 
     keys = jax.random.split(jax.random.key(0), 5)
-    for bad in (keys, 0, jnp.zeros(2), jnp.zeros((3, 2), jnp.uint32)):
+    vector = jnp.zeros(3, jnp.uint32)
+    for bad in (keys, 0, jnp.zeros(2), jnp.zeros((3, 2), jnp.uint32), vector):
         with raises(
             TypeError,
             "`rngs['dropout']` is in `rng_argnums` and must be one random key",
@@ -322,6 +336,14 @@ def test_concat_of_what_has_no_examples():
         run(transposed, has_aux=True, aux="concat", microbatch_size=4)
 
 
+def test_the_mean_of_a_key():
+    def fun(params, batch):
+        return loss(params, batch), jax.random.key(0)
+
+    with raises(TypeError, '`aux` has the policy "mean", but key<fry>', '"last"'):
+        run(fun, has_aux=True, aux="mean")
+
+
 def test_stack_of_what_differs():
     with raises(
         ValueError,
@@ -364,6 +386,8 @@ def test_a_weight_that_is_none(weight, error, words):
 def test_a_decision_that_is_none():
     with raises(TypeError, "`skip` must return (bool scalar, info)", "shape (3,)"):
         run(skip=lambda grads, step, params: (grads["w"] > 0, ()))  # noqa: ARG005
+    with raises(TypeError, "`skip` must return (bool scalar, info), as Optax's"):
+        run(skip=lambda grads, step, params: grads["w"] > 0)  # noqa: ARG005
 
 
 def test_complex_sums_of_real_gradients():
