@@ -54,10 +54,8 @@ class Auxiliaries(NamedTuple):
                 f"{jax.tree.structure(shapes)}"
             ) from error
         leaves = jax.tree_util.tree_leaves_with_path(shapes)
-        paths = [f"`aux{jax.tree_util.keystr(path)}`" for path, _ in leaves]
-        for policy, path, leaf in zip(
-            matched, paths, jax.tree.leaves(shapes), strict=True
-        ):
+        paths = [_checks.named("aux", path) for path, _ in leaves]
+        for policy, path, (_, leaf) in zip(matched, paths, leaves, strict=True):
             if policy in _RESULT and jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
                 raise TypeError(
                     f'{path} has the policy "{policy}", but {leaf.dtype} cannot be '

@@ -48,9 +48,9 @@ def value_and_grad(
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
     The same call and the same result, in the memory of one micro-batch and of one sum
-    as large as the gradient. The batch
-    arguments are cut into K micro-batches, `fun` and its gradient run on each inside
-    one `jax.lax.scan`, and the sums are divided once:
+    as large as the gradient. The batch arguments are cut into K micro-batches, `fun`
+    and its gradient run on each inside one `jax.lax.scan`, and the sums are divided
+    once:
 
         value = Σ wᵢ·vᵢ / Σ wᵢ        gradient = Σ wᵢ·gᵢ / Σ wᵢ
 
