@@ -151,7 +151,7 @@ def test_a_batch_may_hold_none_integers_and_keys():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@every_size
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1], SIZES[5]], ids=name_of)
 def test_dtypes_are_those_of_jax(size, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), make_params())
     batch = jax.tree.map(lambda x: x.astype(dtype), make_batch())
@@ -245,7 +245,7 @@ def count_tokens(w, x, mask):
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("size", [1, 2, 4, 6])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_token_mean_of_the_whole_batch(size, dtype, mask):
     w, x = jnp.asarray(normal(4), dtype), jnp.asarray(normal(6, 3, 4), dtype)
     mask = jnp.asarray(mask, dtype)
