@@ -25,7 +25,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from measuring import in_turn, median_ratio, pyplot, setting, write_json
+from measuring import (
+    in_turn,
+    median_ratio,
+    pyplot,
+    save,
+    setting,
+    write_json,
+    write_lines,
+)
 from optax import microbatching
 from rich import box
 from rich.console import Console
@@ -277,8 +285,7 @@ def write_markdown(results: list[Result], title: str, path: Path) -> None:
             f"| {name} | {k} | {r.way} | {r.to_scan:.2f} | {r.ms:.0f} | "
             f"{r.temporary_mb:.1f} | {r.compile_s:.1f} |"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    write_lines(path, lines)
 
 
 def draw(results: list[Result], title: str, path: Path) -> None:
@@ -311,10 +318,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
     axes[0][0].set_ylabel("time, times a scan by hand")
     axes[1][0].set_ylabel("temporary MB")
     axes[0][-1].legend(frameon=False, fontsize="small", loc="lower left")
-    figure.suptitle(title, fontsize="medium")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, title, path)
     plt.close(figure)
 
 

@@ -41,9 +41,22 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 
 def write_json(path: Path, title: str, results: Sequence[Any]) -> None:
     """The figures, which are named tuples."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"setting": title, "results": [r._asdict() for r in results]}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_lines(path, [json.dumps(record, indent=2)])
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """A Markdown table, say."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def save(figure: Any, title: str, path: Path) -> None:
+    """A picture, with its title above all its panels."""
+    figure.suptitle(title, fontsize="medium")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def pyplot() -> Any:

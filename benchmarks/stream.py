@@ -30,7 +30,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from measuring import in_turn, median_ratio, pyplot, setting, write_json
+from measuring import (
+    in_turn,
+    median_ratio,
+    pyplot,
+    save,
+    setting,
+    write_json,
+    write_lines,
+)
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -219,8 +227,7 @@ def write_markdown(results: list[Result], title: str, path: Path) -> None:
             f"| {name} | {r.way} | {r.micro_step_to_floor:.2f} | {r.window_ms:.0f} | "
             f"{r.multi_steps_to_window:.1f} | {r.temporaries:.2f} |"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    write_lines(path, lines)
 
 
 def draw(results: list[Result], title: str, path: Path) -> None:
@@ -248,10 +255,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis is not axes[0][0]:
             axis.set_yticklabels([])
-    figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, title, path)
     plt.close(figure)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _window
+from optax_accum import _checks, _window
 
 
 class Call(NamedTuple):
@@ -195,13 +195,11 @@ def _check_disjoint(positions: dict[str, tuple[int, ...]], names: list[str]) -> 
     for role, given in positions.items():
         for i in given:
             if i in seen:
-                both = (
-                    f"`{role}` twice names"
-                    if seen[i] == role
-                    else (f"`{seen[i]}` and `{role}` both name")
-                )
+                who = f"`{seen[i]}` and `{role}` both name"
+                if seen[i] == role:
+                    who = f"`{role}` twice names"
                 raise ValueError(
-                    f"{both} argument {i}, `{names[i]}`; an argument has one role"
+                    f"{who} argument {i}, `{names[i]}`; an argument has one role"
                 )
             seen[i] = role
 
@@ -214,7 +212,7 @@ def _check_keys(name: str, keys: Any) -> None:
         is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if (shape != ()) if is_typed else ((shape, dtype) != (raw.shape, raw.dtype)):
             raise TypeError(
-                f"`{name}{jax.tree_util.keystr(path)}` is in `rng_argnums` and must be "
+                f"{_checks.named(name, path)} is in `rng_argnums` and must be "
                 "one random key, from jax.random.key or jax.random.PRNGKey; got shape "
                 f"{shape} and dtype {dtype}"
             )

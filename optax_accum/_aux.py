@@ -85,7 +85,7 @@ class Auxiliaries(NamedTuple):
             if policy == "last":
                 return jnp.zeros_like(leaf)
             if policy in _RESULT:
-                dtype = jax.eval_shape(_RESULT[policy], leaf).dtype
+                dtype = _result(policy, leaf).dtype
                 return jnp.zeros_like(leaf, dtype=_window.at_least_float32(dtype))
             return None
 
@@ -133,8 +133,7 @@ class Auxiliaries(NamedTuple):
                 return total
             if policy in _RESULT:
                 result = _window.close(total, weight, policy)
-                dtype = jax.eval_shape(_RESULT[policy], leaf).dtype
-                return _window.cast_like(result, jax.ShapeDtypeStruct((), dtype))
+                return _window.cast_like(result, _result(policy, leaf))
             if policy == "concat":
                 return split.join(stack, tail)
             return stack if tail is None else _append(stack, tail, path)
@@ -149,6 +148,11 @@ class Auxiliaries(NamedTuple):
 
     def _map(self, function: Any, *lists: list[Any]) -> list[Any]:
         return [function(*row) for row in zip(self.policies, *lists, strict=True)]
+
+
+def _result(policy: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    """A scalar in the dtype that the mean or the sum of `leaf` has in JAX."""
+    return jax.eval_shape(_RESULT[policy], leaf)
 
 
 def check_policies(policies: Any) -> None:

@@ -40,19 +40,13 @@ def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
     """An int >= 1, a schedule, or ``None``."""
     if value is None or callable(value):
         return value
-    needed = "an int >= 1, a schedule `gradient_step -> k`, or None"
-    number = _as_int(value)
-    if number is None:
-        raise TypeError(
-            f"`every_k` must be {needed}; got {value!r} of type {type(value).__name__}"
-        )
-    if number < 1:
-        raise ValueError(
-            f"`every_k` must be {needed}; got {number}. Use every_k=1 to update on "
-            "every micro-step, or every_k=None and `boundary=` to close windows "
-            "yourself"
-        )
-    return number
+    return _at_least_one(
+        "every_k",
+        value,
+        "an int >= 1, a schedule `gradient_step -> k`, or None",
+        ". Use every_k=1 to update on every micro-step, or every_k=None and "
+        "`boundary=` to close windows yourself",
+    )
 
 
 def scheduled_k(value: Any) -> jax.Array:
@@ -226,17 +220,7 @@ def skip_result(result: Any) -> tuple[jax.Array, Any]:
 
 def size(name: str, value: Any) -> int | None:
     """An int >= 1, or ``None``."""
-    if value is None:
-        return None
-    number = _as_int(value)
-    if number is None:
-        raise TypeError(
-            f"`{name}` must be an int >= 1; got {value!r} of type "
-            f"{type(value).__name__}"
-        )
-    if number < 1:
-        raise ValueError(f"`{name}` must be an int >= 1; got {number}")
-    return number
+    return None if value is None else _at_least_one(name, value, "an int >= 1")
 
 
 def axis(value: Any) -> int:
@@ -332,6 +316,17 @@ def gradients(grads: Any, expected: Any, *, narrow: bool) -> None:
 def named(tree: str, path: Any) -> str:
     """The leaf at `path` of what is called `tree`, for a message."""
     return f"`{tree}{jax.tree_util.keystr(path)}`"
+
+
+def _at_least_one(name: str, value: Any, needed: str, advice: str = "") -> int:
+    number = _as_int(value)
+    if number is None:
+        raise TypeError(
+            f"`{name}` must be {needed}; got {value!r} of type {type(value).__name__}"
+        )
+    if number < 1:
+        raise ValueError(f"`{name}` must be {needed}; got {number}{advice}")
+    return number
 
 
 def _as_int(value: Any) -> int | None:

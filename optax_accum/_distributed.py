@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from optax_accum import _checks
+
 
 def sum_over(axis_name: Any, tree: Any) -> Any:
     """`tree` summed over the devices of `axis_name`, or as it is without one."""
@@ -24,7 +26,7 @@ def check_local(axis_name: Any, grads: Any) -> None:
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
             if name not in _varying(g):
                 raise ValueError(
-                    f"`grads{jax.tree_util.keystr(path)}` is the same on all devices "
+                    f"{_checks.named('grads', path)} is the same on all devices "
                     f"of `axis_name={name!r}`: it has been summed over them already. "
                     "Gradients must be local. Take them with respect to jax.lax.pcast("
                     f"params, {name!r}, to='varying'), or use check_vma=False"

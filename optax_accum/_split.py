@@ -12,6 +12,7 @@ Micro-batches are cut out inside the loop. Scanning over a transposed batch woul
 a copy of it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -156,10 +157,7 @@ def _shards(sharding: Any, axis: int) -> int:
     if names is None or names is jax.sharding.PartitionSpec.UNCONSTRAINED:
         return 1
     names = names if isinstance(names, tuple) else (names,)
-    shards = 1
-    for name in names:
-        shards *= sharding.mesh.shape[name]
-    return shards
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _examples(count: int) -> str:
