@@ -1,5 +1,6 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
+from optax_accum._devices import scatter_specs as scatter_specs
 from optax_accum._microbatch import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import grad as grad
 from optax_accum._microbatch import value_and_grad as value_and_grad
@@ -9,7 +10,10 @@ from optax_accum._queries import gradient_step as gradient_step
 from optax_accum._queries import has_updated as has_updated
 from optax_accum._queries import micro_step as micro_step
 from optax_accum._skip import skip_not_finite as skip_not_finite
-from optax_accum._transform import AccumulateState as AccumulateState
+from optax_accum._stacked import stack_windows as stack_windows
+from optax_accum._stacked import sum_windows as sum_windows
+from optax_accum._stacked import window_specs as window_specs
+from optax_accum._state import AccumulateState as AccumulateState
 from optax_accum._transform import accumulate as accumulate
 
 __version__ = "0.1.0"
@@ -23,6 +27,10 @@ __all__ = [
     "gradient_step",
     "has_updated",
     "micro_step",
+    "scatter_specs",
     "skip_not_finite",
+    "stack_windows",
+    "sum_windows",
     "value_and_grad",
+    "window_specs",
 ]

@@ -15,8 +15,8 @@ class Call(NamedTuple):
     """One call's arguments, taken apart by their roles.
 
     Attributes:
-      args: All positional arguments.
-      kwargs: All keyword arguments.
+      args: All positional arguments, with ``None`` for the batch arguments.
+      kwargs: All keyword arguments but the batch arguments.
       names: The name of each positional argument, for messages.
       argnums: What to differentiate with respect to, counted from the front.
       batch: The batch arguments, all leaves arrays.
@@ -38,10 +38,18 @@ class Call(NamedTuple):
         """The names of the batch arguments, for messages."""
         return [p if isinstance(p, str) else self.names[p] for p in self.places]
 
+    def named(self) -> list[tuple[str, Any]]:
+        """All arguments but the batch arguments, with their names."""
+        return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
+
+    def differentiated(self) -> Any:
+        """The arguments in `argnums`: one, or a tuple of them."""
+        return jax.tree.map(lambda i: self.args[i], self.argnums)
+
     def for_microbatch(
-        self, part: list[Any], carry: Any, index: Any
+        self, part: list[Any], carry: Any, number: Any
     ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments with which the micro-batch number `index` is run."""
+        """The arguments with which the micro-batch with this `number` is run."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, argument in zip(self.places, part, strict=True):
             if isinstance(place, str):
@@ -52,7 +60,7 @@ class Call(NamedTuple):
             args[self.carry] = carry
         for position in self.keys:
             args[position] = jax.tree.map(
-                lambda key: jax.random.fold_in(key, index), args[position]
+                lambda key: jax.random.fold_in(key, number), args[position]
             )
         return args, kwargs
 
@@ -123,9 +131,10 @@ class Roles(NamedTuple):
         for i in positions["rng_argnums"]:
             _check_keys(names[i], args[i])
         argnums = positions["argnums"]
+        is_batch = positions["batch_argnums"]
         return Call(
-            args=list(args),
-            kwargs=kwargs,
+            args=[None if i in is_batch else x for i, x in enumerate(args)],
+            kwargs={k: x for k, x in kwargs.items() if k not in self.batch_argnames},
             names=names,
             argnums=argnums[0] if one else argnums,
             batch=jax.tree.map(jnp.asarray, batch),

@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from optax_accum import _checks, _window
+from optax_accum import _checks, _distributed, _window
 from optax_accum._split import Split
 
 AuxPolicy = Literal["stack", "concat", "mean", "sum", "last"]
@@ -78,15 +79,16 @@ class Auxiliaries(NamedTuple):
                     "move the examples to axis 0 in `fun`"
                 )
 
-    def start(self) -> list[Any]:
-        """What is carried from micro-batch to micro-batch, before the first."""
+    def start(self, weight: Any) -> list[Any]:
+        """What is carried before the first micro-batch; `weight` is like theirs."""
 
         def start_leaf(policy, leaf):
             if policy == "last":
-                return jnp.zeros_like(leaf)
+                return _window.zeros_like(leaf)
             if policy in _RESULT:
                 dtype = _result(policy, leaf).dtype
-                return jnp.zeros_like(leaf, dtype=_window.at_least_float32(dtype))
+                zeros = _window.zeros_like(leaf, _window.at_least_float32(dtype))
+                return _distributed.vary_like(zeros, weight)
             return None
 
         return self._map(start_leaf, jax.tree.leaves(self.shapes))
@@ -102,6 +104,16 @@ class Auxiliaries(NamedTuple):
             return None
 
         return self._map(add_leaf, carried, jax.tree.leaves(aux))
+
+    def over_devices(self, carried: list[Any], axis_name: Any) -> list[Any]:
+        """What is carried, of all devices of `axis_name`."""
+
+        def total(policy, leaf):
+            if policy == "last":
+                return _distributed.last_of(axis_name, leaf)
+            return _distributed.sum_over(axis_name, leaf)
+
+        return self._map(total, carried)
 
     def kept(self, aux: Any) -> list[Any]:
         """What is kept of every micro-batch."""
@@ -124,7 +136,7 @@ class Auxiliaries(NamedTuple):
           carried: From the last `add`.
           stacks: From `kept`, with a first axis of whole micro-batches.
           tails: From `kept` of the tail, if there is one.
-          weight: W.
+          weight: W, of all devices.
           split: How the batch was split.
         """
 
@@ -153,6 +165,15 @@ class Auxiliaries(NamedTuple):
 def _result(policy: str, leaf: Any) -> jax.ShapeDtypeStruct:
     """A scalar in the dtype that the mean or the sum of `leaf` has in JAX."""
     return jax.eval_shape(_RESULT[policy], leaf)
+
+
+def specs(policies: Any, axis_name: Any) -> Any:
+    """Where the results lie on a mesh: for ``out_specs``."""
+
+    def spec(policy):
+        return P(axis_name) if policy in ("stack", "concat") else P()
+
+    return jax.tree.map(spec, policies)
 
 
 def check_policies(policies: Any) -> None:

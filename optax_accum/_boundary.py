@@ -13,6 +13,7 @@ reading its HLO:
   next window's first micro-step selects (see `_window.add`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,12 +25,29 @@ from jax import dtypes, lax
 
 from optax_accum import _window
 
-Run = Callable[[Any, Any], tuple[jax.Array, Any, Any]]
+
+class Totals(NamedTuple):
+    """A whole window, before it is divided.
+
+    Attributes:
+      sums: S.
+      value: The sum of the values, or ``None`` where there are none.
+      weight: W.
+    """
+
+    sums: Any
+    value: jax.Array | None
+    weight: jax.Array
+
+
+Collect = Callable[[Any], Totals]
+Run = Callable[[Totals, Any], tuple[Any, Any]]
 Write = Callable[[Any, Any], Any]
 
 
 def run_at(
     boundary: bool | jax.Array,
+    collect: Collect,
     run: Run,
     write: Write,
     target: Any,
@@ -41,33 +59,48 @@ def run_at(
 
     Args:
       boundary: A Python bool builds no `lax.cond`.
-      run: ``(target, inner_state) -> (nonempty, updates, inner_state)``.
+      collect: ``target -> Totals``: the window, over all devices.
+      run: ``(Totals, inner_state) -> (updates, inner_state)``.
       write: ``(updates, target) -> target``: puts the updates where they go.
       target: A tree of arrays; `write` keeps its type.
       inner_state: A tree of arrays; `run` keeps its type.
-      guard: Whether only `run` knows that the window is not empty. If it is empty,
+      guard: Whether only `collect` knows that the window is not empty. If it is empty,
         everything stays as it is.
 
     Returns:
       ``(updated, target, inner_state)``.
     """
 
-    def apply(no, target, inner_state):
-        nonempty, updates, new_state = run(target, inner_state)
-        new = write(updates, target), new_state
+    def apply(totals, no, target, inner_state):
+        updates, new_state = run(totals, inner_state)
+        return ~no, write(updates, target), new_state
+
+    def close(*buffers):
+        totals = collect(buffers[1])
         if not guard:
-            return ~no, *new
-        old = target, inner_state
-        return nonempty, *jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, old)
+            return apply(totals, *buffers)
+        nonempty = totals.weight != 0
+        if isinstance(boundary, bool):
+            new = apply(totals, *buffers)
+            return jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, buffers)
+        # A second branch, because a select reads and copies what it keeps.
+        return lax.cond(
+            nonempty, functools.partial(apply, totals), lambda *same: same, *buffers
+        )
 
     buffers = jnp.zeros([], bool), target, inner_state
     if isinstance(boundary, bool):
-        return apply(*buffers) if boundary else buffers
-    return lax.cond(boundary, apply, lambda *same: same, *buffers)
+        return close(*buffers) if boundary else buffers
+    return lax.cond(boundary, close, lambda *same: same, *buffers)
 
 
 def run_in_turn(
-    boundary: jax.Array, run: Run, write: Write, target: Any, inner_state: Any
+    boundary: jax.Array,
+    collect: Collect,
+    run: Run,
+    write: Write,
+    target: Any,
+    inner_state: Any,
 ) -> tuple[jax.Array, Any, Any]:
     """As `run_at`, but the inner state is computed after the updates.
 
@@ -77,11 +110,11 @@ def run_in_turn(
     """
 
     def updates_only(no, target):
-        _, updates, _ = run(target, inner_state)
+        updates, _ = run(collect(target), inner_state)
         return ~no, write(updates, target)
 
     def state_only(inner_state):
-        _, _, new_state = run(target, inner_state)
+        _, new_state = run(collect(target), inner_state)
         return new_state
 
     updated, new_target = lax.cond(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from optax_accum import _window
 
@@ -109,7 +110,57 @@ def predicate(value: Any) -> Any:
     )
 
 
-def state(value: Any, *, has_accumulator: bool, grads: Any) -> None:
+def axis_names(value: Any) -> tuple[Any, ...]:
+    """The names in `axis_name`, which is one or several of them, or ``None``."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def bound_axis(value: Any) -> None:
+    """Raises unless the code runs inside the axis or axes called `value`."""
+    for name in axis_names(value):
+        if not is_bound(name):
+            raise ValueError(
+                f"`axis_name={name!r}` is not bound: no jax.pmap or jax.shard_map "
+                f"around this call has that axis. Call it inside jax.pmap(..., "
+                f"axis_name={name!r}), or inside a jax.shard_map over a mesh with such "
+                "an axis; where one program runs all devices, leave `axis_name` out"
+            )
+
+
+def is_bound(name: Any) -> bool:
+    """Whether the code runs inside an axis called `name`."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def mesh(value: Any, axis_name: Any) -> None:
+    """Raises unless `value` is a mesh with the axis or axes called `axis_name`."""
+    if not isinstance(value, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise TypeError(
+            "`mesh` must be a jax.sharding.Mesh, from jax.make_mesh; got "
+            f"{value!r} of type {type(value).__name__}"
+        )
+    has = ", ".join(map(repr, value.axis_names))
+    if axis_name is None:
+        raise ValueError(
+            "`mesh` needs `axis_name`, the axis over which the batch is sharded; got "
+            f"None. This mesh has {has}"
+        )
+    for name in axis_names(axis_name):
+        if name not in value.axis_names:
+            raise ValueError(
+                f"`axis_name={name!r}` is no axis of `mesh`, which has {has}"
+            )
+
+
+def state(
+    value: Any, *, has_accumulator: bool, grads: Any, axis_name: Any = None
+) -> None:
     """Raises unless `value` is a state that this transformation can go on with."""
     if hasattr(value, "mini_step") and hasattr(value, "inner_opt_state"):
         raise TypeError(
@@ -121,6 +172,20 @@ def state(value: Any, *, has_accumulator: bool, grads: Any) -> None:
             f"`state` must be the `AccumulateState` that `init` returned; got "
             f"{type(value).__name__}. The order is update(grads, state, params), and "
             "update_params(grads, state, params)"
+        )
+    rows = jnp.shape(value.weight)
+    if rows and axis_name is None:
+        raise ValueError(
+            f"`state` holds {rows[0]} windows, one per device, but `accumulate` was "
+            "given no `axis_name`. Give it the axis over which devices are to meet, or "
+            "make one window of them: oa.sum_windows(state)"
+        )
+    if rows not in ((), (1,)):
+        raise ValueError(
+            f"`state` holds {rows[0]} windows on this device, where each device needs "
+            "one: it was made for another number of devices, or has not the "
+            "`in_specs` of oa.window_specs(state, axis_name). For another number of "
+            "devices: oa.stack_windows(oa.sum_windows(state), num_devices)"
         )
     lacks_sums = not jax.tree.leaves(value.acc_grads)
     if has_accumulator and lacks_sums and jax.tree.leaves(_window.keep_inexact(grads)):

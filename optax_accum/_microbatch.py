@@ -8,8 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from optax_accum import _arguments, _aux, _checks, _outputs, _split, _window
+from optax_accum import (
+    _arguments,
+    _aux,
+    _checks,
+    _devices,
+    _distributed,
+    _outputs,
+    _split,
+    _window,
+)
 
 
 class MicrobatchInfo(NamedTuple):
@@ -44,6 +54,9 @@ def value_and_grad(
     accumulator_dtype: Any = None,
     skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
     return_info: bool = False,
+    axis_name: Any = None,
+    mesh: Any = None,
+    scatter: bool = False,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
@@ -106,6 +119,15 @@ def value_and_grad(
         arguments in `argnums`.
       return_info: Whether to return ``(result, MicrobatchInfo)``, with the total
         weight and the number of micro-batches that were skipped.
+      axis_name: The axis of devices, or several, that share the batch. Inside
+        `jax.pmap` or `jax.shard_map` each device calls this with its own part. `fun`
+        returns its own loss, without psum or pmean; everything is reduced over the axis
+        once, after the last micro-batch.
+      mesh: The mesh with that axis, for a call from plain `jax.jit`, with the whole
+        batch. The loop then runs inside a `jax.shard_map` over `axis_name`; the mesh's
+        other axes stay with the compiler.
+      scatter: Whether each device is to keep only its part of the gradients: a
+        reduce-scatter instead of the all-reduce. `oa.scatter_specs` says which part.
 
     Returns:
       A function with the arguments of `fun` that returns what `jax.value_and_grad`
@@ -116,9 +138,11 @@ def value_and_grad(
     Raises:
       TypeError: A size, a position, a name, `batch_axis`, `weight`, `skip` or
         `accumulator_dtype` of another type. At the call: `fun` does not return a real
-        scalar, or a carry of another type than it took; a random key that is none.
+        scalar, or a carry of another type than it took; a random key that is none; a
+        `mesh` that is none.
       ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy;
-        float64 sums where JAX has none.
+        float64 sums where JAX has none; a `mesh` without that axis, or `scatter`
+        without one.
         At the call: a size that does not go with the batch; batch leaves that
         differ in their number of examples or have none; an argument with two roles or
         with none of that position or name; an `aux` that is no prefix.
@@ -192,6 +216,7 @@ def value_and_grad(
         policies=aux,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
         skip=_checks.predicate(skip),
+        devices=_devices.Devices.of(axis_name, mesh, scatter),
     )
 
     @functools.wraps(fun)
@@ -289,56 +314,73 @@ class _Microbatched:
     policies: Any
     accumulator_dtype: Any
     skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None
+    devices: _devices.Devices
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """All micro-batches of one call."""
         call = self.roles.bind(self.fun, args, kwargs)
-        leaves, structure = jax.tree.flatten((call.args, call.kwargs))
-
-        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
-        # function closes over, JAX keeps. What is no array stays what it is.
-        @jax.jit
-        def run(batch, arrays):
-            merged = [
-                x if a is None else a for a, x in zip(arrays, leaves, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, merged)
-            return self._run(call._replace(args=args, kwargs=kwargs, batch=batch))
-
-        return run(
-            call.batch, [x if isinstance(x, jax.Array) else None for x in leaves]
-        )
-
-    def _run(self, call: _arguments.Call) -> tuple[Any, Any]:
         split = _split.plan(
             call.batch,
             call.batch_names(),
             self.batch_axis,
             self.num_microbatches,
             self.microbatch_size,
+            self.devices.shards,
         )
+        for name, argument in call.named():
+            self.devices.check_whole(name, argument)
         carried = None if call.carry is None else call.names[call.carry]
         outputs = _outputs.Outputs(self.has_aux, carried)
+        leaves, structure = jax.tree.flatten((call.args, call.kwargs))
+
+        def run_on_device(batch, arrays):
+            merged = [
+                x if a is None else a for a, x in zip(arrays, leaves, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(structure, merged)
+            mine = call._replace(args=args, kwargs=kwargs, batch=batch)
+            return self._run(mine, split, outputs)
+
+        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
+        # function closes over, JAX keeps. What is no array stays what it is.
+        @jax.jit
+        def run(batch, arrays):
+            aux_specs = _aux.specs(self.policies, self.devices.axis_name)
+            grads_specs = self.devices.gradient_specs(call.differentiated())
+            result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
+            return self.devices.run(
+                run_on_device, batch, arrays, self.batch_axis, (result_specs, P())
+            )
+
+        return run(
+            call.batch, [x if isinstance(x, jax.Array) else None for x in leaves]
+        )
+
+    def _run(
+        self, call: _arguments.Call, split: _split.Split, outputs: _outputs.Outputs
+    ) -> tuple[Any, Any]:
+        """All micro-batches on one device, and the sums over all devices."""
+        devices = self.devices
+        carry_before = None if call.carry is None else call.args[call.carry]
+        carry_before = _window.cast_like(carry_before, carry_before)
+        call = self._with_local_parameters(call)
+        count = split.whole + bool(split.tail)
 
         # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
         @jax.jit
         def microbatch(carry, index):
-            part = split.take(call.batch, index)
-            return self._differentiate(call, outputs, part, carry, index, split.size)
+            part, number = split.take(call.batch, index), devices.number(index, count)
+            return self._differentiate(call, outputs, part, carry, number, split.size)
 
         @jax.jit
         def tail_microbatch(carry):
-            part = split.take_tail(call.batch)
-            return self._differentiate(
-                call, outputs, part, carry, split.whole, split.tail
-            )
+            part, number = split.take_tail(call.batch), devices.number(count - 1, count)
+            return self._differentiate(call, outputs, part, carry, number, split.tail)
 
         # A mean may count in whole micro-batches: XLA then multiplies nothing by 1.
         unit = split.size if self.weight is None and self.reduction == "mean" else 1
-        carry = None if call.carry is None else call.args[call.carry]
-        carry = _window.cast_like(carry, carry)
         indices = jnp.arange(split.whole, dtype=jnp.int32)
-        shapes = jax.eval_shape(microbatch, carry, indices[0])
+        carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
         auxiliaries = _aux.Auxiliaries.plan(self.policies, shapes.aux, split)
 
         def body(totals, index):
@@ -355,10 +397,8 @@ class _Microbatched:
             tails = auxiliaries.kept(part.aux)
             totals = self._add(totals, part, auxiliaries, unit)
 
+        totals = self._over_devices(totals, auxiliaries, carry_before, split)
         weight = totals.weight
-        if self.weight is None and self.skip is None:
-            # Known before; what nobody asks for, XLA takes out of the loop.
-            weight = jnp.full_like(weight, split.whole * split.size + split.tail)
         aux = auxiliaries.finish(totals.aux, stacks, tails, weight, split)
         sums = totals.value, totals.grads
         value, grads = _window.cast_like(
@@ -368,11 +408,63 @@ class _Microbatched:
         result = outputs.pack(value, aux, totals.carry), grads
         return result, MicrobatchInfo(weight, totals.skipped)
 
+    def _with_local_parameters(self, call: _arguments.Call) -> _arguments.Call:
+        """`call` with parameters of which `jax.grad` gives this device's gradient."""
+        args = list(call.args)
+        for i in jax.tree.leaves(call.argnums):
+            args[i] = _distributed.vary(self.devices.axis_name, args[i])
+        return call._replace(args=args)
+
+    def _first_carry(self, microbatch: Any, carry: Any, index: jax.Array) -> Any:
+        """The carry in the type that it comes back in, and what a micro-batch gives."""
+        while True:
+            shapes = jax.eval_shape(microbatch, carry, index)
+            cast = jax.tree.map(_distributed.vary_like, carry, shapes.carry)
+            if jax.tree.map(jax.typeof, cast) == jax.tree.map(jax.typeof, carry):
+                break
+            carry = cast
+        if self.devices.axis_name is not None:
+            jaxpr = microbatch.trace(carry, index).jaxpr.jaxpr
+            _distributed.check_local_loss(self.devices.axis_name, shapes.value, jaxpr)
+        return carry, shapes
+
+    def _over_devices(
+        self,
+        totals: _Totals,
+        auxiliaries: _aux.Auxiliaries,
+        carry_before: Any,
+        split: _split.Split,
+    ) -> _Totals:
+        """The sums of all devices: the one place where these exchange anything."""
+        devices, weight = self.devices, totals.weight
+        if self.weight is None and self.skip is None:
+            # Known before; what nobody asks for, XLA takes out of the loop.
+            weight = jnp.full_like(weight, split.whole * split.size + split.tail)
+            total = weight * devices.size()
+        else:
+            total = devices.total(weight)
+        # Counted in the dtype of the sums, which are then exchanged together.
+        skipped = devices.total(totals.skipped.astype(weight.dtype))
+        return _Totals(
+            value=devices.total(totals.value),
+            grads=devices.total_gradients(totals.grads),
+            aux=auxiliaries.over_devices(totals.aux, devices.axis_name),
+            weight=total,
+            skipped=skipped.astype(totals.skipped.dtype),
+            carry=devices.merge_carry(totals.carry, carry_before, weight, total),
+        )
+
     def _differentiate(
-        self, call: _arguments.Call, outputs: _outputs.Outputs, part, carry, index, size
+        self,
+        call: _arguments.Call,
+        outputs: _outputs.Outputs,
+        part: list[Any],
+        carry: Any,
+        number: Any,
+        size: int,
     ) -> _Part:
         """Value and gradient on one micro-batch of `size` examples."""
-        args, kwargs = call.for_microbatch(part, carry, index)
+        args, kwargs = call.for_microbatch(part, carry, number)
 
         def unpacked(*args, **kwargs):
             value, *rest = outputs.unpack(self.fun(*args, **kwargs), carry)
@@ -398,12 +490,14 @@ class _Microbatched:
 
     def _start(self, shapes: _Part, auxiliaries: _aux.Auxiliaries, carry) -> _Totals:
         _checks.accumulator_fits(shapes.grads, self.accumulator_dtype)
+        value = _window.zeros(shapes.value)
+        grads = _window.zeros(shapes.grads, self.accumulator_dtype)
         return _Totals(
-            value=_window.zeros(shapes.value),
-            grads=_window.zeros(shapes.grads, self.accumulator_dtype),
-            aux=auxiliaries.start(),
+            value=_distributed.vary_like(value, shapes.weight),
+            grads=_distributed.vary_like(grads, shapes.weight),
+            aux=auxiliaries.start(shapes.weight),
             weight=_window.zeros(shapes.weight),
-            skipped=jnp.zeros([], jnp.int32),
+            skipped=_window.zeros_like(shapes.rejected, jnp.int32),
             carry=carry,
         )
 

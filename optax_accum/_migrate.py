@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _window
-from optax_accum._transform import AccumulateState
+from optax_accum._state import AccumulateState
 
 
 def from_multi_steps(

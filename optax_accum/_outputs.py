@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
             _check_carry(self.carry_name, carry, new_carry)
         return value, _window.as_arrays(aux), _window.cast_like(new_carry, carry)
 
-    def pack(self, value: jax.Array, aux: Any, carry: Any) -> Any:
+    def pack(self, value: Any, aux: Any, carry: Any) -> Any:
         """The reverse of `unpack`."""
         if self.carry_name is None:
             return (value, aux) if self.has_aux else value

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _checks, _window
-from optax_accum._transform import AccumulateState
+from optax_accum._state import AccumulateState, none_in
 
 
 def has_updated(opt_state: Any) -> jax.Array:
@@ -88,12 +88,13 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
             "`opt_state` holds no accumulator, because `accumulate` was given "
             "`every_k=1`: every micro-step's gradient goes straight to the optimizer"
         )
-    is_open = jnp.asarray(state.micro_step) > 0
-    if is_open.shape != ():
+    if jnp.ndim(state.weight):
         raise ValueError(
-            f"`opt_state` is a stack of {is_open.shape} states, whose windows differ. "
-            "Ask each of them: jax.vmap(oa.accumulated)(opt_state)"
+            f"`opt_state` is a stack of {jnp.shape(state.weight)} windows. If they are "
+            "those of several devices, sum them: oa.accumulated(oa.sum_windows("
+            "opt_state)); or ask each of them: jax.vmap(oa.accumulated)(opt_state)"
         )
+    is_open = jnp.asarray(state.micro_step) > 0
 
     def gradient(s):
         return jnp.where(is_open, s, jnp.zeros([], s.dtype))
@@ -110,11 +111,7 @@ def _find(opt_state: Any) -> AccumulateState:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ValueError(
-            "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
-            f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "
-            "`update` returned"
-        )
+        raise none_in(opt_state)
     raise ValueError(
         f"`opt_state` holds {len(found)} states of `optax_accum.accumulate`, and each "
         "has an answer of its own. Pass the `AccumulateState` that you mean"

@@ -68,8 +68,11 @@ def plan(
     axis: int,
     num_microbatches: int | None,
     microbatch_size: int | None,
+    shards: int = 1,
 ) -> Split:
     """How to split the trees of arrays in `batch`, arguments called `names`.
+
+    With several `shards`, how each of as many devices splits its part of them.
 
     Raises:
       ValueError: leaves without examples or with different numbers of them, or a size
@@ -86,30 +89,54 @@ def plan(
             f"`batch_argnames` lead to {', '.join(f'`{n}`' for n in names) or 'none'}"
         )
     examples = _count_examples(leaves, axis)
-    name, _ = leaves[0]
+    holds = f"{leaves[0][0]} holds {_examples(examples)} along axis {axis}"
+    if examples % shards:
+        near = [examples // shards * shards, (examples // shards + 1) * shards]
+        raise ValueError(
+            f"the {shards} devices do not divide the batch: {holds}. Use "
+            f"{_alternatives([n for n in near if n])} examples; what is padding can "
+            "count for nothing, with `weight`"
+        )
+    own = examples // shards
     if microbatch_size is not None:
-        if microbatch_size > examples:
-            raise ValueError(
-                f"`microbatch_size={microbatch_size}` is more than the batch has: "
-                f"{name} holds {_examples(examples)} along axis {axis}. Use at most "
-                f"{examples}, which is the whole batch at once"
-            )
-        whole, tail = divmod(examples, microbatch_size)
-        split = Split(whole, microbatch_size, tail, axis)
+        sizes = _by_size(microbatch_size, own, shards, holds)
     else:
         assert num_microbatches is not None
-        if examples % num_microbatches:
-            divisors = [n for n in range(1, examples + 1) if examples % n == 0]
-            raise ValueError(
-                f"`num_microbatches={num_microbatches}` does not divide the batch: "
-                f"{name} holds {_examples(examples)} along axis {axis}. Use "
-                f"{_alternatives(divisors)}, or `microbatch_size`, which takes any "
-                f"size up to {examples}"
-            )
-        size = examples // num_microbatches
-        split = Split(num_microbatches, size, 0, axis)
-    _check_sharding(leaves, split)
+        sizes = _by_number(num_microbatches, own, shards, holds)
+    split = Split(*sizes, axis)
+    _check_sharding(leaves, split, shards)
     return split
+
+
+def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, int]:
+    """``(whole, size, tail)`` on each device, which has `own` examples."""
+    if size > own * shards:
+        raise ValueError(
+            f"`microbatch_size={size}` is more than the batch has: {holds}. Use at "
+            f"most {own * shards}, which is the whole batch at once"
+        )
+    if size % shards:
+        raise ValueError(
+            f"`microbatch_size={size}` does not divide over the {shards} devices, and "
+            f"each needs as many examples of every micro-batch: {holds}. Use a "
+            f"multiple of {shards} up to {own * shards}"
+        )
+    whole, tail = divmod(own, size // shards)
+    return whole, size // shards, tail
+
+
+def _by_number(number: int, own: int, shards: int, holds: str) -> tuple[int, int, int]:
+    """``(whole, size, tail)`` on each device, which has `own` examples."""
+    if own % number:
+        divisors = [n for n in range(1, own + 1) if own % n == 0]
+        each = f", {own} on each of {shards} devices" if shards > 1 else ""
+        sizes = f"multiple of {shards}" if shards > 1 else "size"
+        raise ValueError(
+            f"`num_microbatches={number}` does not divide the batch: {holds}{each}. "
+            f"Use {_alternatives(divisors)}, or `microbatch_size`, which takes any "
+            f"{sizes} up to {own * shards}"
+        )
+    return number, own // number, 0
 
 
 def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
@@ -134,14 +161,14 @@ def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
     return first
 
 
-def _check_sharding(leaves: list[tuple[str, Any]], split: Split) -> None:
+def _check_sharding(leaves: list[tuple[str, Any]], split: Split, devices: int) -> None:
     """Raises where an explicit mesh cannot hold a micro-batch."""
     for name, leaf in leaves:
         sharding = getattr(jax.typeof(leaf), "sharding", None)
         if sharding is None or not sharding.spec:
             continue
         shards = _shards(sharding, split.axis % leaf.ndim)
-        for size in (split.size, split.tail):
+        for size in (split.size * devices, split.tail * devices):
             if size % shards:
                 raise ValueError(
                     f"{name} is sharded over {shards} devices "

@@ -8,45 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accum import _boundary, _checks, _distributed, _window
+from optax_accum import _boundary, _checks, _distributed, _stacked, _window
+from optax_accum._state import AccumulateState
 
 OnSkip = Literal["shrink", "wait"]
-
-
-class AccumulateState(NamedTuple):
-    """The state of `accumulate`; a pytree that any checkpointer saves as it is.
-
-    `weight`, `value` and `acc_grads` are sums over the open window. They keep what
-    the last window left until the next one's first micro-step overwrites it, so
-    they mean the open window only while ``micro_step > 0``.
-
-    Attributes:
-      micro_step: ``i32[]``, how many micro-steps the open window has seen.
-      gradient_step: ``i32[]``, how many updates the inner optimizer has made.
-      emitted: ``bool[]``, whether the last micro-step made an update.
-      skipped: ``i32[]``, how many micro-batches `skip` has rejected so far.
-      weight: ``f32[]``, the sum of the weights (``f64[]`` where a parameter has
-        double precision).
-      value: as `weight`, the sum of the values, weighted as the gradients are. With
-        ``reduction="mean"``, ``value / weight`` is the window's mean loss.
-      skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
-      noise_scale: ``()``, the place of an estimate that is not computed yet.
-      acc_grads: the sum of the gradients, in the parameters' structure, shapes and
-        at least float32; ``None`` for leaves that pass through, and ``()`` where
-        ``every_k=1`` needs no accumulator.
-      inner_state: the inner optimizer's state.
-    """
-
-    micro_step: jax.Array
-    gradient_step: jax.Array
-    emitted: jax.Array
-    skipped: jax.Array
-    weight: jax.Array
-    value: jax.Array
-    skip_state: Any
-    noise_scale: Any
-    acc_grads: Any
-    inner_state: Any
 
 
 class AccumulateTransformation(optax.GradientTransformationExtraArgs):
@@ -211,6 +176,7 @@ class _MicroStep(NamedTuple):
     closes: bool | jax.Array  # whether this micro-step is the boundary
     emits: bool | jax.Array  # `closes`, and no empty window where that can be asked
     guard: bool  # whether the branch itself has to ask if the window is empty
+    is_stacked: bool  # whether the state came as one row of a stacked one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +239,7 @@ class _Accumulation:
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
         step = self._add(grads, state, params, weight, boundary, value)
-        shapes, run = self._inner_over_window(
+        shapes, collect, run = self._inner_over_window(
             step, grads, params, value=value, extra_args=extra_args
         )
         in_turn = self._in_turn(step, shapes)
@@ -285,7 +251,8 @@ class _Accumulation:
 
         updated, (sums, loose), inner_state = self._run_at_boundary(
             step,
-            lambda target, inner_state: run(target[0], inner_state),
+            lambda target: collect(target[0]),
+            run,
             lambda updates, target: slots.pack(updates, target[0]),
             (step.sums, slots.loose()),
             in_turn=in_turn,
@@ -306,12 +273,13 @@ class _Accumulation:
     ) -> tuple[Any, AccumulateState]:
         _checks.gradients(grads, params, narrow=True)
         step = self._add(grads, state, params, weight, boundary, value)
-        shapes, run = self._inner_over_window(
+        shapes, collect, run = self._inner_over_window(
             step, grads, params, value=value, extra_args=extra_args
         )
         updated, params, inner_state = self._run_at_boundary(
             step,
-            lambda _, inner_state: run(step.sums, inner_state),
+            lambda _: collect(step.sums),
+            run,
             lambda updates, params: _boundary.apply_updates(params, updates),
             _window.as_arrays(params),
             in_turn=self._in_turn(step, shapes),
@@ -321,7 +289,16 @@ class _Accumulation:
     def _add(self, grads, state, params, weight, boundary, value) -> _MicroStep:
         """Adds one micro-batch to the window."""
         boundary = _checks.boundary(boundary, self.every_k)
-        _checks.state(state, has_accumulator=self.has_accumulator, grads=grads)
+        _checks.bound_axis(self.axis_name)
+        _checks.state(
+            state,
+            has_accumulator=self.has_accumulator,
+            grads=grads,
+            axis_name=self.axis_name,
+        )
+        is_stacked = _stacked.is_stacked(state)
+        if is_stacked:
+            state = _stacked.take_row(state)
         weight, nonempty = _checks.weight(weight, state.weight.dtype)
         self._check_gradients(grads, state, params)
         grads = _window.as_arrays(_window.keep_inexact(grads))
@@ -343,9 +320,7 @@ class _Accumulation:
         if self.is_plain:
             sums = grads
         elif self.has_accumulator:
-            sums = _window.add(
-                state.acc_grads, grads, weight, self.reduction, first=first
-            )
+            sums = self._add_gradients(state.acc_grads, grads, weight, first)
         else:
             sums = _window.contributions(grads, weight, self.reduction)
         value = 0.0 if value is None else _checks.scalar_value(value)
@@ -357,12 +332,19 @@ class _Accumulation:
 
         closes = self._closes(state, arrived) if boundary is None else boundary
         # A window without weight makes no update. Who can tell that it has none?
-        if nonempty:
-            return _MicroStep(state, sums, closes, emits=closes, guard=False)
-        if self.axis_name is not None or isinstance(boundary, bool):
-            return _MicroStep(state, sums, closes, emits=closes, guard=True)
-        emits = closes & (state.weight != 0)
-        return _MicroStep(state, sums, closes, emits=emits, guard=False)
+        emits, guard = closes, not nonempty
+        if guard and self.axis_name is None and not isinstance(boundary, bool):
+            emits, guard = closes & (state.weight != 0), False
+        return _MicroStep(state, sums, closes, emits, guard, is_stacked)
+
+    def _add_gradients(self, sums, grads, weight, first):
+        """S with this micro-batch's gradients in it."""
+        if self.axis_name is None:
+            return _window.add(sums, grads, weight, self.reduction, first=first)
+        # Under `pmap` and in a stacked state the buffer has an axis of devices. XLA
+        # adds in place only in the buffer's own shape, and copies S otherwise.
+        rows = _stacked.as_row(sums), _stacked.as_row(grads)
+        return _stacked.row_of(_window.add(*rows, weight, self.reduction, first=first))
 
     def _closes(self, state, arrived):
         """Whether the count closes the window."""
@@ -388,12 +370,14 @@ class _Accumulation:
         summed = _window.fill_inexact(grads, step.sums)
         narrow = not self._takes(call, grads, summed, *rest)
 
-        def run(sums, inner_state):
-            # `total` holds the value, or nothing.
+        def collect(sums):
             total = None if value is None else step.state.value
-            sums, total, weight = _distributed.sum_over(
-                self.axis_name, (sums, total, step.state.weight)
+            return _boundary.Totals(
+                *_distributed.sum_over(self.axis_name, (sums, total, step.state.weight))
             )
+
+        def run(totals, inner_state):
+            sums, total, weight = totals
             result = _window.close(sums, weight, self.gradient_reduction)
             mean = _window.fill_inexact(grads, result)
             updates, new_state = call(
@@ -411,12 +395,11 @@ class _Accumulation:
                 "into a boundary; put it beside `accumulate`, in an `optax.chain`",
             )
             return (
-                weight != 0,
                 _window.cast_like(updates, shapes),
                 _window.cast_like(new_state, inner_state),
             )
 
-        return shapes, run
+        return shapes, collect, run
 
     @staticmethod
     def _takes(call, grads, summed, *rest) -> bool:
@@ -442,8 +425,8 @@ class _Accumulation:
             return False
         return _boundary.rounds(step.sums, updates, step.state.inner_state)
 
-    def _run_at_boundary(self, step, run, write, target, *, in_turn):
-        arguments = step.emits, run, write, target, step.state.inner_state
+    def _run_at_boundary(self, step, collect, run, write, target, *, in_turn):
+        arguments = step.emits, collect, run, write, target, step.state.inner_state
         if in_turn:
             return _boundary.run_in_turn(*arguments)
         return _boundary.run_at(*arguments, guard=step.guard)
@@ -454,12 +437,13 @@ class _Accumulation:
         # A window that is closed for certain leaves nothing to remember.
         if self.has_accumulator and step.closes is not True:
             state = state._replace(acc_grads=sums)
-        return state._replace(
+        state = state._replace(
             micro_step=jnp.where(step.closes, 0, state.micro_step),
             gradient_step=_count(state.gradient_step, updated),
             emitted=updated,
             inner_state=inner_state,
         )
+        return _stacked.put_row(state) if step.is_stacked else state
 
     def _check_gradients(self, grads, state, params):
         if self.has_accumulator:

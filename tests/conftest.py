@@ -17,6 +17,15 @@ hypothesis.settings.register_profile("explore", max_examples=1000, **every_run)
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items):
+    """Leaves out what needs several devices where there is one."""
+    if jax.device_count() > 1:
+        return
+    for item in items:
+        if item.get_closest_marker("several_devices"):
+            item.add_marker(pytest.mark.skip(reason="needs several devices"))
+
+
 @pytest.fixture
 def loose_promotion():
     """For code that is not ours and mixes dtypes: Optax's own."""

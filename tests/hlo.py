@@ -1,12 +1,23 @@
 """What a compiled program does with memory, read from the program itself."""
 
+import collections
 import re
 
 import jax
 
 LINE = re.compile(
-    r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\(", re.MULTILINE
+    r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)",
+    re.MULTILINE,
 )
+COMPUTATION = re.compile(
+    r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) [^\n]*\{$(?P<body>.*?)^\}",
+    re.MULTILINE | re.DOTALL,
+)
+CALLED = re.compile(
+    r"(?P<how>body|condition|branch_computations|true_computation|false_computation"
+    r"|calls|to_apply)=\{?(?P<names>%[\w.-]+(?:, ?%[\w.-]+)*)"
+)
+PLACES = {"body": "loop", "condition": "loop", "calls": None, "to_apply": None}
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -36,8 +47,39 @@ def operations(program, name: str) -> list[str]:
 
 def collectives(program) -> list[str]:
     """The names of all operations that exchange data between devices."""
-    names = [m["op"].removesuffix("-start") for m in LINE.finditer(program.as_text())]
-    return [name for name in names if name in COLLECTIVES]
+    return [name for name, _ in placed(program) if name in COLLECTIVES]
+
+
+def exchanges(program) -> dict[str, int]:
+    """How many collectives are in each place: ``{"all-reduce, branch": 1}``."""
+    places = [", ".join(pair) for pair in placed(program) if pair[0] in COLLECTIVES]
+    return dict(collections.Counter(places))
+
+
+def placed(program) -> list[tuple[str, str]]:
+    """All operations, each with its place.
+
+    The place is ``"entry"`` for what runs once, ``"loop"`` for what is inside a loop,
+    ``"branch"`` for what is inside a branch of a conditional, and for what is inside
+    several of them their names from the outside in, as in ``"loop/branch"``.
+    """
+    text = program.as_text()
+    computations = {m["name"]: m for m in COMPUTATION.finditer(text)}
+    found = []
+
+    def visit(computation, place):
+        for line in LINE.finditer(computation["body"]):
+            found.append(
+                (line["op"].removesuffix("-start"), "/".join(place) or "entry")
+            )
+            for called in CALLED.finditer(line["rest"]):
+                inner = PLACES.get(called["how"], "branch")
+                for name in re.findall(r"[\w.-]+", called["names"]):
+                    visit(computations[name], [*place, inner] if inner else place)
+
+    (entry,) = [m for m in computations.values() if m["entry"]]
+    visit(entry, [])
+    return found
 
 
 def large_copies(program, elements: int) -> list[str]:

@@ -1,7 +1,5 @@
 """In the company of Optax, JAX's transformations, devices and checkpoints."""
 
-import functools
-
 import chex
 import flax.serialization
 import jax
@@ -9,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from test_windows import PARAMS, SGD, alone, feed
 from training import WAYS, loosely, micro_batches, stepper, weighted_mean
 
@@ -142,138 +138,6 @@ def test_vmap(way):
     ]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
     chex.assert_trees_all_close(params, expected, rtol=1e-5)
-
-
-needs_devices = pytest.mark.skipif(
-    jax.device_count() < 2, reason="needs several devices"
-)
-
-
-def replicate(tree):
-    return jax.tree.map(lambda x: jnp.stack([x] * jax.device_count()), tree)
-
-
-@needs_devices
-class TestDevices:
-    """Local gradients and weights; one sum over the devices per window."""
-
-    count = jax.device_count()
-    # Device 0 sees nothing at all: its own W is 0, and it meets the others.
-    weights = jnp.arange(2 * K * count, dtype=jnp.float32).reshape(2 * K, count)
-    weights = weights.at[:, 0].set(0)
-
-    def local_grads(self, i):
-        """Device d's gradient is (d + 1) * (i + 1) everywhere; device 0's is NaN."""
-        scale = (jnp.arange(1.0, self.count + 1) * (i + 1)).at[0].set(jnp.nan)
-        return jax.vmap(lambda s: jax.tree.map(lambda p: jnp.full_like(p, s), PARAMS))(
-            scale
-        )
-
-    def expected(self):
-        means = []
-        for start in (0, K):
-            weights, grads = [], []
-            for i in range(start, start + K):
-                for device in range(1, self.count):
-                    weights.append(self.weights[i, device])
-                    local = self.local_grads(i)
-                    grads.append(jax.tree.map(lambda x, d=device: x[d], local))
-            means.append(weighted_mean(grads, weights))
-        return alone(ADAM, *means)[0]
-
-    @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.parametrize("every_k", [K, None])
-    def test_pmap(self, every_k, way):
-        tx = oa.accumulate(ADAM, every_k, axis_name="devices")
-
-        def step(params, state, grads, weight, boundary):
-            boundary = None if every_k else boundary
-            return stepper(tx, way)(
-                params, state, grads, weight=weight, boundary=boundary
-            )
-
-        step = jax.pmap(step, "devices", in_axes=(0, 0, 0, 0, None))
-        params, state = replicate(PARAMS), replicate(tx.init(PARAMS))
-        for i in range(2 * K):
-            params, state = step(
-                params,
-                state,
-                self.local_grads(i),
-                self.weights[i],
-                jnp.array(i % K == K - 1),
-            )
-        everywhere = replicate(jax.tree.map(lambda x: x[0], params))
-        chex.assert_trees_all_equal(params, everywhere)
-        first = jax.tree.map(lambda x: x[0], params)
-        chex.assert_trees_all_close(first, self.expected(), rtol=1e-5)
-
-    def test_pmap_with_nothing_anywhere(self):
-        """All devices' weights are 0: the sum is, and nothing happens."""
-        tx = oa.accumulate(ADAM, K, axis_name="devices")
-        start = replicate(tx.init(PARAMS))
-        params, state = replicate(PARAMS), start
-        step = jax.pmap(
-            lambda p, s, g: tx.update_params(g, s, p, weight=jnp.zeros([])), "devices"
-        )
-        for i in range(K):
-            params, state = step(params, state, self.local_grads(i))
-        chex.assert_trees_all_equal(params, replicate(PARAMS))
-        chex.assert_trees_all_equal(state.inner_state, start.inner_state)
-        assert not state.emitted.any()
-
-    @pytest.mark.parametrize("way", WAYS)
-    def test_a_shard_map_that_checks_refuses_summed_gradients(self, way):
-        """`jax.grad` has summed them already; a second sum counts them per device."""
-        tx = oa.accumulate(SGD, 1, axis_name="devices")
-        mesh = jax.make_mesh((self.count,), ("devices",), axis_types=(AxisType.Auto,))
-
-        def step(params, x, *, cast):
-            start = params
-            if cast:
-                start = jax.lax.pcast(params, "devices", to="varying")
-            grads = jax.grad(lambda p: jnp.sum(p["b"]) * x.sum() + 0 * jnp.sum(p["w"]))(
-                start
-            )
-            return stepper(tx, way)(params, tx.init(params), grads)[0]
-
-        def run(cast):
-            return jax.shard_map(
-                functools.partial(step, cast=cast),
-                mesh=mesh,
-                in_specs=(P(), P("devices")),
-                out_specs=P(),
-            )(PARAMS, jnp.arange(float(self.count)))
-
-        with pytest.raises(ValueError, match="summed over them already"):
-            run(cast=False)
-        mean = (self.count - 1) / 2
-        np.testing.assert_allclose(run(cast=True)["b"], 1 - 0.1 * mean, rtol=1e-6)
-
-    @pytest.mark.parametrize("way", WAYS)
-    def test_shard_map(self, way):
-        """Each device's accumulator is a row of a stacked state."""
-        tx = oa.accumulate(ADAM, K, axis_name="devices")
-        mesh = jax.make_mesh((self.count,), ("devices",), axis_types=(AxisType.Auto,))
-
-        def step(params, state, grads, weight):
-            state, grads = jax.tree.map(lambda x: x[0], (state, grads))
-            params, state = stepper(tx, way)(params, state, grads, weight=weight[0])
-            return params, jax.tree.map(lambda x: x[None], state)
-
-        local, everywhere = P("devices"), P()
-        step = jax.jit(
-            jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(everywhere, local, local, local),
-                out_specs=(everywhere, local),
-                check_vma=False,
-            )
-        )
-        params, state = PARAMS, replicate(tx.init(PARAMS))
-        for i in range(2 * K):
-            params, state = step(params, state, self.local_grads(i), self.weights[i])
-        chex.assert_trees_all_close(params, self.expected(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("stop", range(2 * K))

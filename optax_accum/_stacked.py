@@ -1,0 +1,179 @@
+"""One open window per device, as the rows of one array.
+
+Inside `jax.pmap` and `jax.shard_map` a window's sums are each device's own until the
+boundary. Between two calls they are arrays with a leading axis of devices: the state is
+*stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is local is
+stacked, and `accumulate` takes such a state as it comes, with one row on each device.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optax_accum._state import AccumulateState, map_states
+
+LOCAL = ("skipped", "weight", "value", "skip_state", "acc_grads")
+
+
+def stack_windows(opt_state: Any, num_devices: int, *, all_leaves: bool = False) -> Any:
+    """Gives every device a row of the open window, for `jax.shard_map` or `jax.pmap`.
+
+    The first device goes on with what `opt_state` holds, the others start from zero;
+    over all of them the sums are what they were. For large models run it under
+    ``jax.jit(..., out_shardings=...)``, so that no device ever holds all rows.
+
+    Args:
+      opt_state: What `init` returned or `sum_windows` made: an `AccumulateState`, or
+        any tree with one in it.
+      num_devices: How many devices the axis has, ``mesh.shape["data"]``.
+      all_leaves: Whether everything gets an axis of devices, all of them with the same
+        content, as `jax.pmap` needs it, and not only what is local.
+
+    Returns:
+      `opt_state`, whose local fields (see `AccumulateState`) have the shapes
+      ``[num_devices, ...]``.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`, or is stacked already.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> state = oa.stack_windows(tx.init(jnp.zeros(3)), 8)
+      >>> state.acc_grads.shape, state.weight.shape, state.micro_step.shape
+      ((8, 3), (8,), ())
+    """
+
+    def repeat(x):
+        return jnp.repeat(jnp.asarray(x)[None], num_devices, axis=0)
+
+    def first_row(x):
+        x = jnp.asarray(x)
+        # Chosen by the row's number, which each device knows by itself.
+        row = jnp.arange(num_devices).reshape(-1, *[1] * x.ndim)
+        return jnp.where(row == 0, x[None], jnp.zeros([], x.dtype))
+
+    def stack(state):
+        if jnp.ndim(state.weight):
+            raise ValueError(
+                f"`opt_state` is stacked already: its `weight` has shape "
+                f"{jnp.shape(state.weight)}. For another number of devices, make one "
+                "window of it first, with oa.sum_windows(opt_state)"
+            )
+        sums = {name: jax.tree.map(first_row, getattr(state, name)) for name in LOCAL}
+        sums["skip_state"] = jax.tree.map(repeat, state.skip_state)
+        if all_leaves:
+            state = jax.tree.map(repeat, state)
+        return state._replace(**sums)
+
+    return map_states(opt_state, stack, repeat if all_leaves else lambda x: x)
+
+
+def sum_windows(opt_state: Any) -> Any:
+    """Makes one window of those of all devices: a state for any number of devices.
+
+    A stacked state is saved and restored as it is, bit for bit, on the same number of
+    devices. For another number, or for one device, sum its windows first. They may be
+    open: what they hold is added up, and `micro_step` stays.
+
+    Args:
+      opt_state: A stacked state, from `jax.shard_map` or from `jax.pmap`.
+
+    Returns:
+      The state as `init` would have built it. `skip_state` is the first device's.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`, or is not stacked.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> state = oa.stack_windows(tx.init(jnp.zeros(3)), 8)
+      >>> on_two_devices = oa.stack_windows(oa.sum_windows(state), 2)
+      >>> on_two_devices.acc_grads.shape
+      (2, 3)
+    """
+    has_stacked_all = []
+
+    def merge(state):
+        if not jnp.ndim(state.weight):
+            raise ValueError(
+                "`opt_state` holds one window, not one per device: its `weight` is a "
+                "scalar. Nothing is to be summed; oa.stack_windows(opt_state, "
+                "num_devices) gives each device its own"
+            )
+        has_stacked_all.append(jnp.ndim(state.micro_step) > 0)
+        sums = {
+            name: jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), getattr(state, name))
+            for name in LOCAL
+        }
+        sums["skip_state"] = row_of(state.skip_state)
+        if has_stacked_all[-1]:
+            state = row_of(state)
+        return state._replace(**sums)
+
+    result = map_states(opt_state, merge, lambda x: x)
+    if not any(has_stacked_all):
+        return result
+    # `jax.pmap` stacks what is around the window as well.
+    return map_states(result, lambda state: state, lambda x: x[0])
+
+
+def window_specs(opt_state: Any, axis_name: Any) -> Any:
+    """Where the leaves of a stacked state lie: for ``in_specs`` and ``out_specs``.
+
+    Args:
+      opt_state: An `AccumulateState` or any tree with one in it, of arrays or of
+        `jax.ShapeDtypeStruct`, stacked or not.
+      axis_name: The axis of the mesh, or several, that `accumulate` was given.
+
+    Returns:
+      A tree like `opt_state` of ``PartitionSpec``: ``P(axis_name)`` for what is local,
+      ``P()`` for everything else.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> specs = oa.window_specs(tx.init(jnp.zeros(3)), "data")
+      >>> specs.acc_grads, specs.micro_step
+      (P('data',), P())
+    """
+    local, shared = PartitionSpec(axis_name), PartitionSpec()
+
+    def specs(state):
+        own = {
+            name: jax.tree.map(lambda _: local, getattr(state, name)) for name in LOCAL
+        }
+        return jax.tree.map(lambda _: shared, state)._replace(**own)
+
+    return map_states(opt_state, specs, lambda _: shared)
+
+
+def is_stacked(state: AccumulateState) -> bool:
+    """Whether the local fields have an axis of devices."""
+    return jnp.ndim(state.weight) > 0
+
+
+def take_row(state: AccumulateState) -> AccumulateState:
+    """The state of this device, which holds one row."""
+    return state._replace(**{name: row_of(getattr(state, name)) for name in LOCAL})
+
+
+def put_row(state: AccumulateState) -> AccumulateState:
+    """`state` as one row."""
+    return state._replace(**{name: as_row(getattr(state, name)) for name in LOCAL})
+
+
+def as_row(tree: Any) -> Any:
+    """Each leaf with a leading axis of one."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def row_of(tree: Any) -> Any:
+    """The first row of each leaf."""
+    return jax.tree.map(lambda x: x[0], tree)

@@ -1,0 +1,83 @@
+"""The state of `accumulate`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class AccumulateState(NamedTuple):
+    """The state of `accumulate`; a pytree that any checkpointer saves as it is.
+
+    `weight`, `value` and `acc_grads` are sums over the open window. They keep what
+    the last window left until the next one's first micro-step overwrites it, so
+    they mean the open window only while ``micro_step > 0``.
+
+    Across devices (`axis_name`), `skipped`, `weight`, `value`, `skip_state` and
+    `acc_grads` are each device's own; the rest is the same everywhere.
+
+    Attributes:
+      micro_step: ``i32[]``, how many micro-steps the open window has seen.
+      gradient_step: ``i32[]``, how many updates the inner optimizer has made.
+      emitted: ``bool[]``, whether the last micro-step made an update.
+      skipped: ``i32[]``, how many micro-batches `skip` has rejected so far.
+      weight: ``f32[]``, the sum of the weights (``f64[]`` where a parameter has
+        double precision).
+      value: as `weight`, the sum of the values, weighted as the gradients are. With
+        ``reduction="mean"``, ``value / weight`` is the window's mean loss.
+      skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
+      noise_scale: ``()``, the place of an estimate that is not computed yet.
+      acc_grads: the sum of the gradients, in the parameters' structure, shapes and
+        at least float32; ``None`` for leaves that pass through, and ``()`` where
+        ``every_k=1`` needs no accumulator.
+      inner_state: the inner optimizer's state.
+    """
+
+    micro_step: jax.Array
+    gradient_step: jax.Array
+    emitted: jax.Array
+    skipped: jax.Array
+    weight: jax.Array
+    value: jax.Array
+    skip_state: Any
+    noise_scale: Any
+    acc_grads: Any
+    inner_state: Any
+
+
+def map_states(
+    opt_state: Any,
+    function: Callable[[AccumulateState], Any],
+    otherwise: Callable[[Any], Any],
+) -> Any:
+    """`opt_state` with `function` of each outermost `AccumulateState` in it.
+
+    All other leaves become ``otherwise(leaf)``.
+
+    Raises:
+      ValueError: There is none.
+    """
+    found = []
+
+    def is_state(node):
+        return isinstance(node, AccumulateState)
+
+    def map_node(node):
+        if not is_state(node):
+            return otherwise(node)
+        found.append(node)
+        return function(node)
+
+    result = jax.tree.map(map_node, opt_state, is_leaf=is_state)
+    if not found:
+        raise none_in(opt_state)
+    return result
+
+
+def none_in(opt_state: Any) -> ValueError:
+    """What to raise where there is no `AccumulateState`."""
+    return ValueError(
+        "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
+        f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "
+        "`update` returned"
+    )

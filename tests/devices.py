@@ -1,0 +1,124 @@
+"""Training on several devices, in each of the ways that JAX has for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from training import stepper
+
+import optax_accum as oa
+
+COUNT = jax.device_count()
+AXIS = "data"
+INSIDE = ("pmap", "checked", "unchecked")  # `checked` is shard_map's check_vma=True
+
+
+def mesh(kind=AxisType.Auto):
+    """All devices on one axis."""
+    return jax.make_mesh((COUNT,), (AXIS,), axis_types=(kind,))
+
+
+def stacked(tree):
+    """Every leaf once per device."""
+    return jax.tree.map(lambda x: jnp.stack([x] * COUNT), tree)
+
+
+def first(tree):
+    """The first device's leaves, where all have the same."""
+    for x in jax.tree.leaves(tree):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(x)[:1].repeat(COUNT, 0))
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def inside(way, function, in_axes, out_axes, donate=()):
+    """`function` compiled to run on every device, through pmap or shard_map.
+
+    `in_axes` and `out_axes` are 0 for what is split over the devices, None for what is
+    the same on all, and "state" for the state of `accumulate`. With pmap that and all
+    that goes round is stacked.
+    """
+    if way == "pmap":
+        axes = tuple(0 if axis == "state" else axis for axis in in_axes)
+        return jax.pmap(function, AXIS, in_axes=axes, donate_argnums=donate)
+
+    def spec(axis):
+        return P(AXIS) if axis == 0 else P()
+
+    def call(*args):
+        specs = [
+            oa.window_specs(x, AXIS) if axis == "state" else spec(axis)
+            for x, axis in zip(args, in_axes, strict=True)
+        ]
+        states = [s for s, axis in zip(specs, in_axes, strict=True) if axis == "state"]
+        outs = tuple(states[0] if axis == "state" else spec(axis) for axis in out_axes)
+        return jax.shard_map(
+            function,
+            mesh=mesh(),
+            in_specs=tuple(specs),
+            out_specs=outs if len(outs) > 1 else outs[0],
+            check_vma=way == "checked",
+        )(*args)
+
+    return jax.jit(call, donate_argnums=donate)
+
+
+def loss(params, x, mask):
+    """A mean over the examples that `mask` counts."""
+    errors = jnp.sum(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2, -1)
+    # Selected, because what does not count may be NaN.
+    total = jnp.sum(jnp.where(mask, errors, 0))
+    return total / jnp.maximum(mask.sum(), 1).astype(total.dtype)
+
+
+PARAMS = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32),
+    "b": jnp.full(4, 0.1, jnp.float32),
+}
+
+
+def examples(steps, per_device=3, seed=0):
+    """``x[steps, COUNT * per_device, 3]``, and a mask that counts some of them.
+
+    In every step one device has nothing, and holds NaN there; another one has all.
+    """
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(steps, COUNT, per_device, 3)).astype(np.float32)
+    mask = random.random((steps, COUNT, per_device)) < 0.5
+    for i in range(steps):
+        mask[i, (i + 1) % COUNT] = True
+        mask[i, i % COUNT] = False
+        x[i, i % COUNT] = np.nan
+    shape = steps, COUNT * per_device
+    return jnp.asarray(x.reshape(*shape, 3)), jnp.asarray(mask.reshape(shape))
+
+
+def windows(way, tx, update="update_params", **static):
+    """``step(params, state, x, mask, boundary)`` on all devices, and its start.
+
+    `static` reaches every update, with a Python-bool `boundary` in place of the
+    argument.
+    """
+
+    def step(params, state, x, mask, boundary):
+        local = params
+        if way == "checked":
+            local = jax.lax.pcast(params, AXIS, to="varying")
+        value, grads = jax.value_and_grad(loss)(local, x, mask)
+        given = {"weight": mask.sum(), "boundary": boundary, "value": value} | static
+        return stepper(tx, update)(params, state, grads, **given)
+
+    state = tx.init(PARAMS)
+    if way == "pmap":
+        axes = 0, 0, 0, 0, None
+        return inside(way, step, axes, (0, 0), (0, 1)), stacked((PARAMS, state))
+    axes = None, "state", 0, 0, None
+    step = inside(way, step, axes, (None, "state"), (0, 1))
+    return step, (jax.tree.map(jnp.copy, PARAMS), oa.stack_windows(state, COUNT))
+
+
+def batch(way, x, mask):
+    """One micro-step's examples as `windows` takes them."""
+    if way != "pmap":
+        return x, mask
+    return tuple(jnp.reshape(a, (COUNT, -1, *a.shape[1:])) for a in (x, mask))

@@ -1,0 +1,417 @@
+"""`oa.accumulate` across devices: local until the boundary, and then one exchange."""
+
+import chex
+import devices
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from devices import AXIS, COUNT, PARAMS
+from training import WAYS, loosely
+
+import optax_accum as oa
+
+pytestmark = pytest.mark.several_devices
+K = 3
+ADAMW = loosely(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+ways = pytest.mark.parametrize("way", devices.INSIDE)
+
+
+def global_batches(inner, x, mask, k=K):
+    """Plain Optax, on the examples of `k` micro-steps and of all devices together."""
+    params, state = PARAMS, inner.init(PARAMS)
+    for start in range(0, len(x), k):
+        counted = x[start : start + k][mask[start : start + k]]
+        grads = jax.grad(devices.loss)(params, counted, jnp.ones(len(counted), bool))
+        updates, state = inner.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def run(way, tx, x, mask, update="update_params", boundaries=None):
+    """Parameters and state after all micro-steps."""
+    step, (params, state) = devices.windows(way, tx, update)
+    for i in range(len(x)):
+        boundary = None if boundaries is None else jnp.asarray(boundaries[i])
+        params, state = step(
+            params, state, *devices.batch(way, x[i], mask[i]), boundary
+        )
+    # With pmap every device has parameters of its own; they must be the same bits.
+    return devices.first(params) if way == "pmap" else params, state
+
+
+@ways
+@pytest.mark.parametrize("update", WAYS)
+def test_windows_are_the_global_batch(way, update):
+    """AdamW, clipping, uneven weights, a device with nothing but NaN in every step."""
+    x, mask = devices.examples(3 * K)
+    tx = oa.accumulate(ADAMW, K, axis_name=AXIS)
+    params, state = run(way, tx, x, mask, update)
+    chex.assert_trees_all_close(
+        params, global_batches(ADAMW, x, mask), rtol=1e-5, atol=1e-6
+    )
+    assert np.all(np.asarray(oa.gradient_step(state)) == 3)
+
+
+@ways
+def test_the_caller_owns_the_boundary(way):
+    x, mask = devices.examples(4)
+    tx = oa.accumulate(ADAMW, axis_name=AXIS)
+    params, _ = run(way, tx, x, mask, boundaries=[False, True, False, True])
+    wanted = global_batches(ADAMW, x, mask, k=2)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+def test_a_window_that_is_closed_at_trace_time(way):
+    """Two programs, one for each Python bool."""
+    x, mask = devices.examples(4)
+    tx = oa.accumulate(ADAMW, axis_name=AXIS)
+    stay, (params, state) = devices.windows(way, tx, boundary=False)
+    close, _ = devices.windows(way, tx, boundary=True)
+    for i in range(4):
+        step = close if i % 2 else stay
+        params, state = step(params, state, *devices.batch(way, x[i], mask[i]), None)
+    params = devices.first(params) if way == "pmap" else params
+    wanted = global_batches(ADAMW, x, mask, k=2)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+@pytest.mark.parametrize("boundaries", [None, [False] * (K - 1) + [True]])
+def test_a_window_with_nothing_anywhere(way, boundaries):
+    """W is 0 on every device: its sum is, and nothing happens."""
+    x, mask = devices.examples(K)
+    tx = oa.accumulate(ADAMW, None if boundaries else K, axis_name=AXIS)
+    params, state = run(way, tx, x, jnp.zeros_like(mask), boundaries=boundaries)
+    chex.assert_trees_all_equal(params, PARAMS)
+    inner_state = ADAMW.init(PARAMS)
+    if way == "pmap":
+        inner_state = devices.stacked(inner_state)
+    chex.assert_trees_all_equal(state.inner_state, inner_state)
+    assert not np.any(state.emitted)
+    assert np.all(np.asarray(state.micro_step) == 0)
+
+
+@ways
+def test_a_device_that_skips_still_counts(way):
+    """NaN on one device only: it has no weight, and meets the others all the same."""
+    x, mask = devices.examples(2 * K)
+    x = jnp.nan_to_num(x, nan=1.0)
+    mask = jnp.ones_like(mask)
+    per_device = mask.shape[1] // COUNT
+    own = slice(per_device, 2 * per_device)  # all that the second device has
+    spoilt = x.at[K - 1, own].set(jnp.nan).at[K, own].set(jnp.nan)
+    tx = oa.accumulate(ADAMW, K, axis_name=AXIS, skip=oa.skip_not_finite)
+    step, (params, state) = devices.windows(way, tx)
+    for i in range(2 * K):
+        batch = devices.batch(way, spoilt[i], mask[i])
+        params, state = step(params, state, *batch, None)
+    params = devices.first(params) if way == "pmap" else params
+    counted = mask.at[K - 1, own].set(False).at[K, own].set(False)
+    wanted = global_batches(ADAMW, x, counted)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+    assert state.skipped.tolist() == [0, 2] + [0] * (COUNT - 2)
+
+
+@ways
+def test_what_the_inner_optimizer_sees_of_the_value(way):
+    """The global batch's loss, on every device the same."""
+
+    def init(params):
+        del params
+        return {"value": jnp.zeros([])}
+
+    def update(updates, state, params=None, *, value):
+        del state, params
+        return updates, {"value": value}
+
+    seen = optax.GradientTransformationExtraArgs(init, update)
+    x, mask = devices.examples(K)
+    _, state = run(way, oa.accumulate(seen, K, axis_name=AXIS), x, mask)
+    counted = x[mask]
+    wanted = devices.loss(PARAMS, counted, jnp.ones(len(counted), bool))
+    np.testing.assert_allclose(state.inner_state["value"], wanted, rtol=1e-6)
+
+
+@ways
+@pytest.mark.parametrize("update", WAYS)
+def test_without_an_accumulator(way, update):
+    """`every_k=1`: every micro-step meets."""
+    x, mask = devices.examples(2)
+    tx = oa.accumulate(ADAMW, 1, axis_name=AXIS)
+    params, _ = run(way, tx, x, mask, update)
+    wanted = global_batches(ADAMW, x, mask, k=1)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+# --- The compiled program ---
+
+
+SIDE = 128
+LARGE = {"w": jnp.ones((SIDE, SIDE)), "b": jnp.ones(SIDE)}
+
+
+def program(way, tx, update, params=LARGE, *, weighted=True, **static):
+    """The compiled micro-step on gradients that come as they are."""
+
+    def step(params, state, grads, weight):
+        given = {"weight": weight} if weighted else {}
+        if way != "pmap":
+            grads, weight = jax.tree.map(lambda x: x[0], (grads, weight))
+            given = {"weight": weight} if weighted else {}
+        if update == "update_params":
+            return tx.update_params(grads, state, params, **given, **static)
+        updates, state = tx.update(grads, state, params, **given, **static)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    grads, weight = devices.stacked((params, jnp.ones([])))
+    if way == "pmap":
+        jitted = devices.inside(way, step, (0, 0, 0, 0), (0, 0), (0, 1))
+        params, state = devices.stacked((params, state))
+    else:
+        axes = None, "state", 0, 0
+        jitted = devices.inside(way, step, axes, (None, "state"), (0, 1))
+        state = oa.stack_windows(state, COUNT)
+    return jitted.lower(params, state, grads, weight).compile()
+
+
+@ways
+@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_one_exchange_in_the_boundary_branch_and_none_elsewhere(way, update, weighted):
+    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, axis_name=AXIS)
+    compiled = program(way, tx, update, weighted=weighted)
+    assert hlo.exchanges(compiled) == {"all-reduce, branch": 1}
+
+
+@ways
+@pytest.mark.parametrize("update", WAYS)
+def test_a_static_boundary_leaves_none_in_the_accumulating_program(way, update):
+    tx = oa.accumulate(loosely(optax.adamw(1e-3)), axis_name=AXIS)
+    assert hlo.exchanges(program(way, tx, update, boundary=False)) == {}
+    closing = hlo.exchanges(program(way, tx, update, boundary=True))
+    assert closing == {"all-reduce, entry": 1}
+
+
+@ways
+def test_skipping_exchanges_nothing(way):
+    tx = oa.accumulate(
+        loosely(optax.adamw(1e-3)), 4, axis_name=AXIS, skip=oa.skip_not_finite
+    )
+    assert hlo.exchanges(program(way, tx, "update_params")) == {"all-reduce, branch": 1}
+
+
+@ways
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("optimizer", [optax.sgd, optax.adamw])
+def test_nothing_is_copied(way, weighted, optimizer):
+    """The sum over devices is the one buffer of the parameters' size."""
+    tx = oa.accumulate(loosely(optimizer(1e-3)), 4, axis_name=AXIS)
+    compiled = program(way, tx, "update_params", weighted=weighted)
+    assert hlo.large_copies(compiled, SIDE * SIDE) == []
+    assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
+
+
+def test_multi_steps_exchanges_in_every_micro_step():
+    """What the counts are compared with: the instrument can see the difference."""
+    tx = optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation()
+    mean = optax.stateless(lambda grads, _: jax.lax.pmean(grads, AXIS))
+    chained = loosely(optax.chain(mean, tx))
+    state = devices.stacked(chained.init(LARGE))
+    step = jax.pmap(chained.update, AXIS)
+    large = devices.stacked(LARGE)
+    assert hlo.exchanges(step.lower(large, state, large).compile()) == {
+        "all-reduce, entry": 1
+    }
+
+
+# --- The state of all devices ---
+
+
+def half_a_window(way):
+    x, mask = devices.examples(2 * K)
+    tx = oa.accumulate(ADAMW, K, axis_name=AXIS, skip=oa.skip_not_finite)
+    step, (params, state) = devices.windows(way, tx)
+    for i in range(K + 1):
+        params, state = step(params, state, *devices.batch(way, x[i], mask[i]), None)
+    return tx, step, params, state, x, mask
+
+
+@ways
+def test_saved_and_restored_in_the_middle_of_a_window(way, tmp_path):
+    """The stacked form, through a file, bit for bit."""
+    _, step, params, state, x, mask = half_a_window(way)
+    leaves, structure = jax.tree.flatten((params, state))
+    np.savez(tmp_path / "saved.npz", *leaves)
+    with np.load(tmp_path / "saved.npz") as saved:
+        restored = jax.tree.unflatten(
+            structure, [jnp.asarray(x) for x in saved.values()]
+        )
+    for i in range(K + 1, 2 * K):
+        batch = devices.batch(way, x[i], mask[i])
+        params, state = step(params, state, *batch, None)
+        restored = step(*restored, *batch, None)
+    chex.assert_trees_all_equal(restored, (params, state))
+    wanted = global_batches(ADAMW, x, mask)
+    got = devices.first(params) if way == "pmap" else params
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+def test_one_window_of_all_devices_goes_on_alone(way):
+    """Summed, the open window is that of a single device."""
+    _, _, params, state, x, mask = half_a_window(way)
+    if way == "pmap":
+        params = devices.first(params)
+    state = oa.sum_windows(state)
+    tx = oa.accumulate(ADAMW, K, skip=oa.skip_not_finite)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+    assert state.micro_step == 1
+    for i in range(K + 1, 2 * K):
+        counted = x[i][mask[i]]
+        grads = jax.grad(devices.loss)(params, counted, jnp.ones(len(counted), bool))
+        params, state = tx.update_params(grads, state, params, weight=len(counted))
+    wanted = global_batches(ADAMW, x, mask)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+def test_from_one_device_to_all(way):
+    """A window that one device has opened is closed by all of them."""
+    x, mask = devices.examples(2)
+    counted = x[0][mask[0]]
+    grads = jax.grad(devices.loss)(PARAMS, counted, jnp.ones(len(counted), bool))
+    alone = oa.accumulate(ADAMW, 2)
+    params, state = alone.update_params(
+        grads, alone.init(PARAMS), PARAMS, weight=len(counted)
+    )
+    step, _ = devices.windows(way, oa.accumulate(ADAMW, 2, axis_name=AXIS))
+    state = oa.stack_windows(state, COUNT, all_leaves=way == "pmap")
+    if way == "pmap":
+        params = devices.stacked(params)
+    params, _ = step(params, state, *devices.batch(way, x[1], mask[1]), None)
+    params = devices.first(params) if way == "pmap" else params
+    wanted = global_batches(ADAMW, x, mask, k=2)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+class TestStackedStates:
+    def state(self):
+        """Five leaves that are local, and others around them."""
+        tx = optax.chain(
+            optax.trace(0.9),
+            oa.accumulate(loosely(optax.adam(0.1)), 4, skip=oa.skip_not_finite),
+        )
+        params = {"w": jnp.ones((2, 3)), "b": None, "n": jnp.ones(2, jnp.int32)}
+        grads = {"w": jnp.full((2, 3), 2.0), "b": None, "n": jnp.ones(2, jnp.int32)}
+        tx = optax.masked(tx, {"w": True, "b": False, "n": False})
+        return tx.update(grads, tx.init(params), params)[1]
+
+    @pytest.mark.parametrize("all_leaves", [True, False])
+    def test_there_and_back(self, all_leaves):
+        state = self.state()
+        stacked = oa.stack_windows(state, 4, all_leaves=all_leaves)
+        chex.assert_trees_all_equal(oa.sum_windows(stacked), state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(oa.sum_windows(stacked), state)
+
+    def test_only_what_is_local_is_stacked(self):
+        state = self.state()
+        stacked = oa.stack_windows(state, 4)
+        specs = oa.window_specs(state, "data")
+        assert oa.window_specs(stacked, "data") == specs
+        for one, many, spec in zip(
+            jax.tree.leaves(state),
+            jax.tree.leaves(stacked),
+            jax.tree.leaves(specs),
+            strict=True,
+        ):
+            is_local = spec == jax.sharding.PartitionSpec("data")
+            assert many.shape == ((4, *one.shape) if is_local else one.shape)
+        local = [spec for spec in jax.tree.leaves(specs) if spec]
+        assert len(local) == 5  # skipped, weight, value, should_skip and w
+
+    def test_placed_without_a_copy_on_any_device(self):
+        """Under `jax.jit` no device ever holds the rows of the others."""
+        state = oa.accumulate(optax.sgd(0.1), 4).init(LARGE)
+        shardings = jax.tree.map(
+            lambda spec: jax.sharding.NamedSharding(devices.mesh(), spec),
+            oa.window_specs(state, AXIS),
+        )
+        stack = jax.jit(oa.stack_windows, static_argnums=1, out_shardings=shardings)
+        memory = stack.lower(state, COUNT).compile().memory_analysis()
+        assert memory.output_size_in_bytes < 1.5 * hlo.nbytes(LARGE)
+        assert memory.temp_size_in_bytes < 0.5 * hlo.nbytes(LARGE)
+        rows = stack(state, COUNT).acc_grads["w"]
+        assert [s.data.shape for s in rows.addressable_shards] == [
+            (1, SIDE, SIDE)
+        ] * COUNT
+
+    def test_what_cannot_be_stacked_or_summed(self):
+        state = oa.accumulate(optax.sgd(0.1), 4).init(PARAMS)
+        with pytest.raises(ValueError, match="`opt_state` is stacked already"):
+            oa.stack_windows(oa.stack_windows(state, 2), 4)
+        with pytest.raises(ValueError, match="holds one window, not one per device"):
+            oa.sum_windows(state)
+        for ask in (oa.sum_windows, lambda s: oa.window_specs(s, "data")):
+            with pytest.raises(ValueError, match="must hold the state of"):
+                ask(optax.adam(0.1).init(PARAMS))
+
+
+# --- What can go wrong ---
+
+
+@pytest.mark.parametrize("update", WAYS)
+def test_an_axis_that_is_not_bound(update):
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="batch")
+    with pytest.raises(
+        ValueError, match=r"`axis_name='batch'` is not bound.*jax\.pmap"
+    ):
+        getattr(tx, update)(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_an_axis_of_another_name():
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="batch")
+    step, start = devices.windows("pmap", tx)
+    x, mask = devices.examples(1)
+    with pytest.raises(ValueError, match="`axis_name='batch'` is not bound"):
+        step(*start, *devices.batch("pmap", x[0], mask[0]), None)
+
+
+@pytest.mark.parametrize("way", ["checked", "unchecked"])
+def test_the_windows_of_another_number_of_devices(way):
+    """They reach each device as several rows, or none at all."""
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS)
+    step, (params, _) = devices.windows(way, tx)
+    state = oa.stack_windows(tx.init(PARAMS), 2 * COUNT)
+    x, mask = devices.examples(1)
+    with pytest.raises(
+        ValueError, match=r"holds 2 windows on this device.*sum_windows"
+    ):
+        step(params, state, x[0], mask[0], None)
+
+
+def test_the_windows_of_several_devices_on_one():
+    tx = oa.accumulate(optax.sgd(0.1), 2)
+    state = oa.stack_windows(tx.init(PARAMS), COUNT)
+    with pytest.raises(ValueError, match=f"`state` holds {COUNT} windows.*sum_windows"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("update", WAYS)
+def test_a_shard_map_that_checks_refuses_summed_gradients(update):
+    """`jax.grad` has summed them already; a second sum counts them per device."""
+    tx = oa.accumulate(optax.sgd(0.1), 1, axis_name=AXIS)
+
+    def step(params, x):
+        grads = jax.grad(devices.loss)(params, x, jnp.ones(len(x), bool))
+        if update == "update":
+            return tx.update(grads, tx.init(params), params)[0]
+        return tx.update_params(grads, tx.init(params), params)[0]
+
+    x, _ = devices.examples(1)
+    with pytest.raises(ValueError, match=r"summed over them already.*pcast"):
+        devices.inside("checked", step, (None, 0), (None,))(PARAMS, x[0])
