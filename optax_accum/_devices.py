@@ -65,6 +65,17 @@ class Devices(NamedTuple):
             return 1
         return math.prod(self.mesh.shape[n] for n in _checks.axis_names(self.axis_name))
 
+    def check_place(self) -> None:
+        """Raises unless a call is made where the axis is, or the mesh is needed."""
+        if self.mesh is None:
+            _checks.bound_axis(self.axis_name)
+        elif any(map(_checks.is_bound, _checks.axis_names(self.axis_name))):
+            raise ValueError(
+                f"`mesh` was given inside an axis called {self.axis_name!r}, where "
+                "every device runs this call on its own part of the batch already. "
+                "Leave `mesh` out, and keep `axis_name`"
+            )
+
     def run(
         self,
         function: Callable[[Any, Any], Any],
@@ -78,15 +89,7 @@ class Devices(NamedTuple):
         Without a mesh the call is on one device already, or inside the axis.
         """
         if self.mesh is None:
-            _checks.bound_axis(self.axis_name)
             return function(batch, arrays)
-        names = _checks.axis_names(self.axis_name)
-        if any(map(_checks.is_bound, names)):
-            raise ValueError(
-                f"`mesh` was given inside an axis called {self.axis_name!r}, where "
-                "every device runs this call on its own part of the batch already. "
-                "Leave `mesh` out, and keep `axis_name`"
-            )
 
         def batch_spec(x):
             return P(*[None] * (batch_axis % x.ndim), self.axis_name)
@@ -96,7 +99,7 @@ class Devices(NamedTuple):
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            axis_names=set(names),
+            axis_names=set(_checks.axis_names(self.axis_name)),
             in_specs=(jax.tree.map(batch_spec, batch), P()),
             out_specs=out_specs,
             check_vma=False,
@@ -181,8 +184,8 @@ class Devices(NamedTuple):
         return jax.tree.map(merge, carry, before)
 
     def gradient_specs(self, params: Any) -> Any:
-        """Where the gradients of `params` lie: for ``out_specs``."""
-        if not self.scatter:
+        """Where the gradients of `params` lie on the mesh: for ``out_specs``."""
+        if not self.scatter or self.mesh is None:
             return P()
         return scatter_specs(params, self.mesh, self.axis_name)
 

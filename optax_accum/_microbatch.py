@@ -318,6 +318,7 @@ class _Microbatched:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """All micro-batches of one call."""
+        self.devices.check_place()
         call = self.roles.bind(self.fun, args, kwargs)
         split = _split.plan(
             call.batch,

@@ -12,6 +12,7 @@ import optax_accum as oa
 COUNT = jax.device_count()
 AXIS = "data"
 INSIDE = ("pmap", "checked", "unchecked")  # `checked` is shard_map's check_vma=True
+OUTSIDE = ("auto", "explicit")  # plain jit on a mesh with such axes
 
 
 def mesh(kind=AxisType.Auto):
@@ -35,15 +36,15 @@ def inside(way, function, in_axes, out_axes, donate=()):
     """`function` compiled to run on every device, through pmap or shard_map.
 
     `in_axes` and `out_axes` are 0 for what is split over the devices, None for what is
-    the same on all, and "state" for the state of `accumulate`. With pmap that and all
-    that goes round is stacked.
+    the same on all, "state" for the state of `accumulate`, or a tree of specs. What
+    comes out of pmap is stacked.
     """
     if way == "pmap":
         axes = tuple(0 if axis == "state" else axis for axis in in_axes)
         return jax.pmap(function, AXIS, in_axes=axes, donate_argnums=donate)
 
     def spec(axis):
-        return P(AXIS) if axis == 0 else P()
+        return {0: P(AXIS), None: P()}[axis] if axis in (0, None) else axis
 
     def call(*args):
         specs = [
@@ -117,8 +118,24 @@ def windows(way, tx, update="update_params", **static):
     return step, (jax.tree.map(jnp.copy, PARAMS), oa.stack_windows(state, COUNT))
 
 
-def batch(way, x, mask):
-    """One micro-step's examples as `windows` takes them."""
+def in_step(way, fun, rest=0, outputs=(None,), **options):
+    """``oa.value_and_grad(fun)`` on all devices, of ``(params, batch, *rest)``."""
+    if way in OUTSIDE:
+        kind = AxisType.Auto if way == "auto" else AxisType.Explicit
+        return jax.jit(
+            oa.value_and_grad(fun, axis_name=AXIS, mesh=mesh(kind), **options)
+        )
+    f = oa.value_and_grad(fun, axis_name=AXIS, **options)
+    return inside(way, f, (None, 0, *[None] * rest), outputs)
+
+
+def whole(way, tree):
+    """A batch as `in_step` takes it: with pmap every device's part by itself."""
     if way != "pmap":
-        return x, mask
-    return tuple(jnp.reshape(a, (COUNT, -1, *a.shape[1:])) for a in (x, mask))
+        return tree
+    return jax.tree.map(lambda x: x.reshape(COUNT, -1, *x.shape[1:]), tree)
+
+
+def result(way, tree):
+    """What `in_step` returned, where it is the same on all devices."""
+    return first(tree) if way == "pmap" else tree

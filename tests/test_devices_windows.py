@@ -36,10 +36,10 @@ def run(way, tx, x, mask, update="update_params", boundaries=None):
     for i in range(len(x)):
         boundary = None if boundaries is None else jnp.asarray(boundaries[i])
         params, state = step(
-            params, state, *devices.batch(way, x[i], mask[i]), boundary
+            params, state, *devices.whole(way, (x[i], mask[i])), boundary
         )
     # With pmap every device has parameters of its own; they must be the same bits.
-    return devices.first(params) if way == "pmap" else params, state
+    return devices.result(way, params), state
 
 
 @ways
@@ -73,8 +73,8 @@ def test_a_window_that_is_closed_at_trace_time(way):
     close, _ = devices.windows(way, tx, boundary=True)
     for i in range(4):
         step = close if i % 2 else stay
-        params, state = step(params, state, *devices.batch(way, x[i], mask[i]), None)
-    params = devices.first(params) if way == "pmap" else params
+        params, state = step(params, state, *devices.whole(way, (x[i], mask[i])), None)
+    params = devices.result(way, params)
     wanted = global_batches(ADAMW, x, mask, k=2)
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
 
@@ -107,9 +107,9 @@ def test_a_device_that_skips_still_counts(way):
     tx = oa.accumulate(ADAMW, K, axis_name=AXIS, skip=oa.skip_not_finite)
     step, (params, state) = devices.windows(way, tx)
     for i in range(2 * K):
-        batch = devices.batch(way, spoilt[i], mask[i])
+        batch = devices.whole(way, (spoilt[i], mask[i]))
         params, state = step(params, state, *batch, None)
-    params = devices.first(params) if way == "pmap" else params
+    params = devices.result(way, params)
     counted = mask.at[K - 1, own].set(False).at[K, own].set(False)
     wanted = global_batches(ADAMW, x, counted)
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
@@ -237,7 +237,7 @@ def half_a_window(way):
     tx = oa.accumulate(ADAMW, K, axis_name=AXIS, skip=oa.skip_not_finite)
     step, (params, state) = devices.windows(way, tx)
     for i in range(K + 1):
-        params, state = step(params, state, *devices.batch(way, x[i], mask[i]), None)
+        params, state = step(params, state, *devices.whole(way, (x[i], mask[i])), None)
     return tx, step, params, state, x, mask
 
 
@@ -252,12 +252,12 @@ def test_saved_and_restored_in_the_middle_of_a_window(way, tmp_path):
             structure, [jnp.asarray(x) for x in saved.values()]
         )
     for i in range(K + 1, 2 * K):
-        batch = devices.batch(way, x[i], mask[i])
+        batch = devices.whole(way, (x[i], mask[i]))
         params, state = step(params, state, *batch, None)
         restored = step(*restored, *batch, None)
     chex.assert_trees_all_equal(restored, (params, state))
     wanted = global_batches(ADAMW, x, mask)
-    got = devices.first(params) if way == "pmap" else params
+    got = devices.result(way, params)
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -293,8 +293,8 @@ def test_from_one_device_to_all(way):
     state = oa.stack_windows(state, COUNT, all_leaves=way == "pmap")
     if way == "pmap":
         params = devices.stacked(params)
-    params, _ = step(params, state, *devices.batch(way, x[1], mask[1]), None)
-    params = devices.first(params) if way == "pmap" else params
+    params, _ = step(params, state, *devices.whole(way, (x[1], mask[1])), None)
+    params = devices.result(way, params)
     wanted = global_batches(ADAMW, x, mask, k=2)
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
 
@@ -378,7 +378,7 @@ def test_an_axis_of_another_name():
     step, start = devices.windows("pmap", tx)
     x, mask = devices.examples(1)
     with pytest.raises(ValueError, match="`axis_name='batch'` is not bound"):
-        step(*start, *devices.batch("pmap", x[0], mask[0]), None)
+        step(*start, *devices.whole("pmap", (x[0], mask[0])), None)
 
 
 @pytest.mark.parametrize("way", ["checked", "unchecked"])

@@ -3,6 +3,7 @@
 import hlo
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 X = jax.ShapeDtypeStruct((64, 32), jnp.float32)
@@ -27,6 +28,39 @@ def test_a_copy_is_counted_by_its_size():
 def test_a_temporary_is_counted():
     program = hlo.compiled(lambda x: (x @ x.T) @ x, X, donate=())
     assert hlo.temporaries(program) >= 64 * 64 * 4
+
+
+@pytest.mark.several_devices
+def test_collectives_are_counted_where_they_are():
+    """One that runs once, one in a loop, one in a branch, and one in a branch there."""
+
+    def total(x):
+        return lax.psum(x, "devices")
+
+    def once(x, flag):
+        return total(x) + flag
+
+    def loop(x, flag):
+        return lax.scan(lambda x, _: (total(x) + flag, None), x, length=3)[0]
+
+    def branch(x, flag):
+        return lax.cond(flag, total, lambda x: x, x)
+
+    def branch_in_loop(x, flag):
+        return lax.scan(lambda x, _: (branch(x, flag), None), x, length=3)[0]
+
+    def gathered(x, flag):
+        return lax.all_gather(x, "devices") * flag
+
+    def program(function):
+        mapped = jax.pmap(function, "devices", in_axes=(0, None))
+        return mapped.lower(jnp.ones(jax.device_count()), True).compile()
+
+    found = [hlo.exchanges(program(f)) for f in (once, loop, branch, branch_in_loop)]
+    places = ["entry", "loop", "branch", "loop/branch"]
+    assert found == [{f"all-reduce, {place}": 1} for place in places]
+    assert hlo.exchanges(program(gathered)) == {"all-gather, entry": 1}
+    assert hlo.exchanges(program(lambda x, _: x)) == {}
 
 
 def test_bytes_of_a_tree():

@@ -1,0 +1,786 @@
+"""`oa.value_and_grad` across devices: one exchange per step, after the loop."""
+
+import chex
+import devices
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from devices import AXIS, COUNT
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from training import loosely
+
+import optax_accum as oa
+
+pytestmark = pytest.mark.several_devices
+WIDTH, LENGTH, WORDS = 8, 5, 11
+EXAMPLES = 4 * COUNT
+inside = pytest.mark.parametrize("way", devices.INSIDE)
+outside = pytest.mark.parametrize("way", devices.OUTSIDE)
+everywhere = pytest.mark.parametrize("way", devices.INSIDE + devices.OUTSIDE)
+
+
+def normal(*shape, seed=0):
+    random = np.random.default_rng([seed, *shape])
+    return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+
+def language_model():
+    """An embedding that is used twice, a LayerNorm, biases."""
+    return {
+        "embedding": normal(WORDS, WIDTH),
+        "scale": jnp.ones(WIDTH),
+        "offset": jnp.zeros(WIDTH),
+        "dense": {"kernel": normal(WIDTH, WIDTH, seed=1), "bias": normal(WIDTH)},
+    }
+
+
+def logits(params, tokens):
+    x = params["embedding"][tokens]
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+    x = x * params["scale"][None, None] + params["offset"][None, None]
+    dense = params["dense"]
+    x = jnp.tanh(x @ dense["kernel"] + dense["bias"][None, None])
+    return x @ params["embedding"].T
+
+
+def token_loss(params, batch):
+    """The mean cross-entropy over the tokens that are no padding."""
+    tokens, mask = batch["tokens"], batch["mask"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits(params, tokens), tokens[:, ::-1]
+    )
+    return jnp.sum(losses * mask) / jnp.maximum(mask.sum(), 1)
+
+
+def count_tokens(params, batch):
+    del params
+    return batch["mask"].sum()
+
+
+def tokens(seed=0):
+    """Sequences of very different lengths; those of the first device have none."""
+    random = np.random.default_rng(seed)
+    mask = np.arange(LENGTH) < random.integers(0, LENGTH + 1, EXAMPLES)[:, None]
+    mask[: EXAMPLES // COUNT] = False
+    return {
+        "tokens": jnp.asarray(random.integers(0, WORDS, (EXAMPLES, LENGTH))),
+        "mask": jnp.asarray(mask, jnp.float32),
+    }
+
+
+def close(got, wanted, **options):
+    tolerance = {"rtol": 2e-5, "atol": 2e-6} | options
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_close(got, wanted, **tolerance)
+
+
+def small(params, x):
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - 0.5) ** 2)
+
+
+SMALL = {"w": normal(3, 2), "b": jnp.zeros(2)}
+X = normal(EXAMPLES, 3)
+
+
+# --- The result ---
+
+
+@everywhere
+@pytest.mark.parametrize("reduction", ["mean", "ratio"])
+def test_training_is_that_of_the_global_batch(way, reduction):
+    """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
+    inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.05)))
+
+    def token_sum(params, batch):
+        return token_loss(params, batch) * jnp.maximum(batch["mask"].sum(), 1)
+
+    fun = token_sum if reduction == "ratio" else token_loss
+    f = devices.in_step(
+        way, fun, num_microbatches=2, weight=count_tokens, reduction=reduction
+    )
+    params = wanted = language_model()
+    state, wanted_state = inner.init(params), inner.init(params)
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for step in range(3):
+        batch = tokens(step)
+        value, grads = devices.result(way, f(params, devices.whole(way, batch)))
+        grads = jax.device_get(grads)
+        params, state = update(grads, state, params)
+        wanted_value, grads = jax.value_and_grad(token_loss)(wanted, batch)
+        updates, wanted_state = inner.update(grads, wanted_state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+        close(value, wanted_value)
+    close(params, wanted)
+
+
+@everywhere
+def test_one_all_reduce_after_the_loop(way):
+    """For any model: biases, a norm, a tied embedding; with weights and skipping."""
+    params, batch = language_model(), devices.whole(way, tokens())
+    for options in ({}, {"weight": count_tokens}, {"skip": oa.skip_not_finite}):
+        f = devices.in_step(way, token_loss, num_microbatches=2, **options)
+        program = f.lower(params, batch).compile()
+        assert hlo.exchanges(program) == {"all-reduce, entry": 1}
+    f = devices.in_step(
+        way,
+        token_loss,
+        num_microbatches=2,
+        skip=oa.skip_not_finite,
+        weight=count_tokens,
+        return_info=True,
+        outputs=(None, None),
+    )
+    program = f.lower(params, batch).compile()
+    assert hlo.exchanges(program) == {"all-reduce, entry": 1}
+
+
+@everywhere
+def test_with_a_smaller_last_micro_batch(way):
+    size = 3 if way in devices.INSIDE else 3 * COUNT
+    f = devices.in_step(way, small, microbatch_size=size)
+    assert hlo.exchanges(f.lower(SMALL, devices.whole(way, X)).compile()) == {
+        "all-reduce, entry": 1
+    }
+    got = devices.result(way, f(SMALL, devices.whole(way, X)))
+    close(got, jax.value_and_grad(small)(SMALL, X))
+
+
+@everywhere
+def test_a_sum_is_the_sum_over_all_devices(way):
+    f = devices.in_step(way, small, num_microbatches=4, reduction="sum")
+    got = devices.result(way, f(SMALL, devices.whole(way, X)))
+    value, grads = jax.value_and_grad(small)(SMALL, X)
+    # Each of 4 x COUNT micro-batches of one example gives its own mean.
+    wanted = jax.tree.map(lambda x: EXAMPLES * x, (value, grads))
+    close(got, wanted)
+
+
+def recurrent(params, x):
+    """A model that starts a scan from plain zeros."""
+
+    def step(h, x):
+        return jnp.tanh(h + x @ params["w"] + params["b"][None]), None
+
+    h, _ = jax.lax.scan(step, jnp.zeros((len(x), 2)), jnp.stack([x, x]))
+    return jnp.mean(h**2)
+
+
+@pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
+def test_a_model_that_starts_a_scan_from_zeros(way):
+    f = devices.in_step(way, recurrent, num_microbatches=2)
+    got = devices.result(way, f(SMALL, devices.whole(way, X)))
+    close(got, jax.value_and_grad(recurrent)(SMALL, X))
+
+
+@everywhere
+def test_weight_nothing_and_nan_on_one_device(way):
+    """A device that rejects all it has, and one whose own W is 0, meet the others."""
+    per_device = EXAMPLES // COUNT
+    x = X.at[per_device].set(jnp.nan).at[:per_device].set(jnp.inf)
+
+    def count(params, x):
+        del params
+        return jnp.where(jnp.any(jnp.isinf(x)), 0, len(x)).astype(jnp.float32)
+
+    f = devices.in_step(
+        way,
+        small,
+        num_microbatches=1,
+        weight=count,
+        skip=oa.skip_not_finite,
+        return_info=True,
+        outputs=(None, None),
+    )
+    got, info = devices.result(way, f(SMALL, devices.whole(way, x)))
+    close(got, jax.value_and_grad(small)(SMALL, X[2 * per_device :]))
+    assert info.weight == EXAMPLES - 2 * per_device
+    assert info.skipped == 2
+    assert info.skipped.dtype == jnp.int32
+
+
+@everywhere
+def test_no_weight_anywhere(way):
+    f = devices.in_step(
+        way,
+        small,
+        num_microbatches=2,
+        weight=lambda *_: jnp.zeros([]),
+        return_info=True,
+        outputs=(None, None),
+    )
+    got, info = devices.result(way, f(SMALL, devices.whole(way, X)))
+    chex.assert_trees_all_equal(got, jax.tree.map(jnp.zeros_like, got))
+    assert info.weight == 0
+
+
+@everywhere
+def test_the_function_is_traced_once(way):
+    chex.clear_trace_counter()
+    fun = chex.assert_max_traces(small, n=1)
+    f = devices.in_step(way, fun, num_microbatches=2)
+    for _ in range(2):
+        f(SMALL, devices.whole(way, X))
+
+
+# --- What comes beside value and gradient ---
+
+
+POLICIES = {"stack": "stack", "concat": "concat", "mean": "mean", "sum": "sum"}
+POLICIES |= {"last": "last", "flag": "last", "count": "sum", "number": "last"}
+
+
+def with_aux(params, x):
+    mean = x.mean()
+    aux = dict.fromkeys(POLICIES, mean) | {
+        "concat": x[:, 0],
+        "flag": mean > 0,
+        "count": jnp.sum(x[:, 0] > 0),
+        "number": jnp.asarray(len(x)),
+    }
+    return small(params, x), aux
+
+
+@everywhere
+def test_auxiliary_outputs(way):
+    """As if the micro-batches of all devices had run one after another."""
+    specs = {k: P(AXIS) if k in ("stack", "concat") else P() for k in POLICIES}
+    f = devices.in_step(
+        way,
+        with_aux,
+        has_aux=True,
+        num_microbatches=2,
+        aux=POLICIES,
+        outputs=(((P(), specs), P()),),
+    )
+    (_, aux), _ = f(SMALL, devices.whole(way, X))
+    if way == "pmap":
+        same = devices.first({k: x for k, x in aux.items() if specs[k] == P()})
+        aux = same | {
+            k: x.reshape(-1, *x.shape[2:]) for k, x in aux.items() if k not in same
+        }
+    # [device, example of a micro-batch, micro-batch]: the split is strided.
+    parts = np.asarray(X).reshape(COUNT, -1, 2, 3)
+    means = parts.mean((1, 3)).ravel()
+    wanted = {
+        "stack": means,
+        "concat": X[:, 0],
+        "mean": means.mean(),
+        "sum": means.sum(),
+        "last": means[-1],
+        "flag": means[-1] > 0,
+        "count": np.sum(np.asarray(X)[:, 0] > 0),
+        "number": EXAMPLES // COUNT // 2,
+    }
+    chex.assert_trees_all_close(aux, wanted, rtol=1e-5, atol=1e-6)
+    assert aux["flag"].dtype == bool
+    assert aux["count"].dtype == jnp.int32
+    if way in devices.OUTSIDE:
+        for name in ("stack", "concat"):
+            spec = NamedSharding(devices.mesh(), P(AXIS))
+            assert aux[name].sharding.is_equivalent_to(spec, 1)
+
+
+def with_carry(params, x, stats):
+    """Running statistics, a counter, and a key that is split."""
+    mean = 0.9 * stats["mean"] + 0.1 * x.mean(0)
+    key, _ = jax.random.split(stats["key"])
+    new = {"mean": mean, "count": stats["count"] + 1, "key": key}
+    return small(params, x - mean[None]), new
+
+
+def statistics():
+    return {
+        "mean": jnp.zeros(3),
+        "count": jnp.zeros([], jnp.int32),
+        "key": jax.random.key(0),
+    }
+
+
+@everywhere
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_carry_comes_back_as_one(way, weighted):
+    """The mean of the devices' statistics, by weight; their counters and keys."""
+    per_device = EXAMPLES // COUNT
+    x = X.at[:per_device].set(0)  # the first device has no weight
+
+    def count(params, x, stats):
+        del params, stats
+        return jnp.sum(jnp.any(x != 0, -1)).astype(jnp.float32)
+
+    f = devices.in_step(
+        way,
+        with_carry,
+        rest=1,
+        num_microbatches=2,
+        carry_argnum=2,
+        **({"weight": count} if weighted else {}),
+    )
+    (_, got), _ = f(SMALL, devices.whole(way, x), statistics())
+    if way == "pmap":
+        got["key"] = got["key"][0]
+        got |= devices.first({k: got[k] for k in ("mean", "count")})
+    parts = np.asarray(x).reshape(COUNT, -1, 2, 3)
+    means = 0.1 * (0.9 * parts[:, :, 0].mean(1) + parts[:, :, 1].mean(1))
+    wanted = means[1:].mean(0) if weighted else means.mean(0)
+    np.testing.assert_allclose(got["mean"], wanted, rtol=1e-5, atol=1e-7)
+    assert got["count"] == 2
+    key, _ = jax.random.split(jax.random.split(jax.random.key(0))[0])
+    assert jnp.all(jax.random.key_data(got["key"]) == jax.random.key_data(key))
+
+
+@everywhere
+def test_a_carry_stays_where_nothing_has_weight(way):
+    f = devices.in_step(
+        way,
+        with_carry,
+        rest=1,
+        num_microbatches=2,
+        carry_argnum=2,
+        weight=lambda *_: jnp.zeros([]),
+    )
+    before = statistics() | {"mean": jnp.ones(3)}
+    (_, got), _ = f(SMALL, devices.whole(way, X), before)
+    if way == "pmap":
+        got = jax.tree.map(lambda x: x[0], got)
+    assert got["mean"].tolist() == [1, 1, 1]
+    assert got["count"] == 0
+
+
+@everywhere
+def test_random_keys_differ_between_devices(way):
+    """Each of all micro-batches has its own, from one key."""
+
+    def noisy(params, x, key):
+        return small(params, x), jax.random.uniform(key)
+
+    f = devices.in_step(
+        way,
+        noisy,
+        rest=1,
+        has_aux=True,
+        num_microbatches=2,
+        rng_argnums=2,
+        outputs=(((P(), P(AXIS)), P()),),
+    )
+    (_, noise), _ = f(SMALL, devices.whole(way, X), jax.random.key(0))
+    keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(2 * COUNT)]
+    wanted = np.array([jax.random.uniform(key) for key in keys])
+    np.testing.assert_array_equal(noise.ravel(), wanted)
+
+
+# --- Parts of the gradients, and meshes with more than one axis ---
+
+
+WIDE = {"w": normal(3, 2 * COUNT), "b": jnp.zeros(2 * COUNT), "odd": jnp.ones(3)}
+
+
+def wide(params, x):
+    x = x * params["odd"][None]
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - 0.5) ** 2)
+
+
+@pytest.mark.parametrize("way", ["checked", "unchecked", *devices.OUTSIDE])
+def test_scattered_gradients(way):
+    """A reduce-scatter in place of the all-reduce; what cannot be cut stays whole."""
+    specs = oa.scatter_specs(WIDE, devices.mesh(), AXIS)
+    assert specs == {"w": P(None, AXIS), "b": P(AXIS), "odd": P()}
+    f = devices.in_step(
+        way, wide, num_microbatches=2, scatter=True, outputs=((P(), specs),)
+    )
+    program = f.lower(WIDE, X).compile()
+    exchanges = hlo.exchanges(program)
+    # The scalars and the leaf that is not divided go together.
+    assert exchanges.pop("all-reduce, entry") == 1
+    assert exchanges.pop("reduce-scatter, entry") in (1, 2)
+    assert exchanges == {}
+    value, grads = f(WIDE, X)
+    for name, spec in specs.items():
+        wanted = NamedSharding(devices.mesh(), spec)
+        assert grads[name].sharding.is_equivalent_to(wanted, grads[name].ndim)
+    close((value, grads), jax.value_and_grad(wide)(WIDE, X))
+
+
+def test_scattered_gradients_under_pmap():
+    """Every device has its part: `pmap` stacks them."""
+    f = devices.in_step("pmap", wide, num_microbatches=2, scatter=True)
+    _, grads = f(WIDE, devices.whole("pmap", X))
+    wanted = jax.grad(wide)(WIDE, X)
+    joined = {"b": grads["b"].ravel(), "odd": devices.first(grads["odd"])}
+    joined["w"] = grads["w"].swapaxes(0, 1).reshape(3, -1)
+    close(joined, wanted)
+
+
+@outside
+def test_training_with_a_sharded_optimizer_state(way):
+    """ZeRO-2: gradients and moments in parts, parameters whole."""
+    inner = loosely(optax.adamw(0.05))
+    mesh = devices.mesh(AxisType.Auto if way == "auto" else AxisType.Explicit)
+    specs = oa.scatter_specs(WIDE, mesh, AXIS)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    f = oa.value_and_grad(
+        wide, num_microbatches=2, axis_name=AXIS, mesh=mesh, scatter=True
+    )
+    everywhere = NamedSharding(mesh, P())
+
+    @jax.jit
+    def step(params, state, x):
+        _, grads = f(params, x)
+        place = jax.lax.with_sharding_constraint if way == "auto" else jax.reshard
+        parts = jax.tree.map(place, params, shardings)
+        updates, state = inner.update(grads, state, parts)
+        parts = optax.apply_updates(parts, updates)
+        return jax.tree.map(lambda p: place(p, everywhere), parts), state
+
+    params = jax.device_put(WIDE, everywhere)
+    with jax.set_mesh(mesh):
+        state = inner.init(jax.device_put(WIDE, shardings))
+        wanted, wanted_state = WIDE, inner.init(WIDE)
+        for seed in range(3):
+            x = normal(EXAMPLES, 3, seed=seed)
+            params, state = step(params, state, jax.device_put(x, everywhere))
+            grads = jax.grad(wide)(wanted, x)
+            updates, wanted_state = inner.update(grads, wanted_state, wanted)
+            wanted = optax.apply_updates(wanted, updates)
+    moments = state[0].mu["w"]
+    assert moments.sharding.is_equivalent_to(shardings["w"], 2)
+    close(jax.device_get(params), jax.device_get(wanted))
+
+
+def test_which_axis_is_scattered():
+    mesh = jax.make_mesh((COUNT,), (AXIS,), axis_types=(AxisType.Explicit,))
+    taken = jax.device_put(
+        normal(2 * COUNT, 4 * COUNT), NamedSharding(mesh, P("data", None))
+    )
+    leaves = {
+        "first": jnp.ones((COUNT, COUNT)),
+        "second": jnp.ones((COUNT + 1, COUNT)),
+        "none": jnp.ones((COUNT + 1,)),
+        "scalar": jnp.ones(()),
+        "empty": jnp.ones((0, 3)),
+        "taken": taken,
+    }
+    specs = oa.scatter_specs(leaves, mesh, AXIS)
+    none = dict.fromkeys(("none", "scalar", "empty"), P())
+    second = dict.fromkeys(("second", "taken"), P(None, AXIS))
+    assert specs == {"first": P(AXIS)} | none | second
+    shapes = jax.eval_shape(lambda: {k: leaves[k] for k in ("first", "second")})
+    assert oa.scatter_specs(shapes, mesh, AXIS) == {"first": P(AXIS)} | {
+        "second": P(None, AXIS)
+    }
+
+
+needs_four = pytest.mark.skipif(COUNT % 4 != 0, reason="needs 4, 8, ... devices")
+
+
+def two_axes(kind):
+    return jax.make_mesh((COUNT // 2, 2), (AXIS, "model"), axis_types=(kind, kind))
+
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+@needs_four
+@KINDS
+def test_tensor_parallelism_stays_with_the_compiler(kind):
+    mesh = two_axes(kind)
+    params = {
+        "w": jax.device_put(normal(3, 4), NamedSharding(mesh, P(None, "model"))),
+        "b": jax.device_put(normal(4), NamedSharding(mesh, P("model"))),
+    }
+    x = jax.device_put(X, NamedSharding(mesh, P(AXIS)))
+    f = jax.jit(oa.value_and_grad(small, num_microbatches=2, axis_name=AXIS, mesh=mesh))
+    unsharded = {"w": normal(3, 4), "b": normal(4)}
+    wanted = jax.value_and_grad(small)(unsharded, X)
+    with jax.set_mesh(mesh):
+        program = f.lower(params, x).compile()
+        value, grads = f(params, x)
+    close(jax.device_get((value, grads)), jax.device_get(wanted))
+    for name, g in grads.items():
+        assert g.sharding.is_equivalent_to(params[name].sharding, g.ndim)
+    # Without the context of the mesh it is the same.
+    close(jax.device_get(f(params, x)), jax.device_get(wanted))
+
+    def nothing(params, x):
+        return jax.shard_map(
+            lambda *args: args,
+            mesh=mesh,
+            axis_names={AXIS},
+            in_specs=(P(), P(AXIS)),
+            out_specs=(P(), P(AXIS)),
+        )(params, x)
+
+    empty = hlo.exchanges(jax.jit(nothing).lower(params, x).compile())
+    if kind == AxisType.Auto:
+        assert empty == {}
+    exchanges = hlo.exchanges(program)
+    # One exchange over "data"; the one in the loop is the model's own, of its loss.
+    assert exchanges["all-reduce, entry"] == 1
+    if not empty:  # JAX 0.10 gathers at the border of a shard_map on such a mesh.
+        assert not any("all-gather" in place for place in exchanges)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_parameters_sharded_over_the_axis_of_the_batch(kind):
+    """FSDP, through plain `jit` and without `mesh`: what is needed is in the loop."""
+    mesh = devices.mesh(kind)
+    sharding = NamedSharding(mesh, P(None, AXIS))
+    params = jax.device_put(normal(3, 2 * COUNT), sharding)
+    x = jax.device_put(X, NamedSharding(mesh, P(AXIS)))
+
+    def fun(w, x):
+        if kind == AxisType.Explicit:
+            w = jax.reshard(w, P())
+        return jnp.mean((jnp.tanh(x @ w) - 0.5) ** 2)
+
+    def whole(w, x):
+        return jnp.mean((jnp.tanh(x @ w) - 0.5) ** 2)
+
+    @jax.jit
+    def f(params, x):
+        value, grads = oa.value_and_grad(fun, num_microbatches=2)(params, x)
+        if kind == AxisType.Auto:
+            grads = jax.lax.with_sharding_constraint(grads, sharding)
+        return value, grads
+
+    with jax.set_mesh(mesh):
+        value, grads = f(params, x)
+        program = f.lower(params, x).compile()
+    assert grads.sharding.is_equivalent_to(sharding, 2)
+    wanted = jax.value_and_grad(whole)(normal(3, 2 * COUNT), X)
+    close(jax.device_get((value, grads)), jax.device_get(wanted))
+    # What each micro-batch needs of the others' parameters and gradients.
+    assert any(place.endswith("loop") for place in hlo.exchanges(program))
+
+
+@outside
+def test_without_jit_and_without_placing_anything(way):
+    kind = AxisType.Auto if way == "auto" else AxisType.Explicit
+    options = {"num_microbatches": 2, "axis_name": AXIS, "mesh": devices.mesh(kind)}
+    wanted = jax.value_and_grad(small)(SMALL, X)
+    close(jax.device_get(oa.value_and_grad(small, **options)(SMALL, X)), wanted)
+    grads = jax.device_get(jax.jit(oa.grad(small, **options))(SMALL, X))
+    close(grads, wanted[1])
+
+
+@outside
+def test_the_gradient_of_the_value(way):
+    f = devices.in_step(way, small, num_microbatches=2)
+    got = jax.jit(jax.grad(lambda params: f(params, X)[0]))(SMALL)
+    close(jax.device_get(got), jax.grad(small)(SMALL, X))
+
+
+@outside
+def test_axes_of_the_examples_and_arguments_by_name(way):
+    def fun(params, x, y):
+        return jnp.mean((params["w"].T @ x) ** 2) + 0 * y.sum()
+
+    f = devices.in_step(
+        way,
+        fun,
+        num_microbatches=2,
+        batch_argnames="x",
+        batch_axis=1,
+        batch_argnums=(),
+    )
+    got = f(SMALL, x=X.T, y=jnp.ones(3))
+    wanted = jax.value_and_grad(fun)(SMALL, X.T, jnp.ones(3))
+    close(jax.device_get(got), jax.device_get(wanted))
+
+
+# --- Inside a shard_map that checks, without `axis_name` ---
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": True}, {"skip": oa.skip_not_finite}]
+)
+def test_local_micro_batches_of_cast_parameters(options):
+    """For one exchange per window, the sum of `accumulate`."""
+    if options.get("weight"):
+        options = {"weight": lambda _, x: jnp.abs(x).sum()}
+
+    def local(params, x):
+        params = jax.lax.pcast(params, AXIS, to="varying")
+        f = oa.value_and_grad(small, num_microbatches=2, return_info=True, **options)
+        (value, grads), info = f(params, x)
+        total = jax.lax.psum(info.weight, AXIS)
+        sums = jax.tree.map(lambda g: g * info.weight, (value, grads))
+        return jax.tree.map(lambda g: jax.lax.psum(g, AXIS) / total, sums)
+
+    got = devices.inside("checked", local, (None, 0), (None,))(SMALL, X)
+    wanted = devices.in_step("unchecked", small, num_microbatches=2, **options)
+    close(got, wanted(SMALL, X))
+
+
+def test_a_carry_from_plain_zeros():
+    """It takes the type that the micro-batches give it."""
+
+    def fun(params, x, total):
+        return small(params, x), total + x.sum(0)
+
+    def local(params, x):
+        f = oa.value_and_grad(fun, num_microbatches=2, carry_argnum=2)
+        (_, total), _ = f(jax.lax.pcast(params, AXIS, to="varying"), x, jnp.zeros(3))
+        return jax.lax.psum(total, AXIS)
+
+    got = devices.inside("checked", local, (None, 0), (None,))(SMALL, X)
+    np.testing.assert_allclose(got, X.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("every_k", [2, None])
+def test_micro_batches_inside_and_windows_outside(every_k):
+    """Both levels, and still one exchange per window."""
+    inner = loosely(optax.adamw(0.05))
+    tx = oa.accumulate(inner, every_k, axis_name=AXIS)
+    f = oa.value_and_grad(small, num_microbatches=2, return_info=True)
+
+    def step(params, state, x):
+        (value, grads), info = f(jax.lax.pcast(params, AXIS, to="varying"), x)
+        given = {} if every_k else {"boundary": False}
+        return tx.update_params(
+            grads, state, params, weight=info.weight, value=value, **given
+        )
+
+    axes = None, "state", 0
+    step = devices.inside("checked", step, axes, (None, "state"))
+    params, state = SMALL, oa.stack_windows(tx.init(SMALL), COUNT)
+    wanted = {} if every_k is None else {"all-reduce, branch": 1}
+    assert hlo.exchanges(step.lower(params, state, X).compile()) == wanted
+    if every_k is None:
+        return
+    batches = [normal(EXAMPLES, 3, seed=i) for i in range(2)]
+    for x in batches:
+        params, state = step(params, state, x)
+    grads = jax.grad(small)(SMALL, jnp.concatenate(batches))
+    updates, _ = inner.update(grads, inner.init(SMALL), SMALL)
+    close(params, optax.apply_updates(SMALL, updates))
+
+
+# --- What can go wrong ---
+
+
+def reduced(reduce):
+    """Losses that have met the other devices already."""
+
+    @jax.custom_jvp
+    def through(x):
+        return reduce(x)
+
+    through.defjvp(lambda x, t: (reduce(x[0]), reduce(t[0])))
+    return {
+        "at once": lambda p, x: reduce(small(p, x)),
+        "and then more": lambda p, x: 2 * reduce(small(p, x)) + 1,
+        "in a jit": lambda p, x: jax.jit(reduce)(small(p, x)),
+        "in a custom rule": lambda p, x: through(small(p, x)),
+    }
+
+
+PMEAN = reduced(lambda x: jax.lax.pmean(x, AXIS))
+GATHER = reduced(lambda x: jax.lax.all_gather(x, AXIS).mean())
+
+
+@inside
+@pytest.mark.parametrize("name", PMEAN)
+def test_a_loss_that_is_reduced_already(way, name):
+    f = devices.in_step(way, PMEAN[name], num_microbatches=2)
+    with pytest.raises(ValueError, match="must return this device's own value"):
+        f(SMALL, devices.whole(way, X))
+
+
+@outside
+def test_a_loss_that_is_reduced_already_on_a_mesh(way):
+    f = devices.in_step(way, PMEAN["at once"], num_microbatches=2)
+    with pytest.raises(ValueError, match="Leave the psum or pmean out of `fun`"):
+        f(SMALL, X)
+
+
+@pytest.mark.parametrize("way", ["pmap", "unchecked"])
+def test_a_loss_that_is_gathered_already(way):
+    f = devices.in_step(way, GATHER["at once"], num_microbatches=2)
+    with pytest.raises(ValueError, match="must return this device's own value"):
+        f(SMALL, devices.whole(way, X))
+
+
+@everywhere
+def test_statistics_of_all_devices_are_no_reduced_loss(way):
+    """Batch normalisation over the devices: an exchange of activations is allowed."""
+
+    def synchronised(params, x):
+        return small(params, x - jax.lax.pmean(x.mean(0), AXIS)[None])
+
+    f = devices.in_step(way, synchronised, num_microbatches=1)
+    got = devices.result(way, f(SMALL, devices.whole(way, X)))
+    close(got, jax.value_and_grad(small)(SMALL, X - X.mean(0)[None]))
+
+
+@pytest.mark.parametrize("axis_name", ["batch", (AXIS, "batch")])
+def test_an_axis_that_is_not_bound(axis_name):
+    f = oa.value_and_grad(small, num_microbatches=2, axis_name=axis_name)
+    with pytest.raises(ValueError, match=r"is not bound.*jax\.shard_map"):
+        f(SMALL, X)
+
+
+def test_a_mesh_without_that_axis():
+    with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
+        oa.value_and_grad(
+            small, num_microbatches=2, axis_name="batch", mesh=devices.mesh()
+        )
+    with pytest.raises(ValueError, match=r"`mesh` needs `axis_name`.*has 'data'"):
+        oa.value_and_grad(small, num_microbatches=2, mesh=devices.mesh())
+    with pytest.raises(TypeError, match=r"`mesh` must be a jax\.sharding\.Mesh"):
+        oa.value_and_grad(small, num_microbatches=2, axis_name=AXIS, mesh=8)
+    with pytest.raises(ValueError, match="`scatter=True` needs `axis_name`"):
+        oa.value_and_grad(small, num_microbatches=2, scatter=True)
+    with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
+        oa.scatter_specs(SMALL, devices.mesh(), "batch")
+
+
+@outside
+def test_a_batch_that_the_devices_do_not_divide(way):
+    f = devices.in_step(way, small, num_microbatches=2)
+    message = (
+        f"the {COUNT} devices do not divide the batch: `x` holds {EXAMPLES - 1} "
+        f"examples along axis 0. Use {EXAMPLES - COUNT} or {EXAMPLES} examples"
+    )
+    with pytest.raises(ValueError, match=message):
+        f(SMALL, X[:-1])
+    with pytest.raises(ValueError, match=f"Use {COUNT} examples"):
+        f(SMALL, X[:1])
+
+
+@outside
+def test_a_micro_batch_smaller_than_the_number_of_devices(way):
+    f = devices.in_step(way, small, num_microbatches=8)
+    message = f"holds {EXAMPLES} examples along axis 0, 4 on each of {COUNT} devices"
+    with pytest.raises(ValueError, match=f"{message}. Use 1, 2 or 4, or"):
+        f(SMALL, X)
+    f = devices.in_step(way, small, microbatch_size=COUNT // 2)
+    message = f"does not divide over the {COUNT} devices.*Use a multiple of {COUNT}"
+    with pytest.raises(ValueError, match=message):
+        f(SMALL, X)
+
+
+def test_a_mesh_inside_of_it():
+    f = oa.value_and_grad(
+        small, num_microbatches=2, axis_name=AXIS, mesh=devices.mesh()
+    )
+    with pytest.raises(ValueError, match="Leave `mesh` out, and keep `axis_name`"):
+        devices.inside("unchecked", f, (None, 0), (None,))(SMALL, X)
+
+
+def test_parameters_that_are_sharded_over_the_axis():
+    mesh = devices.mesh(AxisType.Explicit)
+    w = jax.device_put(normal(3, COUNT), NamedSharding(mesh, P(None, AXIS)))
+    params = {"w": w, "b": jnp.zeros(COUNT)}
+    f = devices.in_step("explicit", small, num_microbatches=2)
+    with pytest.raises(ValueError, match=r"`params\['w'\]` is sharded over.*FSDP"):
+        f(params, X)
