@@ -38,10 +38,10 @@ def test_collectives_are_counted_where_they_are():
         return lax.psum(x, "devices")
 
     def once(x, flag):
-        return total(x) + flag
+        return jnp.where(flag, total(x), x)
 
     def loop(x, flag):
-        return lax.scan(lambda x, _: (total(x) + flag, None), x, length=3)[0]
+        return lax.scan(lambda x, _: (once(x, flag), None), x, length=3)[0]
 
     def branch(x, flag):
         return lax.cond(flag, total, lambda x: x, x)
@@ -50,7 +50,7 @@ def test_collectives_are_counted_where_they_are():
         return lax.scan(lambda x, _: (branch(x, flag), None), x, length=3)[0]
 
     def gathered(x, flag):
-        return lax.all_gather(x, "devices") * flag
+        return jnp.where(flag, lax.all_gather(x, "devices").sum(), x)
 
     def program(function):
         mapped = jax.pmap(function, "devices", in_axes=(0, None))
