@@ -78,19 +78,19 @@ PARAMS = {
 }
 
 
-def examples(steps, per_device=3, seed=0):
-    """``x[steps, COUNT * per_device, 3]``, and a mask that counts some of them.
+def examples(steps, per_device=3, count=COUNT, seed=0):
+    """``x[steps, count * per_device, 3]``, and a mask that counts some of them.
 
     In every step one device has nothing, and holds NaN there; another one has all.
     """
     random = np.random.default_rng(seed)
-    x = random.normal(size=(steps, COUNT, per_device, 3)).astype(np.float32)
-    mask = random.random((steps, COUNT, per_device)) < 0.5
+    x = random.normal(size=(steps, count, per_device, 3)).astype(np.float32)
+    mask = random.random((steps, count, per_device)) < 0.5
     for i in range(steps):
-        mask[i, (i + 1) % COUNT] = True
-        mask[i, i % COUNT] = False
-        x[i, i % COUNT] = np.nan
-    shape = steps, COUNT * per_device
+        mask[i, (i + 1) % count] = True
+        mask[i, i % count] = False
+        x[i, i % count] = np.nan
+    shape = steps, count * per_device
     return jnp.asarray(x.reshape(*shape, 3)), jnp.asarray(mask.reshape(shape))
 
 

@@ -1,7 +1,9 @@
 """What a compiled program does with memory, read from the program itself."""
 
 import collections
+import math
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -28,6 +30,7 @@ COLLECTIVES = (
     "reduce-scatter",
 )
 SHAPE = re.compile(r"\w+\[(?P<dims>[\d,]*)\]")
+ELEMENTS = re.compile(r"[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits (none: pred) and dims
 
 
 def compiled(step, *args, donate=(0, 1)):
@@ -45,37 +48,57 @@ def operations(program, name: str) -> list[str]:
     return [m["type"] for m in LINE.finditer(program.as_text()) if m["op"] == name]
 
 
-def collectives(program) -> list[str]:
-    """The names of all operations that exchange data between devices."""
-    return [name for name, _ in placed(program) if name in COLLECTIVES]
+class Operation(NamedTuple):
+    """One operation of a program.
+
+    Attributes:
+      name: Such as ``"all-reduce"``.
+      type: Of its result, such as ``"f32[8,4]{1,0}"``.
+      place: ``"entry"`` for what runs once, ``"loop"`` for what is inside a loop,
+        ``"branch"`` for what is inside a branch of a conditional, and for what is
+        inside several of them their names from the outside in: ``"loop/branch"``.
+    """
+
+    name: str
+    type: str
+    place: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        sizes = [
+            int(bits or 8) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+            for bits, dims in ELEMENTS.findall(self.type)
+        ]
+        return sum(sizes)
+
+
+def collectives(program) -> list[Operation]:
+    """All operations that exchange data between devices."""
+    return [operation for operation in placed(program) if operation.name in COLLECTIVES]
 
 
 def exchanges(program) -> dict[str, int]:
-    """How many collectives are in each place: ``{"all-reduce, branch": 1}``."""
-    places = [", ".join(pair) for pair in placed(program) if pair[0] in COLLECTIVES]
-    return dict(collections.Counter(places))
+    """How many there are in each place, as ``{"all-reduce, branch": 1}``."""
+    found = [
+        f"{operation.name}, {operation.place}" for operation in collectives(program)
+    ]
+    return dict(collections.Counter(found))
 
 
-def placed(program) -> list[tuple[str, str]]:
-    """All operations, each with its place.
-
-    The place is ``"entry"`` for what runs once, ``"loop"`` for what is inside a loop,
-    ``"branch"`` for what is inside a branch of a conditional, and for what is inside
-    several of them their names from the outside in, as in ``"loop/branch"``.
-    """
-    text = program.as_text()
-    computations = {m["name"]: m for m in COMPUTATION.finditer(text)}
+def placed(program) -> list[Operation]:
+    """All operations, where they are."""
+    computations = {m["name"]: m for m in COMPUTATION.finditer(program.as_text())}
     found = []
 
-    def visit(computation, place):
+    def visit(computation, places):
         for line in LINE.finditer(computation["body"]):
-            found.append(
-                (line["op"].removesuffix("-start"), "/".join(place) or "entry")
-            )
+            name, place = line["op"].removesuffix("-start"), "/".join(places) or "entry"
+            found.append(Operation(name, line["type"], place))
             for called in CALLED.finditer(line["rest"]):
                 inner = PLACES.get(called["how"], "branch")
                 for name in re.findall(r"[\w.-]+", called["names"]):
-                    visit(computations[name], [*place, inner] if inner else place)
+                    visit(computations[name], [*places, inner] if inner else places)
 
     (entry,) = [m for m in computations.values() if m["entry"]]
     visit(entry, [])

@@ -265,7 +265,7 @@ def test_splitting_a_sharded_batch_needs_no_collective(kind):
         program = jax.jit(f).lower(w, x).compile()
         (_, joined), _ = program(w, x)
     assert len(traces) == 1
-    assert hlo.collectives(program) == []
+    assert hlo.exchanges(program) == {}
     # Every device works on two of the eight examples of every micro-batch.
     assert [t.split("{")[0] for t in hlo.operations(program, "dot")] == ["f32[2,4]"]
     assert joined.sharding.is_equivalent_to(x.sharding, 2)
@@ -282,7 +282,7 @@ def test_the_instruments_see_what_a_contiguous_split_does(kind):
         return jnp.stack([jnp.tanh(p) for p in parts])
 
     with jax.set_mesh(mesh):
-        assert hlo.collectives(jax.jit(contiguous).lower(x).compile()) != []
+        assert hlo.exchanges(jax.jit(contiguous).lower(x).compile()) != {}
 
 
 @pytest.mark.parametrize("size", [{"num_microbatches": 4}, {"microbatch_size": 12}])

@@ -1,0 +1,94 @@
+"""One of several processes that train together; started by `test_processes.py`.
+
+    python process.py ADDRESS PROCESSES PROCESS FILE
+
+Each has two devices and an own part of every micro-step's examples, of which it counts
+as many as its mask says. It leaves in FILE what its own devices hold in the end.
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+
+
+def main(address, processes, process, file):
+    jax.distributed.initialize(address, int(processes), int(process))
+    # Imported here, because the devices are there from now on.
+    import devices  # noqa: PLC0415
+    import optax  # noqa: PLC0415
+    from jax.sharding import NamedSharding  # noqa: PLC0415
+    from jax.sharding import PartitionSpec as P  # noqa: PLC0415
+
+    import optax_accum as oa  # noqa: PLC0415
+
+    steps, k = 6, 3
+    mesh = devices.mesh()
+    everywhere = NamedSharding(mesh, P())
+    split = NamedSharding(mesh, P(None, devices.AXIS))
+    x, mask = devices.examples(steps)
+    own = slice(*np.array([int(process), int(process) + 1]) * (x.shape[1] // 2))
+    # What a data loader would have: this process's part, and no other.
+    x, mask = (
+        jax.make_array_from_process_local_data(split, np.asarray(a)[:, own])
+        for a in (x, mask)
+    )
+    inner = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))
+    ways = {}
+
+    for way in ("checked", "unchecked"):
+        tx = oa.accumulate(inner, k, axis_name=devices.AXIS)
+        step, _ = devices.windows(way, tx)
+        state = tx.init(devices.PARAMS)
+        specs = oa.window_specs(state, devices.AXIS)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        stack = jax.jit(oa.stack_windows, static_argnums=1, out_shardings=shardings)
+        state = stack(jax.tree.map(np.asarray, state), devices.COUNT)
+        params = jax.device_put(jax.tree.map(np.asarray, devices.PARAMS), everywhere)
+        for i in range(steps):
+            params, state = step(params, state, x[i], mask[i], None)
+        ways[way] = params
+
+    def count(params, x, mask):
+        del params, x
+        return mask.sum()
+
+    gradient = oa.value_and_grad(
+        devices.loss,
+        num_microbatches=k,
+        batch_argnums=(1, 2),
+        weight=count,
+        axis_name=devices.AXIS,
+        mesh=mesh,
+    )
+
+    @jax.jit
+    def train(params, state, x, mask):
+        # [k, examples, ...] -> the examples of each device together.
+        x, mask = (a.swapaxes(0, 1).reshape(-1, *a.shape[2:]) for a in (x, mask))
+        _, grads = gradient(params, x, mask)
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.device_put(jax.tree.map(np.asarray, devices.PARAMS), everywhere)
+    state = jax.jit(inner.init)(params)
+    for start in range(0, steps, k):
+        part = slice(start, start + k)
+        params, state = train(params, state, x[part], mask[part])
+    ways["mesh"] = params
+
+    local = {
+        f"{way}/{name}/{shard.device.id}": np.asarray(shard.data)
+        for way, params in ways.items()
+        for name, p in params.items()
+        for shard in p.addressable_shards
+    }
+    np.savez(file, **local)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
