@@ -67,10 +67,10 @@ def accumulate(
       on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window,
         with weight 0. ``"wait"``: it never happened, and the count waits for another.
         A `boundary` that the caller passes stands either way.
-      axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis over which S and W are
-        summed, once per window, in the boundary's branch. Gradients stay local until
-        then. Whether a window ends must not differ between devices: they would wait
-        for each other for ever.
+      axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis or axes over which S and
+        W are summed, once per window, in the boundary's branch. Gradients stay local
+        until then. Whether a window ends must not differ between devices: they would
+        wait for each other for ever.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with one function more:
@@ -104,7 +104,9 @@ def accumulate(
       ValueError: `every_k` < 1; an unknown `reduction` or `on_skip`; ``"wait"`` with
         `axis_name`, because devices would disagree on when to meet. At `update`:
         gradients built otherwise than the parameters; a `weight` that is no scalar or
-        a negative number; no `boundary` where `every_k` is ``None``.
+        a negative number; no `boundary` where `every_k` is ``None``; an `axis_name`
+        that is not bound; gradients that were summed over it already; the windows of
+        another number of devices.
 
     Examples:
       Two micro-batches, of three examples and of one, update as their four would:
@@ -127,7 +129,8 @@ def accumulate(
     Note:
       Across devices (`axis_name`), `acc_grads`, `weight`, `value`, `skipped` and
       `skip_state` are each device's own, the rest of the state is the same everywhere.
-      Whoever restores a checkpoint needs them all.
+      Inside `jax.shard_map` a state may come with one row of them per device, as
+      `oa.stack_windows` makes it, and goes out so.
 
       Where parameters or moments are narrower than the accumulator (bfloat16), the
       updates and the inner state are computed one after the other, which saves
