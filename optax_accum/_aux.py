@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from optax_accum import _checks, _distributed, _window
+from optax_accum import _checks, _distributed, _types, _window
 from optax_accum._split import Split
 
 AuxPolicy = Literal["stack", "concat", "mean", "sum", "last"]
@@ -84,11 +84,11 @@ class Auxiliaries(NamedTuple):
 
         def start_leaf(policy, leaf):
             if policy == "last":
-                return _window.zeros_like(leaf)
+                return _types.zeros_like(leaf)
             if policy in _RESULT:
                 dtype = _result(policy, leaf).dtype
-                zeros = _window.zeros_like(leaf, _window.at_least_float32(dtype))
-                return _distributed.vary_like(zeros, weight)
+                zeros = _types.zeros_like(leaf, _window.at_least_float32(dtype))
+                return _types.vary_like(zeros, weight)
             return None
 
         return self._map(start_leaf, jax.tree.leaves(self.shapes))
@@ -107,10 +107,13 @@ class Auxiliaries(NamedTuple):
 
     def over_devices(self, carried: list[Any], axis_name: Any) -> list[Any]:
         """What is carried, of all devices of `axis_name`."""
+        if axis_name is None:
+            return carried
 
         def total(policy, leaf):
             if policy == "last":
-                return _distributed.last_of(axis_name, leaf)
+                last = _distributed.last_device(axis_name)
+                return _distributed.of_device(axis_name, last, leaf)
             return _distributed.sum_over(axis_name, leaf)
 
         return self._map(total, carried)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import dtypes, lax
 
-from optax_accum import _window
+from optax_accum import _types, _window
 
 
 class Totals(NamedTuple):
@@ -213,4 +213,4 @@ class Slots(NamedTuple):
 def _zeros(shape: Any) -> Any:
     if _window.is_float0(shape):
         return np.zeros(shape.shape, dtypes.float0)
-    return jnp.zeros(shape.shape, shape.dtype)
+    return _types.zeros_like(shape)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_accum import _window
+from optax_accum import _types, _window
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -110,11 +110,22 @@ def predicate(value: Any) -> Any:
     )
 
 
+def axis_name(value: Any) -> Any:
+    """A name, a tuple of names, or ``None``."""
+    names = tuple(value) if isinstance(value, list) else value
+    if names == () or any(isinstance(n, int | np.integer) for n in axis_names(names)):
+        raise TypeError(
+            "`axis_name` must be the name of an axis of devices, as jax.pmap or a mesh "
+            f"has it, or a tuple of them; got {value!r}"
+        )
+    return names
+
+
 def axis_names(value: Any) -> tuple[Any, ...]:
     """The names in `axis_name`, which is one or several of them, or ``None``."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def bound_axis(value: Any) -> None:
@@ -195,6 +206,19 @@ def state(
             "new_state._replace(inner_state=state.inner_state, "
             "gradient_step=state.gradient_step) the optimizer goes on where it was"
         )
+
+
+def same_on_devices(params: Any, axis: Any) -> None:
+    """Raises where types say that `params` differ between the devices of `axis`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for name in axis_names(axis):
+            if isinstance(leaf, jax.Array) and name in _types.varying(leaf):
+                raise ValueError(
+                    f"{named('params', path)} may differ between the devices of "
+                    f"`axis_name={name!r}`, and parameters must be the same on all of "
+                    "them. Cast for jax.grad alone, and pass the parameters as they "
+                    "came, with in_specs=P()"
+                )
 
 
 def weight(value: Any, dtype: Any) -> tuple[jax.Array, bool]:
@@ -283,9 +307,14 @@ def skip_result(result: Any) -> tuple[jax.Array, Any]:
     return should_skip, info
 
 
+def count(name: str, value: Any) -> int:
+    """An int >= 1."""
+    return _at_least_one(name, value, "an int >= 1")
+
+
 def size(name: str, value: Any) -> int | None:
     """An int >= 1, or ``None``."""
-    return None if value is None else _at_least_one(name, value, "an int >= 1")
+    return None if value is None else count(name, value)
 
 
 def axis(value: Any) -> int:

@@ -11,7 +11,7 @@ aux "stack", "concat"  stay where they are: an array over all devices, if its
                        axis 0 is sharded
 aux "last"             the last device's
 carry                  the mean of floating leaves, weighted by the devices' W;
-                       the last device's other leaves
+                       other leaves of the last device that has any weight
 =====================  =========================================================
 """
 
@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_accum import _checks, _distributed, _window
+from optax_accum import _checks, _distributed, _types, _window
 
 
 class Devices(NamedTuple):
@@ -49,6 +49,7 @@ class Devices(NamedTuple):
           TypeError: A `mesh` that is none.
           ValueError: A `mesh` without that axis; `scatter` without an axis.
         """
+        axis_name = _checks.axis_name(axis_name)
         if mesh is not None:
             _checks.mesh(mesh, axis_name)
         if scatter and axis_name is None:
@@ -111,17 +112,23 @@ class Devices(NamedTuple):
         types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         if not all(types[name] == AxisType.Explicit for name in names):
             return x
-        spec = [_without(part, names) for part in _full_spec(x)]
-        spec[axis] = self.axis_name
-        return jax.reshard(x, NamedSharding(self.mesh, P(*spec)))
+        rest = [
+            tuple(name for name in _types.as_tuple(part) if name not in names)
+            for part in _types.spec(x)
+        ]
+        rest[axis] = (*names, *rest[axis])
+        spec = P(*(part or None for part in rest))
+        return jax.reshard(x, NamedSharding(self.mesh, spec))
 
     def check_whole(self, name: str, tree: Any) -> None:
         """Raises where an argument is sharded over the axis, as far as types tell."""
         if self.mesh is None:
             return
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(leaf, jax.Array):
+                continue
             for axis in _checks.axis_names(self.axis_name):
-                if any(axis in _as_tuple(part) for part in _full_spec(leaf)):
+                if any(axis in _types.as_tuple(part) for part in _types.spec(leaf)):
                     raise ValueError(
                         f"{_checks.named(name, path)} is sharded over "
                         f"`axis_name={axis!r}`, and with `mesh` everything but the "
@@ -175,11 +182,14 @@ class Devices(NamedTuple):
             return carry
 
         def merge(own, old):
-            if not _window.is_inexact(own):
-                return _distributed.last_of(self.axis_name, own)
-            part = _window.contributions(own, weight, "mean")
-            mean = _window.close(self.total(part), total, "mean").astype(own.dtype)
-            return jnp.where(total != 0, mean, old)
+            if _window.is_inexact(own):
+                part = self.total(_window.contributions(own, weight, "mean"))
+                new = _window.close(part, total, "mean").astype(own.dtype)
+            else:
+                # A device with nothing but padding has not moved its counter or key.
+                last = _distributed.last_device(self.axis_name, weight)
+                new = _distributed.of_device(self.axis_name, last, own)
+            return jnp.where(total != 0, new, old)
 
         return jax.tree.map(merge, carry, before)
 
@@ -229,25 +239,8 @@ def scatter_specs(params: Any, mesh: Any, axis_name: Any) -> Any:
 def scatter_dimension(x: Any, size: int) -> int | None:
     """The first axis of `x` that `size` devices divide and that is not sharded."""
     for dimension, (length, part) in enumerate(
-        zip(jnp.shape(x), _full_spec(x), strict=True)
+        zip(jnp.shape(x), _types.spec(x), strict=True)
     ):
         if length and length % size == 0 and part is None:
             return dimension
     return None
-
-
-def _full_spec(x: Any) -> list[Any]:
-    """How the type of `x` says that it is sharded, one entry per axis."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    spec = () if sharding is None else sharding.spec
-    return [*spec, *[None] * (jnp.ndim(x) - len(spec))]
-
-
-def _as_tuple(part: Any) -> tuple[Any, ...]:
-    return part if isinstance(part, tuple) else (part,)
-
-
-def _without(part: Any, names: tuple[Any, ...]) -> Any:
-    """An entry of a spec without some of its axes."""
-    rest = tuple(name for name in _as_tuple(part) if name and name not in names)
-    return rest or None

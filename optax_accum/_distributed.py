@@ -1,10 +1,9 @@
 """What is summed over devices, and what must differ between them until then.
 
-Under ``check_vma=True`` `jax.shard_map` knows of each array over which axes of the mesh
-it *varies*. A parameter that is the same on all devices does not, and `jax.grad` with
-respect to it sums over them by itself, in every micro-batch. Cast to vary, it gives
-gradients that stay local, which is what everything here is about: local until the end,
-and then one sum.
+Under ``check_vma=True`` a parameter that is the same on all devices does not vary, and
+`jax.grad` with respect to it sums over the devices by itself, in every micro-batch.
+Cast to vary, it gives gradients that stay local, which is what everything here is
+about: local until the end, and then one sum.
 """
 
 from typing import Any
@@ -13,16 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _checks
+from optax_accum import _checks, _types
 
-# The primitives whose result is the same on all devices of the axis.
-_REDUCTIONS = (
-    *("psum", "psum_invariant", "pmax", "pmin"),
-    *("all_gather", "all_gather_invariant", "all_gather_reduced"),
-)
+# The primitives that reduce. (Gathering is no reduction: a contrastive loss gathers.)
+_REDUCTIONS = ("psum", "psum_invariant", "pmax", "pmin")
 
 # The primitives that do nothing but call another function.
 _CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint", "custom_jvp_call")
+
+_CONSTANT, _REDUCED, _LOCAL = range(3)
 
 
 def sum_over(axis_name: Any, tree: Any) -> Any:
@@ -30,52 +28,38 @@ def sum_over(axis_name: Any, tree: Any) -> Any:
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def last_of(axis_name: Any, tree: Any) -> Any:
-    """`tree` as the last device of `axis_name` has it, or as it is without one."""
-    if axis_name is None:
-        return tree
-    is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
+def last_device(axis_name: Any, weight: jax.Array | None = None) -> jax.Array:
+    """The number of the last device, or of the last one whose `weight` is not 0.
 
-    def last(x):
+    It is -1 where all weights are 0.
+    """
+    if weight is None:
+        return jnp.int32(lax.axis_size(axis_name) - 1)
+    number = lax.axis_index(axis_name)
+    return lax.pmax(jnp.where(weight != 0, number, -1), axis_name)
+
+
+def of_device(axis_name: Any, number: jax.Array, tree: Any) -> Any:
+    """`tree` as the device with this `number` has it; zeros where there is none."""
+    is_this = lax.axis_index(axis_name) == number
+
+    def choose(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                last(jax.random.key_data(x)), impl=jax.random.key_impl(x)
-            )
+            data = choose(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         numbers = x.astype(jnp.int32) if x.dtype == bool else x
         # Selected, and not multiplied: what the others hold may be NaN.
-        chosen = jnp.where(is_last, numbers, jnp.zeros([], numbers.dtype))
+        chosen = jnp.where(is_this, numbers, jnp.zeros([], numbers.dtype))
         return lax.psum(chosen, axis_name).astype(x.dtype)
 
-    return jax.tree.map(last, tree)
+    return jax.tree.map(choose, tree)
 
 
 def vary(axis_name: Any, tree: Any) -> Any:
     """`tree` as something that differs between the devices of `axis_name`."""
     if axis_name is None:
         return tree
-    return vary_like(tree, lax.axis_index(axis_name))
-
-
-def vary_like(tree: Any, *others: Any) -> Any:
-    """`tree` as something that differs wherever one of `others` does.
-
-    Arrays, or shapes of them; the first value that goes round a `lax.scan` must vary
-    over the axes that the later ones vary over.
-    """
-    axes = frozenset().union(*map(varying, others))
-
-    def cast(x):
-        missing = tuple(sorted(axes - varying(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
-def varying(x: Any) -> frozenset:
-    """The axes over which `x` is known to differ between devices."""
-    aval = jax.typeof(x)
-    named = getattr(aval, "mat", None)
-    return getattr(named, "varying", None) or getattr(aval, "vma", None) or frozenset()
+    return _types.vary_like(tree, lax.axis_index(axis_name))
 
 
 def check_local(axis_name: Any, grads: Any) -> None:
@@ -85,15 +69,16 @@ def check_local(axis_name: Any, grads: Any) -> None:
     them once per device.
     """
     for name in _checks.axis_names(axis_name):
-        if name not in varying(lax.axis_index(name)):
+        if name not in _types.varying(lax.axis_index(name)):
             continue  # Not inside a `shard_map` that checks.
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
-            if name not in varying(g):
+            if name not in _types.varying(g):
                 raise ValueError(
                     f"{_checks.named('grads', path)} is the same on all devices "
                     f"of `axis_name={name!r}`: it has been summed over them already. "
                     "Gradients must be local. Take them with respect to jax.lax.pcast("
-                    f"params, {name!r}, to='varying'), or use check_vma=False"
+                    f"params, {name!r}, to='varying'); or if oa.value_and_grad has "
+                    "reduced them, leave one of the two `axis_name` out"
                 )
 
 
@@ -101,14 +86,14 @@ def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
     """Raises where `loss`, the first output of `jaxpr`, was reduced over `axis_name`.
 
     In `jax.pmap` and under ``check_vma=False`` types do not tell; there the operations
-    that lead to the loss do.
+    that lead to the loss do. Neither sees a loss of which only a part was reduced.
     """
     for name in _checks.axis_names(axis_name):
-        if name in varying(lax.axis_index(name)):
-            is_local = name in varying(loss)
+        if name in _types.varying(lax.axis_index(name)):
+            is_reduced = name not in _types.varying(loss)
         else:
-            is_local = _local_outputs(jaxpr, name)[0]
-        if not is_local:
+            is_reduced = _origins(jaxpr, name)[0] == _REDUCED
+        if is_reduced:
             raise ValueError(
                 f"`fun` must return this device's own value with `axis_name={name!r}`; "
                 "got one that is the same on all of its devices. Leave the psum or "
@@ -117,35 +102,37 @@ def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
             )
 
 
-def _local_outputs(
-    jaxpr: Any, name: Any, local_inputs: list[bool] | None = None
-) -> list[bool]:
-    """Which outputs of `jaxpr` may differ between the devices of the axis `name`."""
-    if local_inputs is None:
-        local_inputs = [True] * len(jaxpr.invars)
-    local = set(jaxpr.constvars)
-    local.update(v for v, yes in zip(jaxpr.invars, local_inputs, strict=True) if yes)
+def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int]:
+    """For each output of `jaxpr`: made of constants, of reduced, or of local values."""
+    if inputs is None:
+        inputs = [_LOCAL] * len(jaxpr.invars)
+    origins = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def may_differ(atom):
+    def origin(atom):
         is_literal = hasattr(atom, "val")
-        return not is_literal and atom in local
+        return _CONSTANT if is_literal else origins.get(atom, _CONSTANT)
 
     for equation in jaxpr.eqns:
-        inputs = [may_differ(v) for v in equation.invars]
+        given = [origin(v) for v in equation.invars]
         called = _called(equation)
         if called is not None:
-            outputs = _local_outputs(called, name, inputs)
+            made = _origins(called, name, given)
+        elif _reduces(equation, name):
+            made = [_REDUCED] * len(equation.outvars)
         else:
-            reduced = equation.primitive.name in _REDUCTIONS and name in _axes(equation)
-            outputs = [any(inputs) and not reduced] * len(equation.outvars)
-        local.update(v for v, yes in zip(equation.outvars, outputs, strict=True) if yes)
-    return [may_differ(v) for v in jaxpr.outvars]
+            is_index = equation.primitive.name == "axis_index"
+            most = _LOCAL if is_index else max(given, default=_CONSTANT)
+            made = [most] * len(equation.outvars)
+        origins.update(zip(equation.outvars, made, strict=True))
+    return [origin(v) for v in jaxpr.outvars]
 
 
-def _axes(equation: Any) -> tuple[Any, ...]:
-    """The axes over which a collective reduces or gathers."""
-    given = equation.params.get("axes", equation.params.get("axis_name"))
-    return _checks.axis_names(given)
+def _reduces(equation: Any, name: Any) -> bool:
+    """Whether the result is the same on all devices of the axis `name`."""
+    if equation.primitive.name not in _REDUCTIONS:
+        return False
+    in_groups = equation.params.get("axis_index_groups") is not None
+    return name in equation.params["axes"] and not in_groups
 
 
 def _called(equation: Any) -> Any:

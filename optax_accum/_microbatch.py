@@ -18,6 +18,7 @@ from optax_accum import (
     _distributed,
     _outputs,
     _split,
+    _types,
     _window,
 )
 
@@ -120,12 +121,13 @@ def value_and_grad(
       return_info: Whether to return ``(result, MicrobatchInfo)``, with the total
         weight and the number of micro-batches that were skipped.
       axis_name: The axis of devices, or several, that share the batch. Inside
-        `jax.pmap` or `jax.shard_map` each device calls this with its own part. `fun`
-        returns its own loss, without psum or pmean; everything is reduced over the axis
-        once, after the last micro-batch.
-      mesh: The mesh with that axis, for a call from plain `jax.jit`, with the whole
-        batch. The loop then runs inside a `jax.shard_map` over `axis_name`; the mesh's
-        other axes stay with the compiler.
+        `jax.pmap` or `jax.shard_map` each device calls this with its own part, of which
+        the sizes above speak, and with parameters that are the same on all of them.
+        `fun` returns its own loss, without psum or pmean; everything is reduced over
+        the axis once, after the last micro-batch.
+      mesh: The mesh with that axis, for a call from plain `jax.jit` with the whole
+        batch, of which the sizes then speak. The loop runs inside a `jax.shard_map`
+        over `axis_name`; the mesh's other axes stay with the compiler.
       scatter: Whether each device is to keep only its part of the gradients: a
         reduce-scatter instead of the all-reduce. `oa.scatter_specs` says which part.
 
@@ -182,6 +184,15 @@ def value_and_grad(
       `jax.grad` of the value goes through the loop, and keeps what every micro-batch
       needs for its backward pass: right, but without any memory saved. (A NaN in a
       micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
+
+      Over several devices the result is that of all micro-batches of all devices, as if
+      they had run one after another, the first device's first: ``"last"`` is the last
+      device's, and random keys are folded with the number among all. ``"stack"`` and
+      ``"concat"`` leave every device's outputs where they are; with `mesh` they are one
+      array, sharded along axis 0. A carry's floating leaves are averaged over the
+      devices, by weight; its other leaves are those of the last device with any weight.
+      What is exchanged is one all-reduce for each dtype of the sums, or with `scatter`
+      one reduce-scatter for each leaf, unless the compiler joins them.
 
       The result has the parameters' dtypes, as that of `jax.value_and_grad` has: the
       gradient of bfloat16 parameters is summed in float32 and rounded once.
@@ -420,7 +431,7 @@ class _Microbatched:
         """The carry in the type that it comes back in, and what a micro-batch gives."""
         while True:
             shapes = jax.eval_shape(microbatch, carry, index)
-            cast = jax.tree.map(_distributed.vary_like, carry, shapes.carry)
+            cast = jax.tree.map(_types.vary_like, carry, shapes.carry)
             if jax.tree.map(jax.typeof, cast) == jax.tree.map(jax.typeof, carry):
                 break
             carry = cast
@@ -494,11 +505,11 @@ class _Microbatched:
         value = _window.zeros(shapes.value)
         grads = _window.zeros(shapes.grads, self.accumulator_dtype)
         return _Totals(
-            value=_distributed.vary_like(value, shapes.weight),
-            grads=_distributed.vary_like(grads, shapes.weight),
+            value=_types.vary_like(value, shapes.weight),
+            grads=_types.vary_like(grads, shapes.weight),
             aux=auxiliaries.start(shapes.weight),
             weight=_window.zeros(shapes.weight),
-            skipped=_window.zeros_like(shapes.rejected, jnp.int32),
+            skipped=_types.zeros_like(shapes.rejected, jnp.int32),
             carry=carry,
         )
 

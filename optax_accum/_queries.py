@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _checks, _window
-from optax_accum._state import AccumulateState, none_in
+from optax_accum._state import AccumulateState, none_in, states_in
 
 
 def has_updated(opt_state: Any) -> jax.Array:
@@ -107,7 +107,7 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
 def _find(opt_state: Any) -> AccumulateState:
     if isinstance(opt_state, AccumulateState):
         return opt_state
-    found = _states_in(opt_state)
+    found = _nested_states_in(opt_state)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -118,9 +118,6 @@ def _find(opt_state: Any) -> AccumulateState:
     )
 
 
-def _states_in(tree: Any) -> list[AccumulateState]:
-    def is_state(node):
-        return isinstance(node, AccumulateState)
-
-    found = [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
-    return found + [inner for state in found for inner in _states_in(state.inner_state)]
+def _nested_states_in(tree: Any) -> list[AccumulateState]:
+    found = states_in(tree)
+    return found + [x for state in found for x in _nested_states_in(state.inner_state)]

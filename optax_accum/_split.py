@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _checks
+from optax_accum import _checks, _types
 
 
 class Split(NamedTuple):
@@ -164,10 +164,8 @@ def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
 def _check_sharding(leaves: list[tuple[str, Any]], split: Split, devices: int) -> None:
     """Raises where an explicit mesh cannot hold a micro-batch."""
     for name, leaf in leaves:
-        sharding = getattr(jax.typeof(leaf), "sharding", None)
-        if sharding is None or not sharding.spec:
-            continue
-        shards = _shards(sharding, split.axis % leaf.ndim)
+        axes = _types.as_tuple(_types.spec(leaf)[split.axis % leaf.ndim])
+        shards = math.prod(jax.typeof(leaf).sharding.mesh.shape[a] for a in axes)
         for size in (split.size * devices, split.tail * devices):
             if size % shards:
                 raise ValueError(
@@ -176,15 +174,6 @@ def _check_sharding(leaves: list[tuple[str, Any]], split: Split, devices: int) -
                     "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
                     f"every micro-batch is a multiple of {shards}"
                 )
-
-
-def _shards(sharding: Any, axis: int) -> int:
-    """In how many parts an explicit mesh holds `axis`."""
-    names = sharding.spec[axis] if axis < len(sharding.spec) else None
-    if names is None or names is jax.sharding.PartitionSpec.UNCONSTRAINED:
-        return 1
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _examples(count: int) -> str:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_accum._state import AccumulateState, map_states
+from optax_accum import _checks
+from optax_accum._state import AccumulateState, map_states, states_in
 
 LOCAL = ("skipped", "weight", "value", "skip_state", "acc_grads")
 
@@ -36,7 +37,9 @@ def stack_windows(opt_state: Any, num_devices: int, *, all_leaves: bool = False)
       ``[num_devices, ...]``.
 
     Raises:
-      ValueError: `opt_state` holds no `AccumulateState`, or is stacked already.
+      TypeError: `num_devices` is no int.
+      ValueError: `num_devices` < 1; `opt_state` holds no `AccumulateState`, or is
+        stacked already.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -45,6 +48,7 @@ def stack_windows(opt_state: Any, num_devices: int, *, all_leaves: bool = False)
       >>> state.acc_grads.shape, state.weight.shape, state.micro_step.shape
       ((8, 3), (8,), ())
     """
+    num_devices = _checks.count("num_devices", num_devices)
 
     def repeat(x):
         return jnp.repeat(jnp.asarray(x)[None], num_devices, axis=0)
@@ -95,7 +99,16 @@ def sum_windows(opt_state: Any) -> Any:
       >>> on_two_devices.acc_grads.shape
       (2, 3)
     """
-    has_stacked_all = []
+
+    def first(x):
+        """The first device's, without gathering the others'."""
+        row = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        numbers = x.astype(jnp.int32) if x.dtype == bool else x
+        chosen = jnp.where(row == 0, numbers, jnp.zeros([], numbers.dtype))
+        return total(chosen).astype(x.dtype)
+
+    def total(x):
+        return x.sum(0, dtype=x.dtype)
 
     def merge(state):
         if not jnp.ndim(state.weight):
@@ -104,21 +117,15 @@ def sum_windows(opt_state: Any) -> Any:
                 "scalar. Nothing is to be summed; oa.stack_windows(opt_state, "
                 "num_devices) gives each device its own"
             )
-        has_stacked_all.append(jnp.ndim(state.micro_step) > 0)
-        sums = {
-            name: jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), getattr(state, name))
-            for name in LOCAL
-        }
-        sums["skip_state"] = row_of(state.skip_state)
-        if has_stacked_all[-1]:
-            state = row_of(state)
+        sums = {name: jax.tree.map(total, getattr(state, name)) for name in LOCAL}
+        sums["skip_state"] = jax.tree.map(first, state.skip_state)
+        if all_stacked:
+            state = jax.tree.map(first, state)
         return state._replace(**sums)
 
-    result = map_states(opt_state, merge, lambda x: x)
-    if not any(has_stacked_all):
-        return result
-    # `jax.pmap` stacks what is around the window as well.
-    return map_states(result, lambda state: state, lambda x: x[0])
+    # `jax.pmap` stacks what is around the windows as well.
+    all_stacked = any(jnp.ndim(s.micro_step) > 0 for s in states_in(opt_state))
+    return map_states(opt_state, merge, first if all_stacked else lambda x: x)
 
 
 def window_specs(opt_state: Any, axis_name: Any) -> Any:

@@ -45,6 +45,11 @@ class AccumulateState(NamedTuple):
     inner_state: Any
 
 
+def states_in(tree: Any) -> list[AccumulateState]:
+    """The outermost `AccumulateState`s in `tree`."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
+
+
 def map_states(
     opt_state: Any,
     function: Callable[[AccumulateState], Any],
@@ -57,21 +62,13 @@ def map_states(
     Raises:
       ValueError: There is none.
     """
-    found = []
-
-    def is_state(node):
-        return isinstance(node, AccumulateState)
-
-    def map_node(node):
-        if not is_state(node):
-            return otherwise(node)
-        found.append(node)
-        return function(node)
-
-    result = jax.tree.map(map_node, opt_state, is_leaf=is_state)
-    if not found:
+    if not states_in(opt_state):
         raise none_in(opt_state)
-    return result
+    return jax.tree.map(
+        lambda node: function(node) if _is_state(node) else otherwise(node),
+        opt_state,
+        is_leaf=_is_state,
+    )
 
 
 def none_in(opt_state: Any) -> ValueError:
@@ -81,3 +78,7 @@ def none_in(opt_state: Any) -> ValueError:
         f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "
         "`update` returned"
     )
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, AccumulateState)

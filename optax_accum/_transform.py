@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accum import _boundary, _checks, _distributed, _stacked, _window
+from optax_accum import _boundary, _checks, _distributed, _stacked, _types, _window
 from optax_accum._state import AccumulateState
 
 OnSkip = Literal["shrink", "wait"]
@@ -149,6 +149,7 @@ def accumulate(
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
     every_k = _checks.every_k(every_k)
+    axis_name = _checks.axis_name(axis_name)
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
     _checks.one_of("on_skip", on_skip, ("shrink", "wait"))
     if on_skip == "wait" and axis_name is not None:
@@ -317,6 +318,7 @@ class _Accumulation:
 
         if self.axis_name is not None:
             _distributed.check_local(self.axis_name, grads)
+            _checks.same_on_devices(params, self.axis_name)
 
         # Without an accumulator every micro-step is the first of its window.
         first = (state.micro_step == 0) | (not self.has_accumulator)
@@ -367,11 +369,17 @@ class _Accumulation:
             given = extra_args if value is None else {**extra_args, "value": value}
             return self.inner.update(grads, inner_state, params, **given)
 
+        def call_over_devices(grads, inner_state, params, value):
+            sums, value = _distributed.sum_over(
+                self.axis_name, (_window.keep_inexact(grads), value)
+            )
+            return call(_window.fill_inexact(grads, sums), inner_state, params, value)
+
         # What the inner optimizer alone gives for gradients of the incoming dtype.
         rest = step.state.inner_state, params, value
-        shapes, _ = jax.eval_shape(call, grads, *rest)
+        shapes, _ = jax.eval_shape(call_over_devices, grads, *rest)
         summed = _window.fill_inexact(grads, step.sums)
-        narrow = not self._takes(call, grads, summed, *rest)
+        narrow = not self._takes(call_over_devices, grads, summed, *rest)
 
         def collect(sums):
             total = None if value is None else step.state.value
@@ -469,7 +477,8 @@ class _Accumulation:
             "`skip` must return the same info always; a state that another `skip` made "
             "needs its `skip_state` replaced by that of `init`",
         )
-        return should_skip, _window.cast_like(info, state.skip_state)
+        info = _window.cast_like(info, state.skip_state)
+        return should_skip, jax.tree.map(_types.vary_like, info, state.skip_state)
 
     def _initial_skip_state(self, params):
         """Zeros of the type that `skip` returns as its info."""

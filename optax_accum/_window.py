@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
+from optax_accum import _types
+
 Reduction = Literal["mean", "ratio", "sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
@@ -77,17 +79,9 @@ def at_least_float32(dtype: Any) -> Any:
 def zeros(tree: Tree, dtype: Any = None) -> Tree:
     """An empty sum for gradients like `tree`, each leaf an array of its own."""
     return jax.tree.map(
-        lambda x: zeros_like(x, dtype or at_least_float32(dtype_of(x))),
+        lambda x: _types.zeros_like(x, dtype or at_least_float32(dtype_of(x))),
         keep_inexact(tree),
     )
-
-
-def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
-    """Zeros like an array, or like the shape of one, sharded as it is."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        # Inside a `jax.shard_map` over some of a mesh's axes JAX forgets the others.
-        return jnp.zeros_like(x, dtype=dtype, out_sharding=jax.typeof(x).sharding)
-    return jnp.zeros_like(x, dtype=dtype)
 
 
 def weight_dtype(tree: Tree) -> Any:

@@ -11,7 +11,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same cases at every run. To look for new ones: --hypothesis-profile=explore
 every_run = {"deadline": None, "database": None}
 hypothesis.settings.register_profile(
-    "fixed", derandomize=True, max_examples=50, **every_run
+    "fixed", derandomize=True, max_examples=25, **every_run
 )
 hypothesis.settings.register_profile("explore", max_examples=1000, **every_run)
 hypothesis.settings.load_profile("fixed")

@@ -339,6 +339,25 @@ def test_a_carry_comes_back_as_one(way, weighted):
 
 
 @everywhere
+def test_counters_of_a_batch_that_ends_in_padding(way):
+    """The last device has no weight and has not moved; the others have."""
+    x = X.at[-(EXAMPLES // COUNT) :].set(0)
+
+    def count(params, x, stats):
+        del params, stats
+        return jnp.any(x != 0).astype(jnp.float32)
+
+    f = devices.in_step(
+        way, with_carry, rest=1, num_microbatches=2, carry_argnum=2, weight=count
+    )
+    (_, got), _ = f(SMALL, devices.whole(way, x), statistics())
+    assert np.all(got["count"] == 2)
+    key, _ = jax.random.split(jax.random.split(jax.random.key(0))[0])
+    for own in jnp.atleast_1d(got["key"]):
+        assert jnp.all(jax.random.key_data(own) == jax.random.key_data(key))
+
+
+@everywhere
 def test_a_carry_stays_where_nothing_has_weight(way):
     f = devices.in_step(
         way,
@@ -424,7 +443,7 @@ def test_scattered_gradients_under_pmap():
 def test_training_with_a_sharded_optimizer_state(way):
     """ZeRO-2: gradients and moments in parts, parameters whole."""
     inner = loosely(optax.adamw(0.05))
-    mesh = devices.mesh(AxisType.Auto if way == "auto" else AxisType.Explicit)
+    mesh = mesh_of(way)
     specs = oa.scatter_specs(WIDE, mesh, AXIS)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     f = oa.value_and_grad(
@@ -487,6 +506,49 @@ def two_axes(kind):
 
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+@needs_four
+@KINDS
+def test_a_batch_over_both_axes(kind):
+    mesh = two_axes(kind)
+    x = jax.device_put(X, NamedSharding(mesh, P((AXIS, "model"))))
+    f = oa.value_and_grad(small, num_microbatches=4, axis_name=AXIS, mesh=mesh)
+    got = jax.device_get(jax.jit(f)(SMALL, x))
+    close(got, jax.device_get(jax.value_and_grad(small)(SMALL, X)))
+
+
+@needs_four
+@pytest.mark.parametrize("axis_name", [(AXIS, "model"), [AXIS, "model"]])
+@KINDS
+def test_two_axes_as_one(kind, axis_name):
+    mesh = two_axes(kind)
+    f = oa.value_and_grad(
+        wide, num_microbatches=2, axis_name=axis_name, mesh=mesh, scatter=True
+    )
+    program = jax.jit(f).lower(WIDE, X).compile()
+    assert hlo.exchanges(program)["all-reduce, entry"] == 1
+    got = jax.device_get(jax.jit(f)(WIDE, X))
+    close(got, jax.device_get(jax.value_and_grad(wide)(WIDE, X)))
+
+
+@needs_four
+@pytest.mark.parametrize("axis_name", [None, AXIS])
+def test_in_a_shard_map_over_some_axes_that_checks(axis_name):
+    def local(params, x):
+        f = oa.value_and_grad(small, num_microbatches=2, axis_name=axis_name)
+        params = jax.lax.pcast(params, AXIS, to="varying")
+        return jax.lax.pmean(f(params, x), AXIS)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=two_axes(AxisType.Auto),
+        axis_names={AXIS},
+        in_specs=(P(), P(AXIS)),
+        out_specs=P(),
+    )
+    got = jax.device_get(jax.jit(mapped)(SMALL, X))
+    close(got, jax.device_get(jax.value_and_grad(small)(SMALL, X)))
 
 
 @needs_four
@@ -562,10 +624,13 @@ def test_parameters_sharded_over_the_axis_of_the_batch(kind):
     assert any(place.endswith("loop") for place in hlo.exchanges(program))
 
 
+def mesh_of(way):
+    return devices.mesh(AxisType.Auto if way == "auto" else AxisType.Explicit)
+
+
 @outside
 def test_without_jit_and_without_placing_anything(way):
-    kind = AxisType.Auto if way == "auto" else AxisType.Explicit
-    options = {"num_microbatches": 2, "axis_name": AXIS, "mesh": devices.mesh(kind)}
+    options = {"num_microbatches": 2, "axis_name": AXIS, "mesh": mesh_of(way)}
     wanted = jax.value_and_grad(small)(SMALL, X)
     close(jax.device_get(oa.value_and_grad(small, **options)(SMALL, X)), wanted)
     grads = jax.device_get(jax.jit(oa.grad(small, **options))(SMALL, X))
@@ -594,6 +659,18 @@ def test_axes_of_the_examples_and_arguments_by_name(way):
     )
     got = f(SMALL, x=X.T, y=jnp.ones(3))
     wanted = jax.value_and_grad(fun)(SMALL, X.T, jnp.ones(3))
+    close(jax.device_get(got), jax.device_get(wanted))
+
+
+@outside
+def test_arguments_that_are_no_arrays(way):
+    def fun(params, x, mode, *, scale):
+        assert mode == "train"
+        return small(params, x) * scale
+
+    f = oa.value_and_grad(fun, num_microbatches=2, axis_name=AXIS, mesh=mesh_of(way))
+    got = jax.jit(f, static_argnums=2)(SMALL, X, "train", scale=2.0)
+    wanted = jax.tree.map(lambda x: 2 * x, jax.value_and_grad(small)(SMALL, X))
     close(jax.device_get(got), jax.device_get(wanted))
 
 
@@ -685,7 +762,6 @@ def reduced(reduce):
 
 
 PMEAN = reduced(lambda x: jax.lax.pmean(x, AXIS))
-GATHER = reduced(lambda x: jax.lax.all_gather(x, AXIS).mean())
 
 
 @inside
@@ -703,11 +779,43 @@ def test_a_loss_that_is_reduced_already_on_a_mesh(way):
         f(SMALL, X)
 
 
-@pytest.mark.parametrize("way", ["pmap", "unchecked"])
-def test_a_loss_that_is_gathered_already(way):
-    f = devices.in_step(way, GATHER["at once"], num_microbatches=2)
-    with pytest.raises(ValueError, match="must return this device's own value"):
-        f(SMALL, devices.whole(way, X))
+@everywhere
+def test_a_contrastive_loss_may_gather(way):
+    """Each device compares its own examples with those of all."""
+
+    def contrast(params, own, others):
+        similarity = jnp.tanh(own @ params["w"]) @ jnp.tanh(others @ params["w"]).T
+        return jax.nn.logsumexp(similarity, axis=-1).mean()
+
+    def gathered(params, x):
+        return contrast(params, x, jax.lax.all_gather(x, AXIS, tiled=True))
+
+    f = devices.in_step(way, gathered, num_microbatches=1)
+    got = devices.result(way, f(SMALL, devices.whole(way, X)))
+    close(got, jax.value_and_grad(lambda p, x: contrast(p, x, x))(SMALL, X))
+
+
+@pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
+def test_what_looks_like_a_reduced_loss(way):
+    """A constant, a value that one device alone hands out, a reduction over groups."""
+
+    def constant(params, x):
+        del params, x
+        return jnp.zeros([])
+
+    def of_one(params, x):
+        total = jax.lax.stop_gradient(jax.lax.psum(small(params, x), AXIS))
+        return jnp.where(jax.lax.axis_index(AXIS) == 0, total, 0)
+
+    def grouped(params, x):
+        alone = [[i] for i in range(COUNT)]
+        return jax.lax.psum(small(params, x), AXIS, axis_index_groups=alone)
+
+    for fun in (constant, of_one, grouped):
+        value, _ = devices.in_step(way, fun, num_microbatches=1)(
+            SMALL, devices.whole(way, X)
+        )
+        assert np.isfinite(value).all()
 
 
 @everywhere

@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 from devices import AXIS, COUNT, PARAMS
-from training import WAYS, loosely
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from training import WAYS, loosely, stepper
 
 import optax_accum as oa
+from optax_accum import _stacked
 
 pytestmark = pytest.mark.several_devices
 K = 3
@@ -145,6 +148,86 @@ def test_without_an_accumulator(way, update):
     params, _ = run(way, tx, x, mask, update)
     wanted = global_batches(ADAMW, x, mask, k=1)
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+@pytest.mark.parametrize("update", WAYS)
+def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
+    """It sees gradients that are the same everywhere, when shapes are asked as well."""
+    x, mask = devices.examples(2 * K)
+    inner = loosely(optax.apply_if_finite(optax.adamw(0.1), 2))
+    tx = oa.accumulate(inner, K, axis_name=AXIS)
+    params, _ = run(way, tx, x, mask, update)
+    wanted = global_batches(inner, x, mask)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@ways
+def test_windows_inside_a_scan(way):
+    """What goes round has the type it came in, with a `skip` that tells nothing new."""
+
+    def skip(grads, step, params):
+        del step, params
+        is_large = jnp.abs(grads["w"]).max() > 1e9
+        return is_large, {"constant": jnp.zeros([])}
+
+    tx = oa.accumulate(ADAMW, K, axis_name=AXIS, skip=skip)
+
+    def steps(params, state, x, mask):
+        def step(carry, batch):
+            params, state = carry
+            local = params
+            if way == "checked":
+                local = jax.lax.pcast(params, AXIS, to="varying")
+            grads = jax.grad(devices.loss)(local, *batch)
+            weight = batch[1].sum()
+            return tx.update_params(grads, state, params, weight=weight), None
+
+        batches = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, mask))
+        return jax.lax.scan(step, (params, state), batches)[0]
+
+    x, mask = devices.examples(2 * K)
+    state, axes = tx.init(PARAMS), (None, "state", 0, 0)
+    state = oa.stack_windows(state, COUNT, all_leaves=way == "pmap")
+    # [steps, examples of all devices, ...] -> [the same examples, steps, ...]
+    batch = devices.whole(way, jax.tree.map(lambda a: a.swapaxes(0, 1), (x, mask)))
+    params, _ = devices.inside(way, steps, axes, (None, "state"))(PARAMS, state, *batch)
+    wanted = global_batches(ADAMW, x, mask)
+    params = devices.result(way, params)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(COUNT % 2 != 0, reason="needs 2, 4, ... devices")
+@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_parameters_that_are_sharded_over_another_axis(kind, update):
+    mesh = jax.make_mesh((COUNT // 2, 2), (AXIS, "model"), axis_types=(kind, kind))
+    tx = oa.accumulate(ADAMW, 2, axis_name=AXIS)
+    w = jax.device_put(jnp.ones((3, 4)), NamedSharding(mesh, P(None, "model")))
+    grads = jnp.arange(2.0 * len(mesh.devices)).reshape(2, -1)
+    specs = oa.window_specs(jax.eval_shape(tx.init, w), AXIS)
+
+    def steps(w, grads):
+        state = tx.init(w)
+        for g in grads:
+            w, state = stepper(tx, update)(w, state, jnp.full_like(w, 1.0) * g[0])
+        return w, _stacked.put_row(state)
+
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            steps,
+            mesh=mesh,
+            axis_names={AXIS},
+            in_specs=(P(), P(None, AXIS)),
+            out_specs=(P(), specs),
+            check_vma=False,
+        )
+        got, state = jax.jit(mapped)(w, grads)
+    assert got.sharding.is_equivalent_to(w.sharding, 2)
+    mean = jnp.full((3, 4), grads.mean())
+    updates, _ = ADAMW.update(mean, ADAMW.init(jnp.ones((3, 4))), jnp.ones((3, 4)))
+    np.testing.assert_allclose(got, 1 + updates, rtol=1e-5)
+    assert state.acc_grads.shape == (len(mesh.devices), 3, 4)
 
 
 # --- The compiled program ---
@@ -329,7 +412,7 @@ class TestStackedStates:
             jax.tree.leaves(specs),
             strict=True,
         ):
-            is_local = spec == jax.sharding.PartitionSpec("data")
+            is_local = spec == P("data")
             assert many.shape == ((4, *one.shape) if is_local else one.shape)
         local = [spec for spec in jax.tree.leaves(specs) if spec]
         assert len(local) == 5  # skipped, weight, value, should_skip and w
@@ -338,7 +421,7 @@ class TestStackedStates:
         """Under `jax.jit` no device ever holds the rows of the others."""
         state = oa.accumulate(optax.sgd(0.1), 4).init(LARGE)
         shardings = jax.tree.map(
-            lambda spec: jax.sharding.NamedSharding(devices.mesh(), spec),
+            lambda spec: NamedSharding(devices.mesh(), spec),
             oa.window_specs(state, AXIS),
         )
         stack = jax.jit(oa.stack_windows, static_argnums=1, out_shardings=shardings)
@@ -350,7 +433,23 @@ class TestStackedStates:
             (1, SIDE, SIDE)
         ] * COUNT
 
+    @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+    def test_summed_where_they_lie(self, kind):
+        state = self.state()
+        mesh = devices.mesh(kind)
+        shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), oa.window_specs(state, AXIS)
+        )
+        placed = jax.device_put(oa.stack_windows(state, COUNT), shardings)
+        chex.assert_trees_all_equal(oa.sum_windows(placed), state)
+        chex.assert_trees_all_equal(jax.jit(oa.sum_windows)(placed), state)
+
     def test_what_cannot_be_stacked_or_summed(self):
+        for number in (0, -1):
+            with pytest.raises(ValueError, match="`num_devices` must be an int >= 1"):
+                oa.stack_windows(self.state(), number)
+        with pytest.raises(TypeError, match="`num_devices` must be an int >= 1"):
+            oa.stack_windows(self.state(), "4")
         state = oa.accumulate(optax.sgd(0.1), 4).init(PARAMS)
         with pytest.raises(ValueError, match="`opt_state` is stacked already"):
             oa.stack_windows(oa.stack_windows(state, 2), 4)
@@ -399,6 +498,29 @@ def test_the_windows_of_several_devices_on_one():
     state = oa.stack_windows(tx.init(PARAMS), COUNT)
     with pytest.raises(ValueError, match=f"`state` holds {COUNT} windows.*sum_windows"):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("axis_name", [0, (), ["data", 1]])
+def test_what_is_no_name_of_an_axis(axis_name):
+    with pytest.raises(TypeError, match="`axis_name` must be the name of an axis"):
+        oa.accumulate(optax.sgd(0.1), 2, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("update", WAYS)
+def test_parameters_that_were_cast(update):
+    """They are for `jax.grad` alone; the update needs what is the same everywhere."""
+    tx = oa.accumulate(ADAMW, 2, axis_name=AXIS)
+
+    def step(params, x):
+        params = jax.lax.pcast(params, AXIS, to="varying")
+        grads = jax.grad(devices.loss)(params, x, jnp.ones(len(x), bool))
+        return stepper(tx, update)(params, tx.init(params), grads)[0]
+
+    x, _ = devices.examples(1)
+    with pytest.raises(
+        ValueError, match=r"`params\['b'\]` may differ.*jax\.grad alone"
+    ):
+        devices.inside("checked", step, (None, 0), (None,))(PARAMS, x[0])
 
 
 @pytest.mark.parametrize("update", WAYS)

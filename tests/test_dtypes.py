@@ -15,6 +15,8 @@ from training import WAYS, loosely, stepper
 
 import optax_accum as oa
 
+FLOAT16 = pytest.param(jnp.float16, marks=pytest.mark.slow)
+
 
 def test_ones_in_bfloat16_sum_to_their_number():
     """In bfloat16 itself they would sum to 256 and stay there."""
@@ -79,8 +81,8 @@ def test_complex_gradients_are_weighted_as_any(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("grads_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("params_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("grads_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("params_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("inner", [SGD, ADAM], ids=["sgd", "adam"])
 def test_updates_and_state_have_the_inner_optimizers_dtypes(
     inner, params_dtype, grads_dtype, way
@@ -103,6 +105,7 @@ def test_updates_and_state_have_the_inner_optimizers_dtypes(
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:scatter inputs have incompatible:FutureWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", catalogue.optimizers())
 def test_any_optimizer_takes_bfloat16_parameters(name):
     """Also those that do not take gradients wider than their moments."""

@@ -65,6 +65,7 @@ def test_the_catalogue_is_complete():
     assert set(catalogue.optimizers()) <= set(TRANSFORMATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", catalogue.optimizers())
 def test_update_params_equals_update(name):
     tx = oa.accumulate(loosely(TRANSFORMATIONS[name]()), every_k=2)

@@ -56,6 +56,7 @@ class MultiSteps:
         return optax.GradientTransformation(self.init, self.update)
 
 
+@pytest.mark.slow
 class TestOptaxsOwnTests(_accumulation_test.AccumulationTest, parameterized.TestCase):
     """They run from the installed package, against the adapter."""
 
@@ -81,7 +82,10 @@ def test_there_are_tests_of_optax_to_run():
 
 class TestMoving:
     @pytest.mark.parametrize("use_grad_mean", [True, False])
-    @pytest.mark.parametrize("stop", range(1, 8))
+    @pytest.mark.parametrize(
+        "stop",
+        [1, 4, 7] + [pytest.param(i, marks=pytest.mark.slow) for i in (2, 3, 5, 6)],
+    )
     def test_a_job_goes_on_where_it_was(self, stop, use_grad_mean):
         """Moved after any micro-step, in a window or between two."""
         old = optax.MultiSteps(ADAM, 3, use_grad_mean=use_grad_mean)
