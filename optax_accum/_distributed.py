@@ -106,7 +106,9 @@ def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int
     """For each output of `jaxpr`: made of constants, of reduced, or of local values."""
     if inputs is None:
         inputs = [_LOCAL] * len(jaxpr.invars)
-    origins = dict(zip(jaxpr.invars, inputs, strict=True))
+    # What `fun` closes over may be anything.
+    origins = dict.fromkeys(jaxpr.constvars, _LOCAL)
+    origins.update(zip(jaxpr.invars, inputs, strict=True))
 
     def origin(atom):
         is_literal = hasattr(atom, "val")

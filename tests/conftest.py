@@ -1,10 +1,13 @@
 """JAX as every test wants it: eight devices, and no promotion that nobody asked for."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

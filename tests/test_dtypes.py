@@ -83,7 +83,9 @@ def test_complex_gradients_are_weighted_as_any(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("grads_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("params_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("inner", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "inner", [pytest.param(SGD, marks=pytest.mark.slow), ADAM], ids=["sgd", "adam"]
+)
 def test_updates_and_state_have_the_inner_optimizers_dtypes(
     inner, params_dtype, grads_dtype, way
 ):

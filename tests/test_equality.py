@@ -20,7 +20,15 @@ def loss(params):
     return sum(jnp.sum(jnp.sin(x) ** 2) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def slow_parts(names):
+    """What optimizers are made of is slow: they are there themselves."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if ".scale_by_" in name else name
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))
 def test_any_transformation_sees_the_global_batch(name):
     """Three windows of uneven weights against the weighted mean gradients."""
     inner = loosely(TRANSFORMATIONS[name]())
