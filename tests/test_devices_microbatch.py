@@ -94,7 +94,9 @@ X = normal(EXAMPLES, 3)
 @pytest.mark.parametrize("reduction", ["mean", "ratio"])
 def test_training_is_that_of_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
-    inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.05)))
+    # With an epsilon, because Adam turns the rounding of a gradient near 0 into a step.
+    adamw = optax.adamw(0.05, eps=1e-3)
+    inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), adamw))
 
     def token_sum(params, batch):
         return token_loss(params, batch) * jnp.maximum(batch["mask"].sum(), 1)
@@ -182,6 +184,7 @@ def test_a_model_that_starts_a_scan_from_zeros(way):
     close(got, jax.value_and_grad(recurrent)(SMALL, X))
 
 
+@pytest.mark.skipif(COUNT < 3, reason="needs a third device")
 @everywhere
 def test_weight_nothing_and_nan_on_one_device(way):
     """A device that rejects all it has, and one whose own W is 0, meet the others."""
