@@ -102,6 +102,9 @@ def sum_windows(opt_state: Any) -> Any:
 
     def first(x):
         """The first device's, without gathering the others'."""
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x[0]
         row = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
         numbers = x.astype(jnp.int32) if x.dtype == bool else x
         chosen = jnp.where(row == 0, numbers, jnp.zeros([], numbers.dtype))

@@ -403,6 +403,13 @@ class TestStackedStates:
         chex.assert_trees_all_equal(oa.sum_windows(stacked), state)
         chex.assert_trees_all_equal_shapes_and_dtypes(oa.sum_windows(stacked), state)
 
+    def test_random_keys_in_the_inner_state(self):
+        tx = oa.accumulate(optax.noisy_sgd(0.1, key=jax.random.key(3)), 4)
+        state = tx.init(PARAMS)
+        for all_leaves in (True, False):
+            stacked = oa.stack_windows(state, 4, all_leaves=all_leaves)
+            chex.assert_trees_all_equal(oa.sum_windows(stacked), state)
+
     def test_only_what_is_local_is_stacked(self):
         state = self.state()
         stacked = oa.stack_windows(state, 4)
