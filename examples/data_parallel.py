@@ -258,6 +258,9 @@ def train(
             if program is None:
                 program = way.step.lower(params, state, call).compile()
             params, state = way.step(params, state, call)
+            # Devices that are made up share a few threads: one program at a time, or
+            # those that wait for each other can leave none for who they wait for.
+            jax.block_until_ready(params)
     if way.stacked:
         params = flax.jax_utils.unreplicate(params)
     exchanges = all_reduces_per_update(program, way, options.micro_batches)

@@ -139,6 +139,10 @@ def train(process: int, processes: int) -> Any:
     for own, boundary in micro_batches(process, processes):
         batch = tuple(jax.make_array_from_process_local_data(split, x) for x in own)
         params, state = step(params, state, batch, np.bool_(boundary))
+        if jax.default_backend() == "cpu":
+            # Devices that are made up share a few threads: one program at a time, or
+            # those that wait for each other can leave none for who they wait for.
+            jax.block_until_ready(params)
     return jax.device_get(params)
 
 

@@ -92,7 +92,8 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
         raise ValueError(
             f"`opt_state` is a stack of {jnp.shape(state.weight)} windows. If they are "
             "those of several devices, sum them: oa.accumulated(oa.sum_windows("
-            "opt_state)); or ask each of them: jax.vmap(oa.accumulated)(opt_state)"
+            "opt_state)). Where all else is stacked too, as by jax.pmap and jax.vmap, "
+            "jax.vmap(oa.accumulated)(opt_state) asks each of them"
         )
     is_open = jnp.asarray(state.micro_step) > 0
 
