@@ -64,7 +64,7 @@ class Devices(NamedTuple):
         """In how many parts the batch of one call is cut before the micro-batches."""
         if self.mesh is None:
             return 1
-        return math.prod(self.mesh.shape[n] for n in _checks.axis_names(self.axis_name))
+        return _count(self.mesh, self.axis_name)
 
     def check_place(self) -> None:
         """Raises unless a call is made where the axis is, or the mesh is needed."""
@@ -227,13 +227,18 @@ def scatter_specs(params: Any, mesh: Any, axis_name: Any) -> Any:
       {'b': P(), 'w': P(None, 'data')}
     """
     _checks.mesh(mesh, axis_name)
-    size = math.prod(mesh.shape[name] for name in _checks.axis_names(axis_name))
+    size = _count(mesh, axis_name)
 
     def spec(x):
         dimension = scatter_dimension(x, size)
         return P() if dimension is None else P(*[None] * dimension, axis_name)
 
     return jax.tree.map(spec, params)
+
+
+def _count(mesh: Any, axis_name: Any) -> int:
+    """How many devices `mesh` has along its axis or axes."""
+    return math.prod(mesh.shape[name] for name in _checks.axis_names(axis_name))
 
 
 def scatter_dimension(x: Any, size: int) -> int | None:

@@ -44,13 +44,7 @@ def of_device(axis_name: Any, number: jax.Array, tree: Any) -> Any:
     is_this = lax.axis_index(axis_name) == number
 
     def choose(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = choose(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        numbers = x.astype(jnp.int32) if x.dtype == bool else x
-        # Selected, and not multiplied: what the others hold may be NaN.
-        chosen = jnp.where(is_this, numbers, jnp.zeros([], numbers.dtype))
-        return lax.psum(chosen, axis_name).astype(x.dtype)
+        return _types.chosen(x, is_this, lambda part: lax.psum(part, axis_name))
 
     return jax.tree.map(choose, tree)
 
@@ -69,8 +63,8 @@ def check_local(axis_name: Any, grads: Any) -> None:
     them once per device.
     """
     for name in _checks.axis_names(axis_name):
-        if name not in _types.varying(lax.axis_index(name)):
-            continue  # Not inside a `shard_map` that checks.
+        if not _types_tell(name):
+            continue
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
             if name not in _types.varying(g):
                 raise ValueError(
@@ -89,7 +83,7 @@ def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
     that lead to the loss do. Neither sees a loss of which only a part was reduced.
     """
     for name in _checks.axis_names(axis_name):
-        if name in _types.varying(lax.axis_index(name)):
+        if _types_tell(name):
             is_reduced = name not in _types.varying(loss)
         else:
             is_reduced = _origins(jaxpr, name)[0] == _REDUCED
@@ -100,6 +94,11 @@ def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
                 "pmean out of `fun`: value and gradient are reduced once, after the "
                 "last micro-batch"
             )
+
+
+def _types_tell(name: Any) -> bool:
+    """Whether the code runs inside a `jax.shard_map` that checks what varies."""
+    return name in _types.varying(lax.axis_index(name))
 
 
 def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int]:

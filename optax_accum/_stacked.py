@@ -6,13 +6,14 @@ boundary. Between two calls they are arrays with a leading axis of devices: the 
 stacked, and `accumulate` takes such a state as it comes, with one row on each device.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_accum import _checks
+from optax_accum import _checks, _types
 from optax_accum._state import AccumulateState, map_states, states_in
 
 LOCAL = ("skipped", "weight", "value", "skip_state", "acc_grads")
@@ -66,11 +67,9 @@ def stack_windows(opt_state: Any, num_devices: int, *, all_leaves: bool = False)
                 f"{jnp.shape(state.weight)}. For another number of devices, make one "
                 "window of it first, with oa.sum_windows(opt_state)"
             )
-        sums = {name: jax.tree.map(first_row, getattr(state, name)) for name in LOCAL}
-        sums["skip_state"] = jax.tree.map(repeat, state.skip_state)
-        if all_leaves:
-            state = jax.tree.map(repeat, state)
-        return state._replace(**sums)
+        everything = jax.tree.map(repeat, state) if all_leaves else state
+        skip_state = jax.tree.map(repeat, state.skip_state)
+        return _with_local(everything, first_row, state)._replace(skip_state=skip_state)
 
     return map_states(opt_state, stack, repeat if all_leaves else lambda x: x)
 
@@ -103,12 +102,7 @@ def sum_windows(opt_state: Any) -> Any:
     def first(x):
         """The first device's, without gathering the others'."""
         x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x[0]
-        row = jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
-        numbers = x.astype(jnp.int32) if x.dtype == bool else x
-        chosen = jnp.where(row == 0, numbers, jnp.zeros([], numbers.dtype))
-        return total(chosen).astype(x.dtype)
+        return _types.chosen(x, jnp.arange(len(x)) == 0, total)
 
     def total(x):
         return x.sum(0, dtype=x.dtype)
@@ -120,11 +114,9 @@ def sum_windows(opt_state: Any) -> Any:
                 "scalar. Nothing is to be summed; oa.stack_windows(opt_state, "
                 "num_devices) gives each device its own"
             )
-        sums = {name: jax.tree.map(total, getattr(state, name)) for name in LOCAL}
-        sums["skip_state"] = jax.tree.map(first, state.skip_state)
-        if all_stacked:
-            state = jax.tree.map(first, state)
-        return state._replace(**sums)
+        everything = jax.tree.map(first, state) if all_stacked else state
+        skip_state = jax.tree.map(first, state.skip_state)
+        return _with_local(everything, total, state)._replace(skip_state=skip_state)
 
     # `jax.pmap` stacks what is around the windows as well.
     all_stacked = any(jnp.ndim(s.micro_step) > 0 for s in states_in(opt_state))
@@ -156,10 +148,8 @@ def window_specs(opt_state: Any, axis_name: Any) -> Any:
     local, shared = PartitionSpec(axis_name), PartitionSpec()
 
     def specs(state):
-        own = {
-            name: jax.tree.map(lambda _: local, getattr(state, name)) for name in LOCAL
-        }
-        return jax.tree.map(lambda _: shared, state)._replace(**own)
+        everything = jax.tree.map(lambda _: shared, state)
+        return _with_local(everything, lambda _: local, state)
 
     return map_states(opt_state, specs, lambda _: shared)
 
@@ -171,12 +161,12 @@ def is_stacked(state: AccumulateState) -> bool:
 
 def take_row(state: AccumulateState) -> AccumulateState:
     """The state of this device, which holds one row."""
-    return state._replace(**{name: row_of(getattr(state, name)) for name in LOCAL})
+    return _with_local(state, lambda x: x[0], state)
 
 
 def put_row(state: AccumulateState) -> AccumulateState:
     """`state` as one row."""
-    return state._replace(**{name: as_row(getattr(state, name)) for name in LOCAL})
+    return _with_local(state, lambda x: x[None], state)
 
 
 def as_row(tree: Any) -> Any:
@@ -187,3 +177,11 @@ def as_row(tree: Any) -> Any:
 def row_of(tree: Any) -> Any:
     """The first row of each leaf."""
     return jax.tree.map(lambda x: x[0], tree)
+
+
+def _with_local(
+    state: AccumulateState, function: Callable[[Any], Any], source: AccumulateState
+) -> AccumulateState:
+    """`state` with `function` of the local leaves of `source`."""
+    own = {name: jax.tree.map(function, getattr(source, name)) for name in LOCAL}
+    return state._replace(**own)

@@ -4,6 +4,7 @@ On an Explicit mesh they say how it is sharded. Under ``check_vma=True`` `jax.sh
 knows over which axes of the mesh it *varies*, that is, may differ between devices.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,21 @@ def vary_like(tree: Any, *others: Any) -> Any:
     """
     axes = frozenset().union(*map(varying, others))
     return jax.tree.map(lambda x: vary_over(axes, x), tree)
+
+
+def chosen(x: jax.Array, is_chosen: jax.Array, total: Callable[[Any], Any]) -> Any:
+    """The part of `x` for which `is_chosen` holds, as a `total` of it and of zeros.
+
+    `is_chosen` has the first axes of `x`, or none. Booleans and keys can be chosen too.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = chosen(jax.random.key_data(x), is_chosen, total)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    numbers = x.astype(jnp.int32) if x.dtype == bool else x
+    is_chosen = is_chosen.reshape(*is_chosen.shape, *[1] * (x.ndim - is_chosen.ndim))
+    # Selected, and not multiplied: the rest may be NaN.
+    part = jnp.where(is_chosen, numbers, jnp.zeros([], numbers.dtype))
+    return total(part).astype(x.dtype)
 
 
 def spec(x: Any) -> list[Any]:
