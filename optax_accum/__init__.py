@@ -5,6 +5,8 @@ from optax_accum._microbatch import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import grad as grad
 from optax_accum._microbatch import value_and_grad as value_and_grad
 from optax_accum._migrate import from_multi_steps as from_multi_steps
+from optax_accum._planner import MicrobatchPlan as MicrobatchPlan
+from optax_accum._planner import plan_microbatches as plan_microbatches
 from optax_accum._queries import accumulated as accumulated
 from optax_accum._queries import gradient_step as gradient_step
 from optax_accum._queries import has_updated as has_updated
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
     "MicrobatchInfo",
+    "MicrobatchPlan",
     "accumulate",
     "accumulated",
     "from_multi_steps",
@@ -27,6 +30,7 @@ __all__ = [
     "gradient_step",
     "has_updated",
     "micro_step",
+    "plan_microbatches",
     "scatter_specs",
     "skip_not_finite",
     "stack_windows",

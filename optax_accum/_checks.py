@@ -317,6 +317,17 @@ def size(name: str, value: Any) -> int | None:
     return None if value is None else count(name, value)
 
 
+def fraction(name: str, value: Any, meaning: str) -> float:
+    """A number in [0, 1)."""
+    is_number = isinstance(value, int | float | np.number) and not _is_bool(value)
+    if not is_number or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` is {meaning}, a number of at least 0 and less than 1; got "
+            f"{value!r}"
+        )
+    return float(value)
+
+
 def axis(value: Any) -> int:
     """An int, negative ones included."""
     number = _as_int(value)

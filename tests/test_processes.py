@@ -55,6 +55,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert codes == [0] * PROCESSES, "\n".join(log.read_text()[-2000:] for log in logs)
 
     found = [dict(np.load(file)) for file in files]
+    assert [int(f.pop("memory_limit")) for f in found] == [2**40 - PROCESSES] * 2
     assert all(len(f) == 3 * 2 * DEVICES // PROCESSES for f in found)
     everything = found[0] | found[1]
     wanted = alone()

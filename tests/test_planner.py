@@ -1,0 +1,529 @@
+"""The planner: its search, the compiler's figures, and what they are in reality."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_accum as oa
+from optax_accum import _memory, _planner
+
+WIDTH, BATCH = 64, 512
+
+
+def loss(w, x):
+    return jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
+
+
+def make_step(num_microbatches):
+    grad = oa.grad(loss, num_microbatches=num_microbatches)
+    return jax.jit(lambda w, x: w - grad(w, x), donate_argnums=0)
+
+
+SHAPES = (
+    jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32),
+    jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32),
+)
+
+
+def plan(make_step=make_step, *args, **options):
+    options = {"batch_size": BATCH, "memory_limit": "300KiB", "headroom": 0} | options
+    return oa.plan_microbatches(make_step, *(args or SHAPES), **options)
+
+
+# --- The search, a function of a memory curve ---
+
+CANDIDATES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96]
+
+
+def searched(curve, limit, candidates=CANDIDATES):
+    """What the search finds, and what it asked for."""
+    asked = []
+
+    def memory(number):
+        asked.append(number)
+        return curve(number)
+
+    return _planner.search(candidates, memory, limit), asked
+
+
+@pytest.mark.parametrize("limit", [2, 5, 9.5, 20, 33, 49, 80, 97, 300])
+@pytest.mark.parametrize("floor", [0, 1])
+def test_on_a_falling_curve_it_finds_the_fewest_that_fit(limit, floor):
+    def curve(k):
+        return floor + 96 / k
+
+    expected = next((k for k in CANDIDATES if curve(k) <= limit), None)
+    found, asked = searched(curve, limit)
+    assert found == expected
+    assert len(asked) == len(set(asked)) <= 2 * math.log2(len(CANDIDATES)) + 2
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10, 1), (9, None)])
+def test_on_a_flat_curve_it_asks_little(limit, expected):
+    found, asked = searched(lambda _: 10, limit)
+    assert found == expected
+    assert len(asked) == (1 if expected else len(set(asked)))
+    assert len(asked) <= 5
+
+
+def test_where_nothing_fits_it_has_asked_beside_the_smallest():
+    found, asked = searched(lambda k: 10 + abs(math.log2(k / 6)), 5)
+    assert found is None
+    assert {4, 6, 8} <= set(asked)
+    assert len(asked) == len(set(asked)) < len(CANDIDATES)
+
+
+def test_a_valley_between_the_doublings_is_found():
+    valley = {3: 8, 4: 6, 6: 4, 8: 6, 12: 8}
+    found, asked = searched(lambda k: valley.get(k, 20), 4)
+    assert found == 6
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_on_any_curve_what_it_finds_fits_and_the_one_before_does_not(seed):
+    random = np.random.default_rng(seed)
+    curve = dict(zip(CANDIDATES, random.random(len(CANDIDATES)), strict=True))
+    found, asked = searched(curve.get, 0.4)
+    assert len(asked) == len(set(asked))
+    if found is None:
+        assert min(curve[k] for k in asked) > 0.4
+    else:
+        assert curve[found] <= 0.4
+        before = [k for k in CANDIDATES if k < found]
+        assert not before or (before[-1] in asked and curve[before[-1]] > 0.4)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1])
+def test_one_candidate(limit):
+    assert searched(lambda _: 1, limit, [7]) == (7 if limit == 1 else None, [7])
+
+
+# --- The compiler's figures ---
+
+
+def test_the_plan_is_the_fewest_micro_batches_that_fit():
+    found = plan()
+    sizes = {c.num_microbatches: c.memory.total for c in found.candidates}
+    limit = 300 * 1024
+    assert found.num_microbatches == min(
+        k for k, size in sizes.items() if size <= limit
+    )
+    assert 1 < found.num_microbatches < BATCH
+    assert sizes[found.num_microbatches // 2] > limit
+    assert [c.fits for c in found.candidates] == [s <= limit for s in sizes.values()]
+    assert found.memory_limit == limit
+
+
+def test_the_figures_are_those_of_the_compiled_program():
+    found = plan(memory_limit="1GiB")
+    (candidate,) = found.candidates
+    analysis = make_step(1).lower(*SHAPES).compile().memory_analysis()
+    assert candidate.memory == (
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.alias_size_in_bytes,
+    )
+    nbytes = 4 * WIDTH * WIDTH
+    assert candidate.memory.aliased == nbytes  # donated
+    assert candidate.memory.arguments == nbytes + 4 * BATCH * WIDTH
+    assert candidate.memory.total == (
+        candidate.memory.arguments + candidate.memory.temporaries
+    )
+
+
+def test_the_step_is_ready_to_be_called():
+    found = plan()
+    random = np.random.default_rng(0)
+    w, x = (jnp.asarray(random.normal(size=s.shape), s.dtype) for s in SHAPES)
+    expected = w - jax.grad(loss)(w, x)
+    np.testing.assert_allclose(found.step(w, x), expected, atol=1e-5)
+
+
+def test_each_candidate_is_compiled_once_and_none_is_run():
+    made = []
+
+    def counted(k):
+        made.append(k)
+        step = make_step(k)
+
+        def guarded(w, x):
+            jax.debug.callback(lambda: pytest.fail("it was run"))
+            return step(w, x)
+
+        return guarded
+
+    found = plan(counted)
+    assert sorted(made) == [c.num_microbatches for c in found.candidates]
+    assert len(set(made)) == len(made)
+
+
+def test_a_step_that_is_not_jitted_and_arrays_as_arguments():
+    w, x = (jnp.zeros(s.shape, s.dtype) for s in SHAPES)
+    found = plan(lambda k: oa.grad(loss, num_microbatches=k), w, np.asarray(x))
+    assert found.step(w, x).shape == w.shape
+    assert found.candidates[0].memory.aliased == 0
+
+
+def test_a_step_that_is_lowered_already():
+    """As where the shapes of the arguments change with the number."""
+    tx = oa.accumulate(optax.sgd(0.1), every_k=4)
+    w = SHAPES[0]
+    state = jax.eval_shape(tx.init, w)
+
+    def micro_step(w, state, x):
+        return tx.update_params(jax.grad(loss)(w, x), state, w)
+
+    def lowered(k):
+        part = jax.ShapeDtypeStruct((BATCH // k, WIDTH), jnp.float32)
+        return jax.jit(micro_step, donate_argnums=(0, 1)).lower(w, state, part)
+
+    found = oa.plan_microbatches(lowered, batch_size=BATCH, memory_limit="300KiB")
+    assert found.num_microbatches > 1
+    memory = found.candidates[-1].memory
+    assert memory.arguments < 4 * BATCH * WIDTH
+
+
+@pytest.mark.several_devices
+def test_figures_are_per_device():
+    devices = jax.device_count()
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+    def make(k):
+        return jax.jit(
+            oa.grad(loss, num_microbatches=k, mesh=mesh, axis_name="data"),
+        )
+
+    def placed(shape, *spec):
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    w, x = SHAPES
+    found = plan(make, placed(w), placed(x, "data"), memory_limit="1GiB")
+    memory = found.candidates[0].memory
+    assert memory.arguments == 4 * (WIDTH * WIDTH + BATCH * WIDTH // devices)
+
+
+def test_candidates_that_are_named():
+    found = plan(candidates=[32, 2, 8], batch_size=None)
+    assert {c.num_microbatches for c in found.candidates} <= {2, 8, 32}
+    assert found.num_microbatches in (8, 32)
+
+
+def test_headroom_is_left_free():
+    exact = plan(memory_limit="1GiB").candidates[0].memory.total
+    assert plan(memory_limit=exact).num_microbatches == 1
+    assert plan(memory_limit=exact, headroom=0.1).num_microbatches > 1
+    roomy = plan(memory_limit=math.ceil(exact / 0.9) + 1, headroom=0.1)
+    assert roomy.num_microbatches == 1
+
+
+def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
+    class Refuses(jax.stages.Lowered):
+        def __init__(self):
+            pass
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of hbm")
+
+    def make(k):
+        return Refuses() if k < 4 else make_step(k).lower(*SHAPES)
+
+    found = oa.plan_microbatches(make, batch_size=BATCH, memory_limit="1GiB")
+    assert found.num_microbatches == 4
+    assert "out of memory" in str(found)
+    assert found.candidates[0].memory is None
+
+    with pytest.raises(ValueError, match="nothing fits") as error:
+        oa.plan_microbatches(lambda _: Refuses(), candidates=[1, 2], memory_limit=1)
+    assert "The least" not in str(error.value)
+
+
+def test_other_errors_of_the_compiler_are_raised():
+    class Fails(jax.stages.Lowered):
+        def __init__(self):
+            pass
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        oa.plan_microbatches(lambda _: Fails(), candidates=[1], memory_limit=1)
+
+
+# --- What people see ---
+
+
+def test_it_prints_as_a_table():
+    found = plan()
+    title, headings, *rows = str(found).splitlines()
+    assert title == "per device: 300 KiB, which is 300 KiB less 0% headroom"
+    assert headings.split() == [
+        *("micro-batches", "arguments", "outputs", "temporaries", "aliased"),
+        *("total", "fits", "compiled", "in"),
+    ]
+    assert len({len(line) for line in (headings, *rows)}) == 1
+    by_number = {int(row.split()[0]): row for row in rows}
+    assert sorted(by_number) == [c.num_microbatches for c in found.candidates]
+    assert " yes " in by_number[found.num_microbatches]
+    assert " no " in by_number[1]
+    assert repr(found).startswith(
+        f"MicrobatchPlan(num_microbatches={found.num_microbatches}, tried=[1, "
+    )
+
+
+def test_each_candidate_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="optax_accum"):
+        found = plan()
+    messages = [r.getMessage() for r in caplog.records if r.name == "optax_accum"]
+    assert len(messages) == 2 * len(found.candidates)
+    assert messages[0] == "compiling the step with 1 micro-batches"
+    assert messages[1].startswith("1 micro-batches: ")
+    assert "does not fit (compiled in " in messages[1]
+
+
+def test_plot_draws_every_candidate_and_the_limit():
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    found = plan()
+    axes = found.plot()
+    bars = [patch for patch in axes.patches if patch.get_height()]
+    totals = {c.num_microbatches: c.memory.total for c in found.candidates}
+    tops = {}
+    for bar in bars:
+        x = round(bar.get_x() + bar.get_width() / 2)
+        tops[x] = max(tops.get(x, 0), bar.get_y() + bar.get_height())
+    np.testing.assert_allclose(
+        [tops[i] * 1024 for i in range(len(totals))], list(totals.values())
+    )
+    assert axes.get_ylabel() == "KiB per device"
+    (line,) = axes.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), 300)
+    assert found.plot(axes) is axes
+    plt.close("all")
+
+
+def test_plot_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match="`plot` needs Matplotlib"):
+        plan(memory_limit="1GiB").plot()
+
+
+# --- Sizes and limits ---
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (123, 123),
+        (np.int64(5), 5),
+        (1.5e3, 1500),
+        ("17B", 17),
+        ("16GiB", 16 * 2**30),
+        ("16 GiB", 16 * 2**30),
+        ("1.5 kB", 1500),
+        ("800MB", 800_000_000),
+        (".5tib", 2**39),
+        (" 2 KiB ", 2048),
+    ],
+)
+def test_sizes(text, size):
+    assert _memory.parse_size("memory_limit", text) == size
+
+
+@pytest.mark.parametrize("text", ["16", "16Gi", "16G", "GiB", "-1GiB", "1e3MB", "x"])
+def test_sizes_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="`memory_limit` must be") as error:
+        plan(memory_limit=text)
+    assert "B, KB, KiB, MB, MiB, GB, GiB, TB, TiB" in str(error.value)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (150 * 2**20, "150 MiB"),
+        (2.25 * 2**40, "2.25 TiB"),
+    ],
+)
+def test_sizes_are_shown(size, text):
+    assert _memory.show_size(size) == text
+
+
+class Device:
+    """A device that reports its memory."""
+
+    def __init__(self, stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_by_default_the_limit_is_what_the_device_has_left(monkeypatch):
+    stats = {"bytes_limit": 5000, "bytes_in_use": 1000}
+    monkeypatch.setattr(_memory, "_devices", lambda _: [Device(stats), Device(stats)])
+    assert _memory.available(()) == 4000
+    other = Device({"bytes_limit": 3500, "bytes_in_use": 0})
+    monkeypatch.setattr(_memory, "_devices", lambda _: [Device(stats), other])
+    assert _memory.available(()) == 3500
+
+
+def test_what_the_arguments_hold_is_not_in_use_twice(monkeypatch):
+    class Held(Device):
+        """It calls itself equal to the device that holds the arguments."""
+
+        def __hash__(self):
+            return hash(device)
+
+        def __eq__(self, other):
+            return other in (device, self)
+
+    x = jnp.zeros(100)  # 400 bytes, passed twice
+    (device,) = x.devices()
+    mine = Held({"bytes_limit": 5000, "bytes_in_use": 1000})
+    monkeypatch.setattr(_memory, "_devices", lambda _: [mine])
+    assert _memory.available((x, x, np.zeros(5), SHAPES[0])) == 4400
+
+
+def test_it_asks_the_devices_of_the_arguments():
+    last = jax.local_devices()[-1]
+    x = jax.device_put(jnp.zeros(3), last)
+    assert _memory._devices(({"x": x}, 3)) == [last]
+    assert _memory._devices((3,)) == jax.local_devices()[:1]
+
+
+# --- What cannot be planned ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batch_size": None}, ValueError, ["`batch_size` or `candidates`", "neither"]),
+        ({"batch_size": 0}, ValueError, ["`batch_size` must be an int >= 1", "got 0"]),
+        ({"batch_size": 2.5}, TypeError, ["`batch_size`", "2.5"]),
+        ({"candidates": 4}, TypeError, ["`candidates` must be several", "got 4"]),
+        ({"candidates": []}, ValueError, ["`candidates` is empty"]),
+        ({"candidates": [0]}, ValueError, ["`candidates` must be an int >= 1"]),
+        (
+            {"candidates": [2, 3, 5]},
+            ValueError,
+            ["`candidates` 3, 5 do not divide `batch_size=512`", "leave `batch_size`"],
+        ),
+        ({"headroom": 1}, ValueError, ["`headroom`", "less than 1", "got 1"]),
+        ({"headroom": "10%"}, ValueError, ["`headroom`", "'10%'"]),
+        ({"memory_limit": 0}, ValueError, ["at least one byte", "got 0"]),
+        ({"memory_limit": math.nan}, ValueError, ["at least one byte", "nan"]),
+        ({"memory_limit": [1]}, TypeError, ["`memory_limit`", "[1] of type list"]),
+        ({"memory_limit": True}, TypeError, ["`memory_limit`", "bool"]),
+        (
+            {"memory_limit": "100KiB", "headroom": 0.1},
+            ValueError,
+            ["100 KiB, less `headroom` 10%", "arguments of the step alone", "144 KiB"],
+        ),
+        (
+            {"memory_limit": "150KiB"},
+            ValueError,
+            ["nothing fits", "`memory_limit` of 150 KiB", "The least is", "  total  "],
+        ),
+    ],
+)
+def test_errors(options, error, words):
+    with pytest.raises(error) as caught:
+        plan(**options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_nothing_is_compiled_where_the_arguments_alone_are_too_much():
+    made = []
+    with pytest.raises(ValueError, match="the arguments of the step alone"):
+        plan(lambda k: made.append(k) or make_step(k), memory_limit="100KiB")
+    assert made == [1]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reports its memory")
+def test_a_cpu_needs_a_limit():
+    with pytest.raises(ValueError, match="`memory_limit` is needed") as error:
+        plan(memory_limit=None)
+    assert "does not report how much memory it has" in str(error.value)
+
+
+def test_a_step_that_is_none():
+    with pytest.raises(TypeError, match="`make_step` must return") as error:
+        plan(lambda k: k)
+    assert "got int" in str(error.value)
+
+
+def test_a_backend_that_does_not_tell():
+    class Silent:
+        def memory_analysis(self):
+            return None
+
+    with pytest.raises(RuntimeError, match="does not say how much memory"):
+        _memory.Memory.of(Silent())
+
+
+# --- Reality ---
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks about CPU memory")
+def test_the_figure_is_the_real_rise_in_resident_memory():
+    """Within 15 % and 24 MiB, what a thread pool and an allocator take beside it."""
+    script = Path(__file__).with_name("resident.py")
+    output = subprocess.check_output([sys.executable, script], text=True)
+    measured = json.loads(output)
+    assert measured["planned"] > 300 * 2**20
+    difference = abs(measured["rise"] - measured["planned"])
+    assert difference < 0.15 * measured["planned"] + 24 * 2**20, measured
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="needs an accelerator")
+def test_on_an_accelerator_the_plan_runs_and_one_less_does_not_fit():
+    width, batch = 4096, 2**16
+    shapes = (
+        jax.ShapeDtypeStruct((width, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, width), jnp.float32),
+    )
+
+    def deep(w, x):
+        for _ in range(64):
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def make(k):
+        grad = oa.grad(deep, num_microbatches=k)
+        return jax.jit(lambda w, x: w - grad(w, x), donate_argnums=0)
+
+    found = oa.plan_microbatches(make, *shapes, batch_size=batch)
+    w, x = (jnp.zeros(s.shape, s.dtype) for s in shapes)
+    found.step(w, x).block_until_ready()
+    # More than the limit, and not only more than what the headroom leaves of it.
+    too_much = [
+        c.num_microbatches
+        for c in found.candidates
+        if c.memory and c.memory.total > found.memory_limit
+    ]
+    smaller = make(max(too_much))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        smaller(jnp.zeros(shapes[0].shape, jnp.float32), x).block_until_ready()
