@@ -1,6 +1,8 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
 from optax_accum._devices import scatter_specs as scatter_specs
+from optax_accum._equivalence import EquivalenceReport as EquivalenceReport
+from optax_accum._equivalence import check_equivalence as check_equivalence
 from optax_accum._microbatch import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import grad as grad
 from optax_accum._microbatch import value_and_grad as value_and_grad
@@ -21,10 +23,12 @@ from optax_accum._transform import accumulate as accumulate
 __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
+    "EquivalenceReport",
     "MicrobatchInfo",
     "MicrobatchPlan",
     "accumulate",
     "accumulated",
+    "check_equivalence",
     "from_multi_steps",
     "grad",
     "gradient_step",

@@ -213,15 +213,21 @@ def _check_disjoint(positions: dict[str, tuple[int, ...]], names: list[str]) -> 
             seen[i] = role
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` is one random key, typed, or looks like one of the raw kind."""
+    dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return shape == ()
+    raw = jax.eval_shape(jax.random.PRNGKey, 0)
+    return (shape, dtype) == (raw.shape, raw.dtype)
+
+
 def _check_keys(name: str, keys: Any) -> None:
     """Raises unless every leaf is one random key, typed or raw."""
-    raw = jax.eval_shape(jax.random.PRNGKey, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(keys):
-        dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
-        is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        if (shape != ()) if is_typed else ((shape, dtype) != (raw.shape, raw.dtype)):
+        if not is_key(leaf):
             raise TypeError(
                 f"{_checks.named(name, path)} is in `rng_argnums` and must be "
                 "one random key, from jax.random.key or jax.random.PRNGKey; got shape "
-                f"{shape} and dtype {dtype}"
+                f"{jnp.shape(leaf)} and dtype {_window.dtype_of(leaf)}"
             )

@@ -88,7 +88,7 @@ def main(address, processes, process, file):
     }
     # Each was told another limit, one of more than 32 bits; all must plan alike.
     plan = oa.plan_microbatches(
-        lambda k: jax.jit(devices.loss),
+        lambda _: jax.jit(devices.loss),
         devices.PARAMS,
         x[0],
         mask[0],

@@ -1,0 +1,203 @@
+"""Whether k micro-batches give what the global batch gives, for one's own loss."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_accum import _checks, _probes, _window
+
+_MOST_LEAVES = 12  # that are printed
+
+
+class LeafError(NamedTuple):
+    """How far the two gradients are apart in one leaf.
+
+    Attributes:
+      path: Of the leaf, as `jax.tree_util.keystr` writes it.
+      error: The norm of their difference over the larger of their norms.
+    """
+
+    path: str
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class EquivalenceReport:
+    """What `check_equivalence` found. ``print(report)`` shows all of it.
+
+    A report is true where the two agree: ``assert report, str(report)`` is a test.
+
+    Attributes:
+      num_microbatches: How many there were.
+      value: What `fun` gives on the global batch.
+      microbatched_value: What the micro-batches give.
+      leaves: For every leaf of the gradient its ``path`` and relative ``error``.
+      tolerance: The largest relative error that counts as equal.
+      causes: Where they differ, what the probes suggest: named tuples of a ``name``
+        (one of ``"factor"``, ``"weights"``, ``"dependence"``, ``"randomness"``,
+        ``"hidden state"``, ``"unsplit argument"``, ``"skipped"``, ``"not finite"``,
+        ``"unknown"``) and a ``message``.
+    """
+
+    num_microbatches: int
+    value: float
+    microbatched_value: float
+    leaves: tuple[LeafError, ...]
+    tolerance: float
+    causes: tuple[_probes.Cause, ...]
+
+    @property
+    def value_error(self) -> float:
+        """The relative error of the value."""
+        return _probes.relative_error(self.value, self.microbatched_value)
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether value and gradient agree within the tolerance."""
+        errors = [self.value_error, *(leaf.error for leaf in self.leaves)]
+        return all(error <= self.tolerance for error in errors)
+
+    def __bool__(self) -> bool:
+        """Whether they agree."""
+        return self.equivalent
+
+    def __repr__(self) -> str:
+        """As it prints."""
+        return str(self)
+
+    def __str__(self) -> str:
+        """Values, leaves with the largest errors first, and causes."""
+        verdict = "the same as" if self.equivalent else "NOT the same as"
+        lines = [
+            f"{self.num_microbatches} micro-batches are {verdict} the global batch "
+            f"(tolerance {self.tolerance:.1e})",
+            f"value: {self.value:.6g} of the global batch, "
+            f"{self.microbatched_value:.6g} of the micro-batches, relative error "
+            f"{self.value_error:.1e}",
+            "gradient, relative error per leaf:",
+        ]
+        # A NaN is the largest of all.
+        shown = sorted(
+            self.leaves, key=lambda leaf: -np.nan_to_num(leaf.error, nan=np.inf)
+        )
+        width = max((len(leaf.path) for leaf in shown[:_MOST_LEAVES]), default=0)
+        for path, error in shown[:_MOST_LEAVES]:
+            mark = "" if error <= self.tolerance else "  differs"
+            lines.append(f"  {path.ljust(width)}  {error:.1e}{mark}")
+        if len(shown) > _MOST_LEAVES:
+            lines.append(f"  and {len(shown) - _MOST_LEAVES} more with smaller errors")
+        if self.causes:
+            lines.append("what the probes suggest:")
+            lines += [f"  {name}: {message}" for name, message in self.causes]
+        return "\n".join(lines)
+
+
+def check_equivalence(
+    fun: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    num_microbatches: int | None = None,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    tolerance: float | None = None,
+    **options: Any,
+) -> EquivalenceReport:
+    """Compares the gradient of a batch in micro-batches with that of it as a whole.
+
+    For a loss that is a sum or a weighted mean over examples the two are equal. With
+    BatchNorm, contrastive losses, means over masks and dropout they are not, and
+    nothing says so. This runs both, and where they differ it asks a few more gradients
+    for the reason.
+
+    Args:
+      fun: The loss, as `value_and_grad` takes it.
+      params: Its first argument.
+      batch: Its second argument: real examples, of which all micro-batches can be cut.
+        One batch of a training set shows most; a batch without padding cannot show
+        what padding does.
+      num_microbatches: K; or give `microbatch_size` among the options.
+      args: Its further positional arguments, such as a random key.
+      kwargs: Its keyword arguments.
+      tolerance: The largest relative error that counts as equal. By default the square
+        root of the machine epsilon of the narrowest dtype that `fun` and its gradient
+        compute in: 3.5e-4 for float32, 0.09 for bfloat16.
+      **options: Those of `value_and_grad`: `weight`, `reduction`, `rng_argnums`, ...
+
+    Returns:
+      An `EquivalenceReport`, which is true where the two agree.
+
+      The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). A leaf that is zero but for
+      rounding, as a bias before a normalisation, is measured by a hundredth of what
+      leaves of its size have on average.
+
+    Raises:
+      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say.
+      ValueError: As `value_and_grad`; a `tolerance` that is none.
+
+    Examples:
+      A mean over the tokens that are no padding, of which micro-batches hold different
+      numbers:
+
+      >>> import jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, batch):
+      ...     errors = batch["mask"] * (batch["x"] @ w - 1) ** 2
+      ...     return errors.sum() / batch["mask"].sum()
+      >>> x = jnp.arange(24.0).reshape(8, 3)
+      >>> batch = {"x": x, "mask": jnp.array([1.0, 1, 1, 1, 1, 0, 1, 0])}
+      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2)
+      >>> bool(report), [cause.name for cause in report.causes]
+      (False, ['weights'])
+
+      With the weights that it lacks:
+
+      >>> def count(w, batch):
+      ...     return batch["mask"].sum()
+      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2, weight=count)
+      >>> assert report, str(report)
+
+    Note:
+      It is for a look or a test, not for a training step: everything is compiled anew,
+      runs eagerly and comes to the host. Use a small model and a few examples.
+    """
+    if tolerance is not None:
+        tolerance = _checks.fraction(
+            "tolerance", tolerance, "the largest relative error that counts as equal"
+        )
+    options["num_microbatches"] = num_microbatches
+    problem = _probes.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
+    if tolerance is None:
+        tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
+
+    whole, parts = problem.whole(), problem.in_parts()
+    report = EquivalenceReport(
+        num_microbatches=problem.num_microbatches,
+        value=whole.value,
+        microbatched_value=parts.value,
+        leaves=leaf_errors(whole.grads, parts.grads),
+        tolerance=tolerance,
+        causes=(),
+    )
+    if report.equivalent:
+        return report
+    causes = _probes.find_causes(problem, whole, parts, tolerance)
+    return dataclasses.replace(report, causes=causes)
+
+
+def leaf_errors(a: Any, b: Any) -> tuple[LeafError, ...]:
+    """The relative error of each floating leaf."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(_window.keep_inexact(a)),
+        jax.tree.leaves(_window.keep_inexact(b)),
+        strict=True,
+    )
+    leaves = [(jax.tree_util.keystr(path), x, y) for (path, x), y in pairs]
+    typical = _probes.typical_entry([x for _, x, _ in leaves])
+    return tuple(
+        LeafError(path, _probes.relative_error(x, y, 0.01 * typical))
+        for path, x, y in leaves
+    )

@@ -1,0 +1,401 @@
+"""`check_equivalence`: one loss for each way of being different, and its name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_accum as oa
+
+B, K = 24, 4
+RANDOM = np.random.default_rng(0)
+PARAMS = {
+    "w": jnp.asarray(RANDOM.normal(size=(5, 6)), jnp.float32),
+    "v": jnp.asarray(RANDOM.normal(size=6), jnp.float32),
+}
+X = jnp.asarray(RANDOM.normal(size=(B, 5)), jnp.float32)
+# Micro-batches are strided: the first holds one that counts, the last holds all.
+MASK = jnp.asarray(np.arange(B) % K >= np.arange(B) // K % (K + 1)).at[0].set(True)
+BATCH = {"x": X, "mask": MASK}
+
+
+def errors(params, x):
+    """What each example loses."""
+    return (jnp.tanh(x @ params["w"]) @ params["v"] - 1) ** 2
+
+
+def mean(params, x):
+    return errors(params, x).mean()
+
+
+def total(params, x):
+    return errors(params, x).sum()
+
+
+def masked(params, batch):
+    count = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+    return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / count
+
+
+def count(params, batch):
+    del params
+    return batch["mask"].sum()
+
+
+def normalised(params, x):
+    """BatchNorm."""
+    h = x @ params["w"]
+    h = (h - h.mean(0, keepdims=True)) * jax.lax.rsqrt(h.var(0, keepdims=True) + 1e-5)
+    return ((jnp.tanh(h) @ params["v"] - 1) ** 2).mean()
+
+
+def contrastive(params, x):
+    """Every example against all others."""
+    z = jnp.tanh(x @ params["w"])
+    logits = z @ z.T
+    return -jnp.diagonal(jax.nn.log_softmax(logits, -1)).mean()
+
+
+def dropout(params, x, key):
+    keep = jax.random.bernoulli(key, 0.5, x.shape)
+    return errors(params, jnp.where(keep, 2 * x, 0)).mean()
+
+
+def check(fun, batch=X, k=K, **options):
+    return oa.check_equivalence(fun, PARAMS, batch, k, **options)
+
+
+def names(report):
+    return [cause.name for cause in report.causes]
+
+
+def assert_differs(report, name, *words):
+    assert not report
+    assert not report.equivalent
+    assert names(report) == [name]
+    for word in words:
+        assert word in str(report), report
+
+
+# --- What is equal ---
+
+
+@pytest.mark.parametrize(
+    ("fun", "batch", "options"),
+    [
+        (mean, X, {}),
+        (total, X, {"reduction": "sum"}),
+        (masked, BATCH, {"weight": count}),
+        (
+            lambda p, b: jnp.where(b["mask"], errors(p, b["x"]), 0).sum(),
+            BATCH,
+            {"reduction": "ratio", "weight": count},
+        ),
+        (mean, X[:23], {"k": None, "microbatch_size": 5}),
+        (lambda p, x: (mean(p, x), x), X, {"has_aux": True}),
+        (mean, X, {"accumulator_dtype": jnp.float32}),
+        (mean, X, {"return_info": True}),
+    ],
+    ids=["mean", "sum", "weights", "ratio", "tail", "aux", "dtype", "info"],
+)
+def test_equal(fun, batch, options):
+    report = check(fun, batch, **options)
+    assert report, str(report)
+    assert report.causes == ()
+    assert max(leaf.error for leaf in report.leaves) < 1e-5
+    assert [leaf.path for leaf in report.leaves] == ["['v']", "['w']"]
+    np.testing.assert_allclose(report.value, report.microbatched_value, rtol=1e-5)
+    assert "4 micro-batches are the same as the global" in str(report) or (
+        options.get("k", K) is None and report.num_microbatches == 5
+    )
+
+
+def test_more_arguments():
+    def fun(params, x, y, *, scale):
+        return scale * ((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2).mean()
+
+    y = jnp.arange(B, dtype=jnp.float32)
+    report = check(fun, args=(y,), kwargs={"scale": 2.0}, batch_argnums=(1, 2))
+    assert report, str(report)
+
+
+def test_a_carry():
+    def fun(params, x, carry):
+        return mean(params, x), carry + 1
+
+    assert check(fun, args=(jnp.zeros([]),), carry_argnum=2)
+
+
+def test_dropout_that_is_off():
+    def fun(params, x, key):
+        del key
+        return mean(params, x)
+
+    assert check(fun, args=(jax.random.key(0),), rng_argnums=2)
+
+
+@pytest.mark.several_devices
+def test_on_a_mesh():
+    from devices import COUNT, mesh  # noqa: PLC0415
+
+    x = jnp.concatenate([X] * COUNT)
+    assert check(mean, x, k=2, mesh=mesh(), axis_name="data")
+    report = check(contrastive, x, k=2, mesh=mesh(), axis_name="data")
+    assert_differs(report, "dependence")
+
+
+def test_a_leaf_that_is_zero_but_for_rounding():
+    def fun(params, x):
+        """The softmax does not see `shift`."""
+        logits = jnp.tanh(x @ params["w"]) + params["shift"].reshape(1, 1)
+        return -jax.nn.log_softmax(logits, -1)[:, 0].mean()
+
+    params = PARAMS | {"shift": jnp.float32(0.3)}
+    report = oa.check_equivalence(fun, params, X, K)
+    assert report, str(report)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_tolerance_is_that_of_the_narrowest_dtype(dtype):
+    def fun(params, x):
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        return errors(params, x.astype(dtype)).astype(jnp.float32).mean()
+
+    report = check(fun)
+    assert report, str(report)
+    assert report.tolerance == float(np.sqrt(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_tolerance_in_float64():
+    def fun(params, x):
+        return mean(jax.tree.map(lambda p: p.astype(jnp.float64), params), x)
+
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
+    report = oa.check_equivalence(mean, params, X.astype(jnp.float64), K)
+    assert report.tolerance < 2e-8
+    assert report, str(report)
+
+
+def test_a_dtype_inside_a_loop_counts():
+    def fun(params, x):
+        def body(c, row):
+            return c, jax.lax.cond(True, narrow, lambda r: r, row)
+
+        def narrow(row):
+            return row.astype(jnp.bfloat16).astype(jnp.float32)
+
+        _, x = jax.lax.scan(body, 0, x)
+        return mean(params, x)
+
+    assert check(fun).tolerance > 0.05
+
+
+# --- What differs, and why ---
+
+
+def test_a_mean_of_unequal_means():
+    report = check(masked, BATCH)
+    assert_differs(report, "weights", "Pass `weight=`", "valid tokens")
+    shares = np.array([MASK[i::K].sum() for i in range(K)]) / MASK.sum()
+    shown = str(report).split("weighted by ")[1].split(":")[0].split(", ")
+    np.testing.assert_allclose([float(s) for s in shown], shares, atol=2e-3)
+
+
+def test_the_wrong_weights():
+    report = check(masked, BATCH, weight=lambda p, b: count(p, b) ** 2)
+    assert_differs(report, "weights", "what `weight` says is another share")
+
+
+def test_unequal_means_of_a_tiny_model():
+    """Three equations for four weights: the others come from elsewhere."""
+
+    def fun(w, batch):
+        wrong = (jnp.tanh(batch["x"][:, :2] @ w) - 1) ** 2
+        return jnp.where(batch["mask"], wrong, 0).sum() / count(w, batch).astype(
+            w.dtype
+        )
+
+    report = oa.check_equivalence(fun, jnp.ones(2), BATCH, K)
+    assert_differs(report, "weights")
+
+
+@pytest.mark.parametrize("fun", [normalised, contrastive])
+def test_examples_that_depend_on_each_other(fun):
+    assert_differs(check(fun), "dependence", "exchanging examples", "BatchNorm")
+
+
+def test_dependence_in_a_tiny_model():
+    """A fit could explain three numbers by four, but not at other parameters."""
+
+    def fun(w, x):
+        z = jnp.tanh(x[:, :2] * w[None])
+        return jax.nn.logsumexp(z @ z.T, -1).mean()
+
+    report = oa.check_equivalence(fun, jnp.ones(2), X, K)
+    assert_differs(report, "dependence")
+
+
+def test_dependence_where_every_micro_batch_is_one_example():
+    assert_differs(check(normalised, k=B), "dependence", "an example alone")
+
+
+def test_dropout():
+    report = check(dropout, args=(jax.random.key(0),), rng_argnums=2)
+    assert_differs(report, "randomness", "draw their own", "with the dropout off")
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_dropout_whose_key_is_not_named(make):
+    report = check(dropout, args=(make(0),))
+    assert_differs(report, "randomness", "another `key` moves", "pass rng_argnums=2")
+
+
+def test_randomness_without_a_key():
+    random = np.random.default_rng(0)
+
+    def fun(params, x):
+        return mean(params, x * random.normal())
+
+    assert_differs(check(fun), "hidden state", "numpy.random")
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_sum_that_is_averaged(k):
+    report = check(total, k=k)
+    assert_differs(report, "factor", f"is {1 / k:.4g} times", 'Use reduction="sum"')
+
+
+def test_a_sum_that_is_averaged_with_a_tail():
+    report = check(total, X[:23], k=None, microbatch_size=5)
+    assert_differs(report, "factor", "is the sum of the micro-batches'")
+
+
+def test_a_mean_that_is_added_up():
+    report = check(mean, reduction="sum")
+    assert_differs(report, "factor", "is 4 times", 'Use reduction="mean"')
+
+
+def test_another_factor():
+    def weight(params, batch):
+        """Counts double in small batches."""
+        del params
+        return len(batch["x"]) * (2.0 if len(batch["x"]) < B else 1.0)
+
+    def fun(params, batch):
+        return errors(params, batch["x"]).sum()
+
+    report = check(fun, BATCH, reduction="ratio", weight=weight)
+    assert_differs(report, "factor", "is 0.5 times", "divides by something else")
+
+
+def test_a_batch_argument_that_is_not_named():
+    def fun(params, x, y):
+        logits = jnp.tanh(x @ params["w"])[:, None] - y[None, : len(y)]
+        return (logits**2).mean()
+
+    y = X[:, :1] + jnp.arange(6.0)[None]
+
+    def paired(params, x, y):
+        h = jnp.tanh(x @ params["w"])
+        if len(x) == len(y):
+            return ((h - y) ** 2).mean()
+        return ((h[:, None] - y[None]) ** 2).mean()
+
+    report = check(paired, args=(y,))
+    assert_differs(report, "unsplit argument", "`y` has 24", "batch_argnums=(1, 2)")
+    assert check(fun, args=(y,))  # this one wants all of it
+
+
+def test_a_penalty_that_is_added_once_per_micro_batch():
+    def fun(params, x):
+        return total(params, x) + 3 * sum((p**2).sum() for p in params.values())
+
+    report = check(fun, reduction="sum")
+    assert_differs(report, "unknown", "penalty on the weights", "add it outside")
+
+
+def test_a_micro_batch_that_is_all_padding():
+    def fun(params, batch):
+        counted = batch["mask"].sum().astype(jnp.float32)
+        return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
+
+    batch = BATCH | {"mask": jnp.arange(B) % K != 1}
+    report = check(fun, batch)
+    assert_differs(report, "not finite", "jnp.maximum(count, 1)")
+    assert "nan" in str(report)
+
+
+def test_a_global_batch_with_a_nan():
+    report = check(mean, X.at[3].set(jnp.nan))
+    assert_differs(report, "not finite", "mend that first")
+
+
+def test_a_micro_batch_that_is_skipped():
+    def skip(grads, step, params):
+        del step, params
+        return jnp.linalg.norm(grads["v"]) > limit, ()
+
+    norms = [jnp.linalg.norm(jax.grad(mean)(PARAMS, X[i::K])["v"]) for i in range(K)]
+    limit = (sorted(norms)[-1] + sorted(norms)[-2]) / 2
+    assert_differs(check(mean, skip=skip), "skipped", "rejected 1 of 4 micro-batches")
+    limit = 2 * max(norms)
+    assert check(mean, skip=skip)
+
+
+def test_a_weak_difference_is_judged_by_the_tolerance():
+    def fun(params, x):
+        return mean(params, x) + 1e-2 * normalised(params, x)
+
+    assert not check(fun)
+    report = check(fun, tolerance=0.1)
+    assert report
+    assert report.tolerance == 0.1
+
+
+# --- What people see ---
+
+
+def test_it_prints():
+    text = str(check(masked, BATCH)).splitlines()
+    assert text[0] == (
+        "4 micro-batches are NOT the same as the global batch (tolerance 3.5e-04)"
+    )
+    assert text[1].startswith("value: ")
+    assert text[3].startswith("  ['")
+    assert text[3].endswith("  differs")
+    assert text[5] == "what the probes suggest:"
+    assert text[6].startswith("  weights: ")
+
+
+def test_it_prints_the_worst_leaves_alone():
+    def fun(params, x):
+        return sum((x * p) ** 2 for p in params).mean()
+
+    params = [jnp.float32(i + 1) for i in range(30)]
+    report = oa.check_equivalence(fun, params, X, K)
+    assert report
+    assert "  and 18 more with smaller errors" in str(report)
+
+
+def test_as_an_assertion():
+    report = check(normalised)
+    with pytest.raises(AssertionError, match="NOT the same as"):
+        assert report, str(report)
+
+
+@pytest.mark.parametrize(
+    ("fun", "options", "error", "words"),
+    [
+        (errors, {}, TypeError, "`fun` must return a real floating scalar"),
+        (mean, {"k": None}, ValueError, "exactly one of `num_microbatches`"),
+        (mean, {"k": 5}, ValueError, "`num_microbatches=5` does not divide"),
+        (mean, {"tolerance": -1}, ValueError, "`tolerance` is the largest relative"),
+        (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
+        (mean, {"wight": count}, TypeError, "unexpected keyword argument 'wight'"),
+        (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),
+    ],
+)
+def test_errors(fun, options, error, words):
+    with pytest.raises(error, match=words):
+        check(fun, **options)
