@@ -33,11 +33,15 @@ class Totals(NamedTuple):
       sums: S.
       value: The sum of the values, or ``None`` where there are none.
       weight: W.
+      noise: The sums that the noise scale is estimated from, or ``None``.
+      square: ‖S‖², or ``None`` where it is not needed.
     """
 
     sums: Any
     value: jax.Array | None
     weight: jax.Array
+    noise: Any
+    square: jax.Array | None
 
 
 Collect = Callable[[Any], Totals]

@@ -208,6 +208,18 @@ def state(
         )
 
 
+def noise_scale(state: Any, needed: Any) -> None:
+    """Raises unless `state` has what the noise scale is measured with."""
+    if not jax.tree.leaves(needed):
+        return
+    if jax.tree.structure(state.noise_scale) != jax.tree.structure(needed):  # type: ignore[operator]
+        raise ValueError(
+            "`state` was made without this `noise_scale` or `adaptive_k`, and has "
+            "nowhere to measure it. Give it a place: state._replace(noise_scale="
+            "tx.init(params).noise_scale)"
+        )
+
+
 def same_on_devices(params: Any, axis: Any) -> None:
     """Raises where types say that `params` differ between the devices of `axis`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_accum import _checks, _distributed, _types, _window
+from optax_accum import _checks, _distributed, _noise_scale, _types, _window
 
 
 class Devices(NamedTuple):
@@ -166,6 +166,15 @@ class Devices(NamedTuple):
             )
 
         return jax.tree.map(scatter_leaf, grads)
+
+    def squared_norm(self, parts: Any, whole: Any, dtype: Any) -> jax.Array:
+        """Of gradients as `total_gradients` leaves them; `whole` has their shapes."""
+        pairs = zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True)
+        is_cut = [part.shape != x.shape for part, x in pairs]
+        leaves = list(zip(is_cut, jax.tree.leaves(parts), strict=True))
+        cut = _noise_scale.squared_norm([x for c, x in leaves if c], dtype)
+        rest = _noise_scale.squared_norm([x for c, x in leaves if not c], dtype)
+        return (self.total(cut) if any(is_cut) else cut) + rest
 
     def merge_carry(
         self, carry: Any, before: Any, weight: jax.Array, total: jax.Array

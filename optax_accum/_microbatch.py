@@ -16,6 +16,7 @@ from optax_accum import (
     _checks,
     _devices,
     _distributed,
+    _noise_scale,
     _outputs,
     _split,
     _types,
@@ -31,10 +32,14 @@ class MicrobatchInfo(NamedTuple):
         micro-batches' weights: how many examples or tokens the result stands for. It
         is the `weight` under which `accumulate` takes the gradient.
       skipped: ``i32[]``, how many micro-batches `skip` rejected.
+      noise_scale: The `oa.NoiseScale` of this batch, of ``count`` 1, or 0 (and NaN)
+        where fewer than two micro-batches had any weight; ``()`` where it was not asked
+        for.
     """
 
     weight: jax.Array
     skipped: jax.Array
+    noise_scale: Any = ()
 
 
 def value_and_grad(
@@ -55,6 +60,7 @@ def value_and_grad(
     accumulator_dtype: Any = None,
     skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
     return_info: bool = False,
+    noise_scale: bool = False,
     axis_name: Any = None,
     mesh: Any = None,
     scatter: bool = False,
@@ -120,6 +126,9 @@ def value_and_grad(
         arguments in `argnums`.
       return_info: Whether to return ``(result, MicrobatchInfo)``, with the total
         weight and the number of micro-batches that were skipped.
+      noise_scale: Whether to measure the noise scale as well, for one norm per
+        micro-batch; it is in the `MicrobatchInfo`. With `scatter` the devices exchange
+        one number more after the gradients.
       axis_name: The axis of devices, or several, that share the batch. Inside
         `jax.pmap` or `jax.shard_map` each device calls this with its own part, of which
         the sizes above speak, and with parameters that are the same on all of them.
@@ -206,6 +215,11 @@ def value_and_grad(
             "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
             f"{num_microbatches!r} and {microbatch_size!r}"
         )
+    if noise_scale and not return_info:
+        raise ValueError(
+            "`noise_scale=True` measures what is returned in the `MicrobatchInfo`, but "
+            "`return_info` is False. Pass return_info=True"
+        )
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
     _aux.check_policies(aux)
     if not has_aux and aux != "stack":
@@ -227,6 +241,7 @@ def value_and_grad(
         policies=aux,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
         skip=_checks.predicate(skip),
+        noise_scale=bool(noise_scale),
         devices=_devices.Devices.of(axis_name, mesh, scatter),
     )
 
@@ -307,6 +322,7 @@ class _Totals(NamedTuple):
     aux: list[Any]
     weight: jax.Array
     skipped: jax.Array
+    noise: _noise_scale.Sums | None
     carry: Any
 
 
@@ -325,6 +341,7 @@ class _Microbatched:
     policies: Any
     accumulator_dtype: Any
     skip: Callable[[Any, Any, Any], tuple[Any, Any]] | None
+    noise_scale: bool
     devices: _devices.Devices
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -418,7 +435,8 @@ class _Microbatched:
             (shapes.value, shapes.grads),
         )
         result = outputs.pack(value, aux, totals.carry), grads
-        return result, MicrobatchInfo(weight, totals.skipped)
+        noise_scale = self._estimate(totals, shapes, unit)
+        return result, MicrobatchInfo(weight, totals.skipped, noise_scale)
 
     def _with_local_parameters(self, call: _arguments.Call) -> _arguments.Call:
         """`call` with parameters of which `jax.grad` gives this device's gradient."""
@@ -463,6 +481,7 @@ class _Microbatched:
             aux=auxiliaries.over_devices(totals.aux, devices.axis_name),
             weight=total,
             skipped=skipped.astype(totals.skipped.dtype),
+            noise=self._noise_over_devices(totals.noise),
             carry=devices.merge_carry(totals.carry, carry_before, weight, total),
         )
 
@@ -510,6 +529,7 @@ class _Microbatched:
             aux=auxiliaries.start(shapes.weight),
             weight=_window.zeros(shapes.weight),
             skipped=_types.zeros_like(shapes.rejected, jnp.int32),
+            noise=self._start_noise(shapes.weight),
             carry=carry,
         )
 
@@ -523,5 +543,29 @@ class _Microbatched:
             aux=auxiliaries.add(totals.aux, part.aux, weight),
             weight=_window.add(totals.weight, weight, weight, "sum"),
             skipped=totals.skipped + part.rejected.astype(jnp.int32),
+            noise=self._add_noise(totals.noise, part),
             carry=part.carry,
+        )
+
+    # --- The noise scale, where it was asked for ---
+
+    def _start_noise(self, weight: Any) -> _noise_scale.Sums | None:
+        if not self.noise_scale:
+            return None
+        return _types.vary_like(_noise_scale.Sums.empty(weight.dtype), weight)
+
+    def _add_noise(self, sums: Any, part: _Part) -> _noise_scale.Sums | None:
+        return sums and sums.add(part.grads, part.weight, self.reduction)
+
+    def _noise_over_devices(self, sums: Any) -> _noise_scale.Sums | None:
+        """The sums of all devices, in one dtype with the others."""
+        return sums and self.devices.total(sums.in_one_dtype())
+
+    def _estimate(self, totals: _Totals, shapes: _Part, unit: int) -> Any:
+        if totals.noise is None:
+            return ()
+        weight = totals.weight
+        square = self.devices.squared_norm(totals.grads, shapes.grads, weight.dtype)
+        return _noise_scale.of_batch(
+            totals.noise, square / (weight / unit) ** 2, weight
         )

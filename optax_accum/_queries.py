@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _checks, _window
+from optax_accum._noise_scale import NoiseScale
 from optax_accum._state import AccumulateState, none_in, states_in
 
 
@@ -103,6 +104,39 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
     sums = jax.tree.map(jnp.asarray, state.acc_grads)
     result = _window.close(sums, jnp.asarray(state.weight), reduction)
     return jax.tree.map(gradient, result)
+
+
+def noise_scale(opt_state: Any) -> NoiseScale:
+    """The noise scale as measured so far: see `oa.NoiseScale`.
+
+    Args:
+      opt_state: As in `has_updated`; `accumulate` was given a `noise_scale`.
+
+    Returns:
+      An `oa.NoiseScale`, averaged over all windows with at least two micro-batches of
+      any weight, those of all devices counted.
+
+    Raises:
+      ValueError: As `has_updated`; the noise scale is not measured.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=8, noise_scale=0.9)
+      >>> params = jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for x in 1 + jax.random.normal(jax.random.key(0), (80, 4, 3)):
+      ...     _, state = tx.update(x.mean(0), state, params, weight=len(x))
+      >>> scale = oa.noise_scale(state)
+      >>> bool(0.3 < scale.batch_size < 3), int(scale.count)
+      (True, 10)
+    """
+    state = _find(opt_state)
+    if not state.noise_scale:
+        raise ValueError(
+            "`opt_state` holds no noise scale, because `accumulate` was not asked to "
+            "measure it. Pass the decay of its averages: noise_scale=0.99"
+        )
+    return jax.tree.map(jnp.asarray, state.noise_scale.estimate)
 
 
 def _find(opt_state: Any) -> AccumulateState:

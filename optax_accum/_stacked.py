@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from optax_accum import _checks, _types
 from optax_accum._state import AccumulateState, map_states, states_in
 
-LOCAL = ("skipped", "weight", "value", "skip_state", "acc_grads")
+LOCAL = ("skipped", "weight", "value", "skip_state", "acc_grads")  # and noise sums
 
 
 def stack_windows(opt_state: Any, num_devices: int, *, all_leaves: bool = False) -> Any:
@@ -184,4 +184,7 @@ def _with_local(
 ) -> AccumulateState:
     """`state` with `function` of the local leaves of `source`."""
     own = {name: jax.tree.map(function, getattr(source, name)) for name in LOCAL}
+    if source.noise_scale:
+        sums = jax.tree.map(function, source.noise_scale.sums)
+        own["noise_scale"] = state.noise_scale._replace(sums=sums)
     return state._replace(**own)

@@ -13,8 +13,9 @@ class AccumulateState(NamedTuple):
     the last window left until the next one's first micro-step overwrites it, so
     they mean the open window only while ``micro_step > 0``.
 
-    Across devices (`axis_name`), `skipped`, `weight`, `value`, `skip_state` and
-    `acc_grads` are each device's own; the rest is the same everywhere.
+    Across devices (`axis_name`), `skipped`, `weight`, `value`, `skip_state`,
+    `acc_grads` and the sums in `noise_scale` are each device's own; the rest is the
+    same everywhere.
 
     Attributes:
       micro_step: ``i32[]``, how many micro-steps the open window has seen.
@@ -26,7 +27,10 @@ class AccumulateState(NamedTuple):
       value: as `weight`, the sum of the values, weighted as the gradients are. With
         ``reduction="mean"``, ``value / weight`` is the window's mean loss.
       skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
-      noise_scale: ``()``, the place of an estimate that is not computed yet.
+      noise_scale: ``()``, or where `accumulate` measures it: ``sums`` over the open
+        window, ``squares: f32[]`` and ``samples: i32[]``; the ``estimate``, an
+        `oa.NoiseScale`; and ``k: i32[]``, what `oa.adaptive_k` has chosen for the
+        open window, or ``()``.
       acc_grads: the sum of the gradients, in the parameters' structure, shapes and
         at least float32; ``None`` for leaves that pass through, and ``()`` where
         ``every_k=1`` needs no accumulator.

@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accum import _boundary, _checks, _distributed, _stacked, _types, _window
+from optax_accum import (
+    _boundary,
+    _checks,
+    _distributed,
+    _meter,
+    _stacked,
+    _types,
+    _window,
+)
 from optax_accum._state import AccumulateState
 
 OnSkip = Literal["shrink", "wait"]
+EveryK = int | Callable[[jax.Array], Any] | _meter.AdaptiveK | None
 
 
 class AccumulateTransformation(optax.GradientTransformationExtraArgs):
@@ -28,13 +37,14 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
 
 def accumulate(
     inner: optax.GradientTransformation,
-    every_k: int | Callable[[jax.Array], Any] | None = None,
+    every_k: EveryK = None,
     *,
     reduction: _window.Reduction = "mean",
     accumulator_dtype: Any = None,
     skip: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None,
     on_skip: OnSkip = "shrink",
     axis_name: Any = None,
+    noise_scale: float | None = None,
 ) -> AccumulateTransformation:
     """Runs `inner` once per window of micro-batches, on the global batch's gradient.
 
@@ -51,8 +61,9 @@ def accumulate(
     Args:
       inner: Any Optax gradient transformation.
       every_k: How many micro-steps make a window: an int >= 1, a schedule
-        ``gradient_step -> k``, or ``None`` where the caller passes `boundary`. With
-        the int 1 no accumulator is kept and the cost is that of `inner`.
+        ``gradient_step -> k``, `oa.adaptive_k`, or ``None`` where the caller passes
+        `boundary`. With the int 1 no accumulator is kept and the cost is that of
+        `inner`.
       reduction: ``"mean"`` for gradients of means, weighted (S = Σ wᵢ·gᵢ, result
         S / W); ``"ratio"`` for gradients of sums that are normalised once, e.g. by
         the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
@@ -71,6 +82,9 @@ def accumulate(
         W are summed, once per window, in the boundary's branch. Gradients stay local
         until then. Whether a window ends must not differ between devices: they would
         wait for each other for ever.
+      noise_scale: The decay, in [0, 1), of the averages with which the noise scale is
+        measured, for one norm per micro-step; `oa.noise_scale` reads it. By default it
+        is not measured.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with one function more:
@@ -101,7 +115,8 @@ def accumulate(
       TypeError: `inner` is no gradient transformation; `every_k` is not an int, a
         schedule or ``None``; `accumulator_dtype` is an integer dtype, or real for
         complex parameters.
-      ValueError: `every_k` < 1; an unknown `reduction` or `on_skip`; ``"wait"`` with
+      ValueError: `every_k` < 1; a `noise_scale` that is no decay; `oa.adaptive_k` from
+        1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
         `axis_name`, because devices would disagree on when to meet. At `update`:
         gradients built otherwise than the parameters; a `weight` that is no scalar or
         a negative number; no `boundary` where `every_k` is ``None``; an `axis_name`
@@ -148,7 +163,9 @@ def accumulate(
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
-    every_k = _checks.every_k(every_k)
+    adaptive_k = every_k if isinstance(every_k, _meter.AdaptiveK) else None
+    if adaptive_k is None:
+        every_k = _checks.every_k(every_k)
     axis_name = _checks.axis_name(axis_name)
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
     _checks.one_of("on_skip", on_skip, ("shrink", "wait"))
@@ -158,6 +175,16 @@ def accumulate(
             "different micro-batches would disagree on when to meet, and wait for each "
             'other for ever. Use on_skip="shrink"'
         )
+    if adaptive_k is not None and adaptive_k.min_k == 1 and axis_name is None:
+        raise ValueError(
+            "`every_k` is an `adaptive_k` with min_k=1, and one micro-batch alone "
+            "shows no noise: k would stay 1 for ever. Use min_k=2"
+        )
+    if noise_scale is not None:
+        meaning = "the decay of the averages with which it is measured"
+        noise_scale = _checks.fraction("noise_scale", noise_scale, meaning)
+    elif adaptive_k is not None:
+        noise_scale = 0.99
     accumulation = _Accumulation(
         inner=optax.with_extra_args_support(_checks.transformation(inner)),
         every_k=every_k,
@@ -166,6 +193,7 @@ def accumulate(
         skip=_checks.predicate(skip),
         on_skip=on_skip,
         axis_name=axis_name,
+        meter=_meter.Meter(noise_scale, adaptive_k),
     )
     return AccumulateTransformation(
         accumulation.init, accumulation.update, accumulation.update_params
@@ -188,12 +216,13 @@ class _Accumulation:
     """The settings of `accumulate`, and the functions that they make."""
 
     inner: optax.GradientTransformationExtraArgs
-    every_k: int | Callable[[jax.Array], Any] | None
+    every_k: EveryK
     reduction: str
     accumulator_dtype: Any
     skip: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None
     on_skip: str
     axis_name: Any
+    meter: _meter.Meter
 
     @property
     def has_accumulator(self) -> bool:
@@ -226,7 +255,7 @@ class _Accumulation:
             weight=jnp.zeros([], scalar),
             value=jnp.zeros([], scalar),
             skip_state=self._initial_skip_state(params),
-            noise_scale=(),
+            noise_scale=self.meter.init(scalar),
             acc_grads=sums,
             inner_state=_window.cast_like(inner_state, inner_state),
         )
@@ -253,7 +282,7 @@ class _Accumulation:
         use_slots = not in_turn and not is_static and self.axis_name is None
         slots = _boundary.Slots.plan(shapes, step.sums if use_slots else ())
 
-        updated, (sums, loose), inner_state = self._run_at_boundary(
+        updated, (sums, loose), after = self._run_at_boundary(
             step,
             lambda target: collect(target[0]),
             run,
@@ -262,7 +291,7 @@ class _Accumulation:
             in_turn=in_turn,
         )
         updates = slots.unpack(sums, loose, updated)
-        return updates, self._finish(step, updated, sums, inner_state)
+        return updates, self._finish(step, updated, sums, after)
 
     def update_params(
         self,
@@ -280,7 +309,7 @@ class _Accumulation:
         shapes, collect, run = self._inner_over_window(
             step, grads, params, value=value, extra_args=extra_args
         )
-        updated, params, inner_state = self._run_at_boundary(
+        updated, params, after = self._run_at_boundary(
             step,
             lambda _: collect(step.sums),
             run,
@@ -288,7 +317,7 @@ class _Accumulation:
             _window.as_arrays(params),
             in_turn=self._in_turn(step, shapes),
         )
-        return params, self._finish(step, updated, step.sums, inner_state)
+        return params, self._finish(step, updated, step.sums, after)
 
     def _add(self, grads, state, params, weight, boundary, value) -> _MicroStep:
         """Adds one micro-batch to the window."""
@@ -300,6 +329,7 @@ class _Accumulation:
             grads=grads,
             axis_name=self.axis_name,
         )
+        _checks.noise_scale(state, self.meter.init(state.weight.dtype))
         is_stacked = _stacked.is_stacked(state)
         if is_stacked:
             state = _stacked.take_row(state)
@@ -333,6 +363,9 @@ class _Accumulation:
             value=_window.add(state.value, value, weight, self.reduction, first=first),
             micro_step=_count(state.micro_step, arrived),
             weight=_window.add(state.weight, weight, weight, "sum", first=first),
+            noise_scale=self.meter.add(
+                state.noise_scale, grads, weight, self.reduction, first
+            ),
         )
 
         closes = self._closes(state, arrived) if boundary is None else boundary
@@ -356,7 +389,9 @@ class _Accumulation:
         if self.every_k == 1:
             return True
         scheduled = self.every_k
-        if callable(scheduled):
+        if isinstance(scheduled, _meter.AdaptiveK):
+            scheduled = state.noise_scale.k
+        elif callable(scheduled):
             scheduled = scheduled(state.gradient_step)
         k = _checks.scheduled_k(scheduled)
         # >=, so that a schedule that shrinks k still closes.
@@ -381,14 +416,29 @@ class _Accumulation:
         summed = _window.fill_inexact(grads, step.sums)
         narrow = not self._takes(call_over_devices, grads, summed, *rest)
 
-        def collect(sums):
-            total = None if value is None else step.state.value
-            return _boundary.Totals(
-                *_distributed.sum_over(self.axis_name, (sums, total, step.state.weight))
-            )
+        dtype = step.state.weight.dtype
+        micro_steps = step.state.micro_step.astype(dtype)
+        square = None
+        if self.axis_name is None:
+            square = self.meter.square_at(step.emits, step.sums, dtype)
 
-        def run(totals, inner_state):
-            sums, total, weight = totals
+        def collect(sums):
+            own = _boundary.Totals(
+                sums=sums,
+                value=None if value is None else step.state.value,
+                weight=step.state.weight,
+                noise=self.meter.sums(step.state.noise_scale),
+                square=None,
+            )
+            totals = _distributed.sum_over(self.axis_name, own)
+            if self.axis_name is None:
+                return totals._replace(square=square)
+            return totals._replace(square=self.meter.square(totals.sums, dtype))
+
+        def run(totals, before):
+            inner_state, measured = before
+            sums, total, weight, noise, square = totals
+            measured = self.meter.close(measured, noise, square, weight, micro_steps)
             result = _window.close(sums, weight, self.gradient_reduction)
             mean = _window.fill_inexact(grads, result)
             updates, new_state = call(
@@ -405,10 +455,8 @@ class _Accumulation:
                 "An optimizer whose state changes its structure cannot be compiled "
                 "into a boundary; put it beside `accumulate`, in an `optax.chain`",
             )
-            return (
-                _window.cast_like(updates, shapes),
-                _window.cast_like(new_state, inner_state),
-            )
+            new_state = _window.cast_like(new_state, inner_state)
+            return _window.cast_like(updates, shapes), (new_state, measured)
 
         return shapes, collect, run
 
@@ -437,14 +485,16 @@ class _Accumulation:
         return _boundary.rounds(step.sums, updates, step.state.inner_state)
 
     def _run_at_boundary(self, step, collect, run, write, target, *, in_turn):
-        arguments = step.emits, collect, run, write, target, step.state.inner_state
+        measured = self.meter.measured(step.state.noise_scale)
+        before = step.state.inner_state, measured
+        arguments = step.emits, collect, run, write, target, before
         if in_turn:
             return _boundary.run_in_turn(*arguments)
         return _boundary.run_at(*arguments, guard=step.guard)
 
-    def _finish(self, step, updated, sums, inner_state) -> AccumulateState:
+    def _finish(self, step, updated, sums, after) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""
-        state = step.state
+        state, (inner_state, measured) = step.state, after
         # A window that is closed for certain leaves nothing to remember.
         if self.has_accumulator and step.closes is not True:
             state = state._replace(acc_grads=sums)
@@ -452,6 +502,7 @@ class _Accumulation:
             micro_step=jnp.where(step.closes, 0, state.micro_step),
             gradient_step=_count(state.gradient_step, updated),
             emitted=updated,
+            noise_scale=self.meter.put(state.noise_scale, measured),
             inner_state=inner_state,
         )
         return _stacked.put_row(state) if step.is_stacked else state

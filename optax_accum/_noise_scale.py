@@ -1,0 +1,184 @@
+"""The noise scale: how large a batch is worth its cost, measured as a by-product.
+
+Let gᵢ be the gradients of k micro-batches, means over bᵢ units (examples, tokens), B
+the sum of the bᵢ, and ḡ the weighted mean of the gᵢ, the global batch's gradient. If
+the gradients of single units are independent, with mean G and covariance Σ, then
+
+    Ŝ  = (Σ bᵢ·‖gᵢ‖² − B·‖ḡ‖²) / (k − 1)     estimates the noise, tr Σ,
+    Ĝ² = ‖ḡ‖² − Ŝ / B                         estimates the signal, ‖G‖²,
+
+both without bias, however uneven the bᵢ. Their ratio is the simple noise scale: the
+batch size, in units, at which noise and signal are equal. One window is a very rough
+measurement; averages over many windows are divided, because an average of ratios would
+be ruled by those with a small signal.
+
+McCandlish et al., An Empirical Model of Large-Batch Training, 2018, section 2.2 and
+appendix A (https://arxiv.org/abs/1812.06162), where all bᵢ are equal.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_accum import _window
+
+
+class NoiseScale(NamedTuple):
+    """An estimate of the simple noise scale: of one batch, or averaged over many.
+
+    `accumulate` averages by itself (see `oa.noise_scale`). `value_and_grad` gives each
+    batch's own, to be averaged with `add`.
+
+    Attributes:
+      signal: ``f32[]``, Ĝ², the squared norm of the true gradient. It is unbiased, and
+        therefore negative at times, where it is lost in the noise. NaN where a batch
+        had only one micro-batch.
+      noise: ``f32[]``, Ŝ, the trace of the covariance of one unit's gradient. A unit is
+        what the weights count: an example, a token; where no weights were given, one
+        micro-batch.
+      count: ``i32[]``, over how many batches they were averaged; 0 for a batch of which
+        nothing can be said.
+
+    Examples:
+      Two micro-batches of 4 examples each, in every one of three steps:
+
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, x):
+      ...     return jnp.mean((x @ w - 1) ** 2)
+      >>> value_and_grad = jax.jit(
+      ...     oa.value_and_grad(
+      ...         loss, num_microbatches=2, noise_scale=True, return_info=True
+      ...     )
+      ... )
+      >>> average = oa.NoiseScale.empty()
+      >>> for x in jax.random.normal(jax.random.key(0), (3, 8, 2)):
+      ...     _, info = value_and_grad(jnp.ones(2), x)
+      ...     average = average.add(info.noise_scale, decay=0.9)
+      >>> int(average.count), average.batch_size.shape
+      (3, ())
+
+    References:
+      McCandlish et al., An Empirical Model of Large-Batch Training, 2018, equation 2.9
+      and appendix A.1 (https://arxiv.org/abs/1812.06162).
+    """
+
+    signal: jax.Array
+    noise: jax.Array
+    count: jax.Array  # type: ignore[assignment]
+
+    @classmethod
+    def empty(cls, dtype: Any = jnp.float32) -> "NoiseScale":
+        """No measurement yet: its `batch_size` is NaN."""
+        return cls(
+            signal=jnp.zeros([], dtype),
+            noise=jnp.zeros([], dtype),
+            count=jnp.zeros([], jnp.int32),
+        )
+
+    @property
+    def batch_size(self) -> jax.Array:
+        """``f32[]``, noise / signal: the simple noise scale, in units.
+
+        Batches much smaller than that average mostly noise, much larger ones mostly
+        repeat what is known. Negative where the signal is lost in the noise: then a
+        batch size cannot be told, and is large. NaN before the first measurement.
+        """
+        return self.noise / self.signal
+
+    def add(self, sample: "NoiseScale", decay: Any) -> "NoiseScale":
+        """The exponential moving averages with one measurement more in them.
+
+        Signal and noise are each averaged, and corrected for the bias of a start from
+        zero:
+
+            aₙ = aₙ₋₁ + (xₙ − aₙ₋₁)·(1 − decay) / (1 − decayⁿ)
+
+        Args:
+          sample: Of one batch. With ``count`` 0 it changes nothing.
+          decay: Of the averages, in [0, 1): they reach back over about
+            ``1 / (1 - decay)`` batches.
+
+        Returns:
+          The averages, of one count more.
+        """
+        known = sample.count > 0
+        count = self.count + known.astype(self.count.dtype)
+
+        def average(mean, x):
+            one = jnp.ones([], mean.dtype)
+            kept = one * decay
+            rate = (one - kept) / (one - kept ** count.astype(mean.dtype))
+            # Selected: what is not known is NaN.
+            return jnp.where(known, mean + (x.astype(mean.dtype) - mean) * rate, mean)
+
+        signal, noise = (
+            average(*pair) for pair in zip(self[:2], sample[:2], strict=True)
+        )
+        return NoiseScale(signal, noise, count)
+
+
+class Sums(NamedTuple):
+    """What micro-batches leave behind: sums over the open window.
+
+    Attributes:
+      squares: ``f32[]``, Σ bᵢ·‖gᵢ‖².
+      samples: ``i32[]``, k, how many micro-batches had any weight.
+    """
+
+    squares: jax.Array
+    samples: jax.Array
+
+    @classmethod
+    def empty(cls, dtype: Any) -> "Sums":
+        """Of a window without micro-batches."""
+        return cls(jnp.zeros([], dtype), jnp.zeros([], jnp.int32))
+
+    def in_one_dtype(self) -> "Sums":
+        """The count in the dtype of the squares, so that both are exchanged at once."""
+        return self._replace(samples=self.samples.astype(self.squares.dtype))
+
+    def add(
+        self, grads: Any, weight: jax.Array, reduction: str, *, first: Any = None
+    ) -> "Sums":
+        """With one more micro-batch; of weight 0 it is none, were its gradient NaN."""
+        square = squared_norm(grads, self.squares.dtype)
+        if reduction != "mean":
+            # The gradient of a sum over b is b times that of the mean.
+            square = square / jnp.where(weight == 0, 1, weight) ** 2
+        return Sums(
+            _window.add(self.squares, square, weight, "mean", first=first),
+            _window.add(
+                self.samples, jnp.ones([], jnp.int32), weight, "sum", first=first
+            ),
+        )
+
+
+def squared_norm(tree: Any, dtype: Any) -> jax.Array:
+    """``dtype[]``, the sum of the squares of all floating entries."""
+    total = jnp.zeros([], dtype)
+    for x in map(jnp.asarray, jax.tree.leaves(_window.keep_inexact(tree))):
+        for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+            wide = part.astype(_window.at_least_float32(part.dtype))
+            total = total + jnp.sum(wide * wide).astype(dtype)
+    return total
+
+
+def of_batch(sums: Sums, square: jax.Array, weight: jax.Array) -> NoiseScale:
+    """The estimate from one window.
+
+    Args:
+      sums: Over all micro-batches of all devices; `samples` may be a float here.
+      square: ``‖ḡ‖²``.
+      weight: B.
+    """
+    known = sums.samples > 1
+    others = jnp.where(known, sums.samples - 1, 1).astype(square.dtype)
+    noise = (sums.squares - weight * square) / others
+    signal = square - noise / jnp.where(weight == 0, 1, weight)
+    unknown = jnp.full_like(square, jnp.nan)
+    return NoiseScale(
+        signal=jnp.where(known, signal, unknown),
+        noise=jnp.where(known, noise, unknown),
+        count=known.astype(jnp.int32),
+    )

@@ -1,0 +1,732 @@
+"""The noise scale: unbiased, the same in every way of training, and what follows it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from devices import AXIS, COUNT, INSIDE, inside, stacked
+from hlo import compiled, exchanges, large_copies, nbytes, temporaries
+from training import WAYS, loosely, micro_batches, stepper
+
+import optax_accum as oa
+from optax_accum import _noise_scale
+
+UNEVEN = np.array([1.0, 5.0, 9.0, 2.0, 15.0])
+DIM, TRACE = 8, 6.0
+SIGNAL = 0.5  # ‖G‖²
+TRUE = TRACE / SIGNAL
+
+
+def by_hand(grads, weights):
+    """The formulas in NumPy's float64: signal and noise."""
+    vectors = [
+        np.concatenate(
+            [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(g)]
+        )
+        for g in grads
+    ]
+    b = np.asarray(weights, np.float64)
+    mean = sum(w * v for w, v in zip(b, vectors, strict=True)) / b.sum()
+    squares = sum(w * v @ v for w, v in zip(b, vectors, strict=True))
+    noise = (squares - b.sum() * mean @ mean) / (len(b) - 1)
+    return mean @ mean - noise / b.sum(), noise
+
+
+def sample_gradients(key, shape, weights):
+    """Means over as many units as `weights` say: ``[*shape, len(weights), DIM]``."""
+    mean = np.sqrt(SIGNAL / DIM)
+    deviation = np.sqrt(TRACE / DIM)
+    normal = jax.random.normal(key, (*shape, len(weights), DIM))
+    scale = jnp.asarray(deviation / np.sqrt(weights), jnp.float32)
+    return mean + normal * scale.reshape(*[1] * len(shape), -1, 1)
+
+
+def estimate(grads, weights, reduction="mean"):
+    """Through the library's own sums."""
+    sums = _noise_scale.Sums.empty(jnp.float32)
+    total = jnp.zeros(grads.shape[1:])
+    for g, w in zip(grads, weights, strict=True):
+        sums = sums.add(g, jnp.float32(w), reduction)
+        total = total + jnp.float32(w if reduction == "mean" else 1) * g
+    weight = jnp.float32(sum(weights))
+    square = _noise_scale.squared_norm(total, jnp.float32) / weight**2
+    return _noise_scale.of_batch(sums, square, weight)
+
+
+# --- The estimate ---
+
+
+def test_it_is_unbiased_with_uneven_weights():
+    grads = sample_gradients(jax.random.key(0), (20_000,), UNEVEN)
+    found = jax.vmap(lambda g: estimate(g, UNEVEN))(grads)
+    for got, wanted in ((found.noise, TRACE), (found.signal, SIGNAL)):
+        error = got.mean() - wanted
+        assert abs(error) < 4 * got.std() / np.sqrt(len(got))
+        assert abs(error) < 0.03 * wanted  # and that is a sharp test
+
+    def equal_size_formula(grads):
+        """McCandlish's, with the mean size for every micro-batch."""
+        small, large = UNEVEN.mean(), UNEVEN.sum()
+        mean = jnp.tensordot(jnp.asarray(UNEVEN / large, jnp.float32), grads, 1)
+        squares = (grads**2).sum(-1).mean()
+        return (squares - (mean**2).sum()) / (1 / small - 1 / large)
+
+    naive = jax.vmap(equal_size_formula)(grads).mean()
+    assert 2.6 < naive / TRACE < 2.8
+
+
+def test_a_ratio_of_averages_is_the_noise_scale():
+    """And an average of ratios is not."""
+    grads = sample_gradients(jax.random.key(1), (4000,), UNEVEN)
+    samples = jax.vmap(lambda g: estimate(g, UNEVEN))(grads)
+
+    def add(average, sample):
+        return average.add(sample, 0.999), None
+
+    average, _ = jax.lax.scan(add, oa.NoiseScale.empty(), samples)
+    assert int(average.count) == 4000
+    np.testing.assert_allclose(average.batch_size, TRUE, rtol=0.1)
+    ratios = samples.noise / samples.signal
+    assert abs(ratios.mean() / TRUE - 1) > 0.2
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+def test_the_averages_are_corrected_for_their_start(decay):
+    values = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+    average = oa.NoiseScale.empty()
+    raw = np.zeros(2)
+    for n, (signal, noise) in enumerate(values, start=1):
+        sample = oa.NoiseScale(jnp.float32(signal), jnp.float32(noise), jnp.int32(1))
+        average = average.add(sample, decay)
+        raw = decay * raw + (1 - decay) * np.array([signal, noise])
+        expected = raw / (1 - decay**n)
+        np.testing.assert_allclose(average[:2], expected, rtol=1e-4, atol=1e-5)
+        assert int(average.count) == n
+
+
+def test_a_sample_of_nothing_changes_nothing():
+    average = oa.NoiseScale(jnp.float32(2), jnp.float32(6), jnp.int32(3))
+    nothing = estimate(jnp.ones((1, DIM)), [4.0])
+    assert np.isnan(nothing.signal)
+    assert np.isnan(nothing.noise)
+    assert int(nothing.count) == 0
+    jax.tree.map(np.testing.assert_array_equal, average.add(nothing, 0.9), average)
+    assert float(average.batch_size) == 3
+    assert np.isnan(oa.NoiseScale.empty().batch_size)
+
+
+def test_the_signal_may_be_negative():
+    grads = jnp.asarray([[1.0], [-1.0]])
+    found = estimate(grads, [1.0, 1.0])
+    assert float(found.signal) == -1
+    assert float(found.noise) == 2
+    assert float(found.batch_size) == -2
+
+
+@pytest.mark.parametrize("reduction", ["ratio", "sum"])
+def test_gradients_of_sums(reduction):
+    grads = sample_gradients(jax.random.key(2), (), UNEVEN)
+    sums = grads * jnp.asarray(UNEVEN, jnp.float32)[:, None]
+    found = estimate(sums, UNEVEN, reduction)
+    np.testing.assert_allclose(found[:2], by_hand(grads, UNEVEN), rtol=1e-4)
+
+
+def test_complex_and_narrow_and_integer_leaves():
+    tree = {
+        "c": jnp.array([3 + 4j, 1j]),
+        "b": jnp.full(1000, 2.0, jnp.bfloat16),
+        "i": jnp.ones(3, jnp.int32),
+    }
+    assert float(_noise_scale.squared_norm(tree, jnp.float32)) == 26 + 4000
+
+
+# --- Across steps ---
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.zeros(5)}
+
+
+def run(tx, grads, weights, way="update_params", params=PARAMS, **options):
+    state = tx.init(params)
+    step = jax.jit(stepper(tx, way))
+    for g, w in zip(grads, weights, strict=True):
+        params, state = step(params, state, g, weight=w, **options)
+    return params, state
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+def test_windows_are_averaged(way, reduction):
+    decay, k, windows = 0.7, 4, 3
+    grads, weights = micro_batches(PARAMS, k * windows)
+    given = grads
+    if reduction != "mean":
+        given = [
+            jax.tree.map(lambda x, w=w: x * w, g)
+            for g, w in zip(grads, weights, strict=True)
+        ]
+    tx = oa.accumulate(optax.sgd(0.1), k, reduction=reduction, noise_scale=decay)
+    _, state = run(tx, given, weights, way)
+    raw = np.zeros(2)
+    for n in range(windows):
+        part = slice(n * k, (n + 1) * k)
+        raw = decay * raw + (1 - decay) * np.array(by_hand(grads[part], weights[part]))
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], raw / (1 - decay**windows), rtol=1e-4)
+    assert int(found.count) == windows
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_else_changes(way):
+    grads, weights = micro_batches(PARAMS, 6)
+    inner = loosely(optax.adamw(1e-2))
+    plain = run(oa.accumulate(inner, 3), grads, weights, way)
+    measured = run(oa.accumulate(inner, 3, noise_scale=0.9), grads, weights, way)
+    assert plain[1].noise_scale == ()
+    without = measured[1]._replace(noise_scale=())
+    jax.tree.map(np.testing.assert_array_equal, plain, (measured[0], without))
+
+
+def test_it_costs_nothing_where_it_is_not_asked_for():
+    tx = oa.accumulate(optax.sgd(0.1), 4)
+    state = tx.init(PARAMS)
+    assert state.noise_scale == ()
+    text = jax.jit(tx.update_params).lower(PARAMS, state, PARAMS).as_text()
+    assert "reduce" not in text
+    asked = oa.accumulate(optax.sgd(0.1), 4, noise_scale=0.9)
+    text = jax.jit(asked.update_params).lower(PARAMS, asked.init(PARAMS), PARAMS)
+    assert "reduce" in text.as_text()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)])
+def test_it_is_free_of_copies(way, inner):
+    params = {"w": jnp.zeros((1024, 512)), "b": jnp.zeros(1000)}
+    tx = oa.accumulate(loosely(inner), 4, noise_scale=0.99)
+    state = tx.init(params)
+    program = compiled(
+        stepper(tx, way), params, state, jax.tree.map(jnp.copy, params), donate=(0, 1)
+    )
+    assert temporaries(program) < 0.01 * nbytes(params)
+    assert large_copies(program, 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("skip", "on_skip", "bad"),
+    [(None, "shrink", 0), (oa.skip_not_finite, "shrink", 1)],
+    ids=["weight 0", "skipped"],
+)
+def test_what_does_not_count_is_excluded(skip, on_skip, bad):
+    grads, weights = micro_batches(PARAMS, 4)
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
+    tx = oa.accumulate(optax.sgd(0.1), 5, noise_scale=0.9, skip=skip, on_skip=on_skip)
+    given = [*grads[:2], nan, *grads[2:]]
+    _, state = run(tx, given, [*weights[:2], jnp.float32(bad), *weights[2:]])
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
+
+
+def test_what_waits_is_excluded():
+    grads, weights = micro_batches(PARAMS, 4)
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), grads[0])
+    tx = oa.accumulate(
+        optax.sgd(0.1),
+        4,
+        noise_scale=0.9,
+        skip=oa.skip_not_finite,
+        on_skip="wait",
+    )
+    _, state = run(tx, [nan, *grads], [jnp.float32(3), *weights])
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
+
+
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_windows_of_one_micro_batch_say_nothing(every_k):
+    grads, weights = micro_batches(PARAMS, 3)
+    tx = oa.accumulate(optax.sgd(0.1), every_k, noise_scale=0.9)
+    state = tx.init(PARAMS)
+    params = PARAMS
+    for g, w in zip(grads, weights, strict=True):
+        params, state = jax.jit(
+            lambda *args, w=w: tx.update_params(*args, weight=w, boundary=True)
+        )(g, state, params)
+    found = oa.noise_scale(state)
+    assert int(found.count) == 0
+    assert np.isnan(found.batch_size)
+    assert int(oa.gradient_step(state)) == 3
+
+
+def test_an_empty_window_changes_nothing():
+    grads, weights = micro_batches(PARAMS, 2)
+    tx = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    params, state = run(tx, grads, weights)
+    before = oa.noise_scale(state)
+    for g in grads:
+        params, state = jax.jit(stepper(tx))(params, state, g, weight=jnp.float32(0))
+    jax.tree.map(np.testing.assert_array_equal, before, oa.noise_scale(state))
+
+
+@pytest.mark.parametrize("boundary", [True, jnp.array(True)])
+def test_a_boundary_of_the_caller(boundary):
+    grads, weights = micro_batches(PARAMS, 3)
+    tx = oa.accumulate(optax.sgd(0.1), noise_scale=0.9)
+    params, state = PARAMS, tx.init(PARAMS)
+    for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
+        closes = boundary if i == 2 else jnp.array(False)
+        params, state = tx.update_params(g, state, params, weight=w, boundary=closes)
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
+
+
+def test_bfloat16_parameters():
+    """There the updates and the inner state are computed in turn."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    grads, weights = micro_batches(params, 4)
+    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, noise_scale=0.9)
+    _, state = run(tx, grads, weights, params=params)
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("float64")
+def test_float64():
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
+    grads, weights = micro_batches(params, 3)
+    tx = oa.accumulate(optax.sgd(0.1), 3, noise_scale=0.9)
+    _, state = run(tx, grads, weights, params=params)
+    found = oa.noise_scale(state)
+    assert found.signal.dtype == jnp.float64
+    np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-12)
+
+
+def test_a_state_from_before():
+    old = oa.accumulate(optax.sgd(0.1), 2)
+    new = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    grads, weights = micro_batches(PARAMS, 2)
+    params, state = run(old, grads, weights)
+    with pytest.raises(ValueError, match="made without this `noise_scale`") as error:
+        new.update_params(grads[0], state, params)
+    assert "state._replace(noise_scale=tx.init(params).noise_scale)" in str(error.value)
+    state = state._replace(noise_scale=new.init(params).noise_scale)
+    new.update_params(grads[0], state, params)
+    # And back: what is not measured any more is kept.
+    _, kept = old.update_params(grads[0], state, params)
+    jax.tree.map(np.testing.assert_array_equal, kept.noise_scale, state.noise_scale)
+
+
+# --- Inside one step, and over devices ---
+
+X = jnp.asarray(np.random.default_rng(3).normal(size=(12, 3)), jnp.float32)
+MASK = jnp.asarray(np.arange(12) % 5 > 0)
+WEIGHTS = {"w": jnp.ones((3, 2)), "b": jnp.full(2, 0.3)}
+
+
+def loss(params, x, mask):
+    wrong = (jnp.tanh(x @ params["w"] + params["b"][None]) - 0.5) ** 2
+    total = jnp.where(mask, wrong.sum(-1), 0).sum()
+    return total / jnp.maximum(mask.sum(), 1).astype(total.dtype)
+
+
+def count(params, x, mask):
+    del params, x
+    return mask.sum()
+
+
+def parts(k, x=X, mask=MASK):
+    """The gradients and weights of strided micro-batches."""
+    grads = [jax.grad(loss)(WEIGHTS, x[i::k], mask[i::k]) for i in range(k)]
+    return grads, [float(mask[i::k].sum()) for i in range(k)]
+
+
+def in_step(k, **options):
+    return oa.value_and_grad(
+        loss,
+        num_microbatches=k,
+        batch_argnums=(1, 2),
+        weight=count,
+        noise_scale=True,
+        return_info=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_in_one_step(k):
+    _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
+    np.testing.assert_allclose(info.noise_scale[:2], by_hand(*parts(k)), rtol=1e-4)
+    assert int(info.noise_scale.count) == 1
+
+
+def test_in_one_step_with_equal_weights_and_sums():
+    def total(params, x):
+        return len(x) * loss(params, x, jnp.ones(len(x), bool))
+
+    every = jnp.ones(12, bool)
+    expected = by_hand(*parts(3, mask=every))
+    for reduction, fun in (("sum", total), ("ratio", total)):
+        f = oa.value_and_grad(
+            fun,
+            num_microbatches=3,
+            reduction=reduction,
+            noise_scale=True,
+            return_info=True,
+        )
+        _, info = jax.jit(f)(WEIGHTS, X)
+        np.testing.assert_allclose(info.noise_scale[:2], expected, rtol=1e-4)
+    f = oa.value_and_grad(
+        lambda p, x: total(p, x) / len(x),
+        microbatch_size=5,  # 5, 5 and 2
+        noise_scale=True,
+        return_info=True,
+    )
+    _, info = jax.jit(f)(WEIGHTS, X)
+    cut = [X[:5], X[5:10], X[10:]]
+    grads = [jax.grad(loss)(WEIGHTS, x, jnp.ones(len(x), bool)) for x in cut]
+    np.testing.assert_allclose(
+        info.noise_scale[:2], by_hand(grads, [5, 5, 2]), rtol=1e-4
+    )
+
+
+def test_one_micro_batch_gives_nan():
+    (_, grads), info = jax.jit(in_step(1))(WEIGHTS, X, MASK)
+    assert np.isnan(info.noise_scale.signal)
+    assert np.isnan(info.noise_scale.batch_size)
+    assert int(info.noise_scale.count) == 0
+    assert np.isfinite(grads["w"]).all()
+
+
+def test_rejected_micro_batches_are_excluded_in_one_step():
+    x = X.at[0].set(jnp.nan)  # in the first of four
+    _, info = jax.jit(in_step(4, skip=oa.skip_not_finite))(
+        WEIGHTS, x, MASK.at[0].set(True)
+    )
+    grads, weights = parts(4)
+    expected = by_hand(grads[1:], weights[1:])
+    np.testing.assert_allclose(info.noise_scale[:2], expected, rtol=1e-4)
+    assert int(info.skipped) == 1
+
+
+def test_without_it_the_info_is_as_before():
+    f = oa.value_and_grad(
+        lambda p, x: (x @ p).mean(), num_microbatches=2, return_info=1
+    )
+    _, info = f(jnp.ones(3), X)
+    assert info.noise_scale == ()
+
+
+def device_data():
+    x = np.random.default_rng(4).normal(size=(COUNT * 4, 3)).astype(np.float32)
+    mask = np.random.default_rng(5).random(COUNT * 4) < 0.7
+    mask[:4] = True
+    return jnp.asarray(x), jnp.asarray(mask)
+
+
+def device_parts(k):
+    """Of every device's contiguous part its strided micro-batches."""
+    x, mask = device_data()
+    pairs = zip(jnp.split(x, COUNT), jnp.split(mask, COUNT), strict=True)
+    both = [parts(k, *pair) for pair in pairs]
+    grads = [g for gs, _ in both for g in gs]
+    weights = [w for _, ws in both for w in ws]
+    counted = [i for i, w in enumerate(weights) if w]
+    return [grads[i] for i in counted], [weights[i] for i in counted]
+
+
+@pytest.mark.several_devices
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("scatter", [False, True])
+def test_in_one_step_on_a_mesh(k, scatter):
+    from devices import mesh  # noqa: PLC0415
+
+    # So that a leaf can be cut and another cannot.
+    f = jax.jit(in_step(k, mesh=mesh(), axis_name=AXIS, scatter=scatter))
+    _, info = f(WEIGHTS, *device_data())
+    expected = by_hand(*device_parts(k))
+    np.testing.assert_allclose(info.noise_scale[:2], expected, rtol=1e-4)
+
+
+@pytest.mark.several_devices
+def test_gradients_that_are_scattered_have_the_same_norm():
+    from devices import mesh  # noqa: PLC0415
+
+    params = jnp.ones((COUNT, 2)), jnp.ones(COUNT + 1)
+
+    def fun(params, x):
+        a, b = params
+        return ((x * a.sum() + b.sum()) ** 2 * a.sum()).mean()
+
+    x = jnp.arange(4.0 * COUNT).reshape(-1, 1)
+    scales = []
+    for scatter in (False, True):
+        f = oa.value_and_grad(
+            fun,
+            num_microbatches=2,
+            mesh=mesh(),
+            axis_name=AXIS,
+            scatter=scatter,
+            noise_scale=True,
+            return_info=True,
+        )
+        scales.append(jax.jit(f)(params, x)[1].noise_scale)
+    np.testing.assert_allclose(*scales, rtol=1e-4)
+
+
+@pytest.mark.several_devices
+@pytest.mark.parametrize("way", INSIDE)
+@pytest.mark.parametrize("every_k", [1, 2])
+def test_windows_over_devices(way, every_k):
+    """k·D samples, in the one exchange that there is."""
+    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_scale=0.9)
+
+    def step(params, state, x, mask):
+        local = (
+            jax.lax.pcast(params, AXIS, to="varying") if way == "checked" else params
+        )
+        grads = jax.grad(loss)(local, x, mask)
+        return tx.update_params(grads, state, params, weight=mask.sum())
+
+    x, mask = device_data()
+    split = x.reshape(COUNT, 4, 3), mask.reshape(COUNT, 4)
+    state = tx.init(WEIGHTS)
+    if way == "pmap":
+        mapped = inside(way, step, (0, 0, 0, 0), (0, 0))
+        params, state = stacked((WEIGHTS, state))
+    else:
+        mapped = inside(way, step, (None, "state", 0, 0), (None, "state"))
+        params, state = WEIGHTS, oa.stack_windows(state, COUNT)
+    for i in range(every_k):
+        cut = [a[:, i::every_k] for a in split]
+        if way != "pmap":
+            cut = [a.reshape(-1, *a.shape[2:]) for a in cut]
+        program = mapped.lower(params, state, *cut).compile()
+        params, state = jax.block_until_ready(mapped(params, state, *cut))
+    found = oa.noise_scale(state)
+    for got, wanted in zip(found, (*by_hand(*device_parts(every_k)), 1), strict=True):
+        np.testing.assert_allclose(np.ravel(got), wanted, rtol=1e-4)
+    place = "entry" if every_k == 1 else "branch"
+    assert sum(exchanges(program).values()) == 1, exchanges(program)
+    assert f"all-reduce, {place}" in exchanges(program) or every_k == 1
+
+
+@pytest.mark.several_devices
+def test_in_one_step_there_is_still_one_exchange():
+    from devices import mesh  # noqa: PLC0415
+
+    f = jax.jit(in_step(2, mesh=mesh(), axis_name=AXIS))
+    program = f.lower(WEIGHTS, *device_data()).compile()
+    assert exchanges(program) == {"all-reduce, entry": 1}
+
+
+def test_windows_of_several_devices_can_be_stacked_and_summed():
+    grads, weights = micro_batches(PARAMS, 3)
+    tx = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    _, state = run(tx, grads, weights)  # an open window, after a closed one
+    rows = oa.stack_windows(state, 4)
+    assert rows.noise_scale.sums.squares.shape == (4,)
+    assert rows.noise_scale.estimate.noise.shape == ()
+    jax.tree.map(np.testing.assert_array_equal, oa.sum_windows(rows), state)
+    everything = oa.stack_windows(state, 4, all_leaves=True)
+    assert everything.noise_scale.estimate.noise.shape == (4,)
+    jax.tree.map(np.testing.assert_array_equal, oa.sum_windows(everything), state)
+    specs = oa.window_specs(state, AXIS).noise_scale
+    assert [str(s) for s in (specs.sums.samples, specs.estimate.count)] == [
+        str(jax.sharding.PartitionSpec(AXIS)),
+        str(jax.sharding.PartitionSpec()),
+    ]
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_three_ways_agree(k):
+    """Streaming, in one step, and by hand, on the same micro-batches."""
+    _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
+    tx = oa.accumulate(optax.sgd(0.1), k, noise_scale=0.9)
+    grads, weights = parts(k)
+    _, state = run(tx, grads, [jnp.float32(w) for w in weights], params=WEIGHTS)
+    np.testing.assert_allclose(oa.noise_scale(state), info.noise_scale, rtol=1e-5)
+
+
+# --- A k that follows ---
+
+
+def quadratic(tx, true_scale, size, steps, seed=0):
+    """Gradients of micro-batches of `size` units, at parameters that do not move."""
+    dim = 50
+    deviation = np.sqrt(true_scale / dim / size)  # ‖G‖ = 1
+    mean = jnp.full(dim, 1 / np.sqrt(dim), jnp.float32)
+
+    def step(carry, key):
+        params, state = carry
+        grads = mean + jnp.float32(deviation) * jax.random.normal(key, (dim,))
+        params, state = tx.update_params(grads, state, params, weight=size)
+        return (params, state), state.noise_scale.k
+
+    keys = jax.random.split(jax.random.key(seed), steps)
+    params = jnp.zeros(dim)
+    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys))()
+
+
+@pytest.mark.parametrize("powers_of_two", [True, False])
+@pytest.mark.parametrize("true_k", [3, 10, 50])
+def test_k_settles_at_the_noise_scale(true_k, powers_of_two):
+    every_k = oa.adaptive_k(2, 1000, powers_of_two=powers_of_two)
+    tx = oa.accumulate(optax.sgd(0.0), every_k, noise_scale=0.95)
+    (_, state), ks = quadratic(tx, 4.0 * true_k, 4, 6000)
+    late = np.asarray(ks)[3000:]
+    assert true_k / 2 <= late.min()
+    assert late.max() <= true_k * 2
+    np.testing.assert_allclose(oa.noise_scale(state).batch_size, 4 * true_k, rtol=0.5)
+    if powers_of_two:
+        assert {int(k) & int(k - 1) for k in late} == {0}
+    assert len(set(late.tolist())) <= 4  # it has settled
+
+
+def test_it_settles_while_it_trains():
+    """A quadratic bowl with known noise: as it descends, the signal gets less."""
+    dim, size, rate = 50, 4, 0.01
+    tx = oa.accumulate(optax.sgd(rate), oa.adaptive_k(2, 4096), noise_scale=0.8)
+
+    def step(carry, key):
+        params, state = carry
+        noise = jax.random.normal(key, (dim,)) / jnp.sqrt(jnp.float32(size))
+        params, state = tx.update_params(params + noise, state, params, weight=size)
+        true = dim / jnp.sum(params**2)  # tr Σ / ‖G‖²
+        return (params, state), (true, state.noise_scale.k)
+
+    start = jnp.full(dim, 2.0)
+    keys = jax.random.split(jax.random.key(0), 6000)
+    _, (true, k) = jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), keys))()
+    wanted = np.asarray(true) / size
+    late = slice(4000, None)
+    assert wanted[-1] > 4 * wanted[0]
+    ratio = np.asarray(k)[late] / wanted[late]
+    assert 0.5 <= np.median(ratio) <= 2
+
+
+def test_k_has_bounds():
+    def last_k(every_k, true_k):
+        tx = oa.accumulate(optax.sgd(0.0), every_k, noise_scale=0.9)
+        return int(quadratic(tx, 4.0 * true_k, 4, 800)[1][-1])
+
+    assert last_k(oa.adaptive_k(3, 12), 500) == 12
+    assert last_k(oa.adaptive_k(3, 12), 0.1) == 3
+    assert last_k(oa.adaptive_k(2, 500, multiple=4), 8) in (16, 32, 64)
+
+
+def test_without_signal_k_is_the_most():
+    adaptive = oa.adaptive_k(2, 64)
+    k = jnp.int32(2)
+    lost = oa.NoiseScale(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
+    for wanted in (4, 8, 16, 32, 64, 64):
+        k = adaptive.next(k, lost, jnp.float32(1))
+        assert int(k) == wanted
+    assert k.dtype == jnp.int32
+
+
+def test_before_the_first_measurement_k_stays():
+    adaptive = oa.adaptive_k(2, 64)
+    k = adaptive.next(jnp.int32(5), oa.NoiseScale.empty(), jnp.float32(1))
+    assert int(k) == 5
+
+
+@pytest.mark.parametrize(("wanted", "k"), [(11.9, 8), (12.1, 16), (5.4, 8), (5.2, 4)])
+def test_k_has_a_hysteresis(wanted, k):
+    adaptive = oa.adaptive_k(2, 64, hysteresis=0.5)
+    scale = oa.NoiseScale(jnp.float32(1), jnp.float32(wanted), jnp.int32(1))
+    assert int(adaptive.next(jnp.int32(8), scale, jnp.float32(1))) == k
+
+
+@pytest.mark.several_devices
+@pytest.mark.parametrize("way", INSIDE)
+def test_k_is_the_same_on_all_devices(way):
+    """And one device may begin with windows of one, because there are others."""
+    every_k = oa.adaptive_k(1, 64)
+    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_scale=0.9)
+    dim, true_k = 50, 8
+    deviation = np.sqrt(true_k * COUNT / dim)
+
+    def step(params, state, normal):
+        normal = normal.reshape(dim)
+        grads = jnp.float32(1 / np.sqrt(dim)) + jnp.float32(deviation) * normal
+        return tx.update_params(grads, state, params)
+
+    state, params = tx.init(jnp.zeros(dim)), jnp.zeros(dim)
+    if way == "pmap":
+        mapped = inside(way, step, (0, 0, 0), (0, 0))
+        params, state = stacked((params, state))
+    else:
+        mapped = inside(way, step, (None, "state", 0), (None, "state"))
+        state = oa.stack_windows(state, COUNT)
+    random = np.random.default_rng(0)
+    programs = []
+    for _ in range(150):
+        normal = jnp.asarray(random.normal(size=(COUNT, 1, dim)), jnp.float32)
+        params, state = jax.block_until_ready(mapped(params, state, normal))
+        programs.append(0 if way == "pmap" else mapped._cache_size())
+    ks = np.ravel(state.noise_scale.k)
+    assert len(set(ks.tolist())) == 1
+    assert true_k / 2 <= ks[0] <= true_k * 2
+    # The first call takes arrays that are not spread over the devices yet.
+    assert programs[-1] == programs[1]
+
+
+def test_it_compiles_once():
+    tx = oa.accumulate(optax.sgd(0.0), oa.adaptive_k(2, 32))
+    assert tx.init(PARAMS).noise_scale.k.shape == ()
+    step = jax.jit(stepper(tx))
+    params, state = PARAMS, tx.init(PARAMS)
+    grads, weights = micro_batches(PARAMS, 20)
+    ks = set()
+    for g, w in zip(grads, weights, strict=True):
+        params, state = step(params, state, g, weight=w)
+        ks.add(int(state.noise_scale.k))
+    assert len(ks) > 1
+    assert step._cache_size() == 1
+
+
+# --- What cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: oa.adaptive_k(0, 4), ValueError, "`min_k` must be an int >= 1; got 0"),
+        (lambda: oa.adaptive_k(2.0, 4), TypeError, "`min_k` must be an int >= 1"),
+        (lambda: oa.adaptive_k(8, 4), ValueError, "`max_k` must not be less than"),
+        (lambda: oa.adaptive_k(2, 4, multiple=0), ValueError, "`multiple` must be pos"),
+        (
+            lambda: oa.adaptive_k(2, 4, hysteresis=1.5),
+            ValueError,
+            "`hysteresis` is how far off k may be",
+        ),
+        (
+            lambda: oa.accumulate(optax.sgd(1), oa.adaptive_k(1, 4)),
+            ValueError,
+            "one micro-batch alone shows no noise.*Use min_k=2",
+        ),
+        (
+            lambda: oa.accumulate(optax.sgd(1), 2, noise_scale=1.0),
+            ValueError,
+            "`noise_scale` is the decay of the averages.*got 1.0",
+        ),
+        (
+            lambda: oa.accumulate(optax.sgd(1), 2, noise_scale=True),
+            ValueError,
+            "`noise_scale` is the decay.*got True",
+        ),
+        (
+            lambda: oa.value_and_grad(loss, num_microbatches=2, noise_scale=True),
+            ValueError,
+            "`return_info` is False. Pass return_info=True",
+        ),
+        (
+            lambda: oa.noise_scale(oa.accumulate(optax.sgd(1), 2).init(PARAMS)),
+            ValueError,
+            "holds no noise scale.*noise_scale=0.99",
+        ),
+        (lambda: oa.noise_scale(3), ValueError, "`opt_state` must hold the state"),
+    ],
+)
+def test_errors(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
