@@ -92,11 +92,22 @@ def mlp(quick: bool) -> Model:
 
 
 def transformer(quick: bool) -> Model:
-    """A decoder with a scan over its layers, on sequences of tokens."""
-    layers, width, heads, length, vocabulary = (
-        (2, 64, 2, 32, 64) if quick else (2, 256, 4, 64, 256)
-    )
-    examples = 32
+    """A small decoder."""
+    if quick:
+        return decoder(layers=2, width=64, heads=2, length=32, vocabulary=64)
+    return decoder(layers=2, width=256, heads=4, length=64, vocabulary=256)
+
+
+def decoder(
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    length: int,
+    vocabulary: int,
+    examples: int = 32,
+) -> Model:
+    """A transformer with a scan over its layers, on sequences of tokens."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def matrix(*shape):

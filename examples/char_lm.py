@@ -18,6 +18,9 @@ measured too, by a run on global batches in float64. The example fails if micro-
 move a parameter by more than three times what float32 itself does, or if the mean of
 means does not.
 
+With `--memory-limit 20MB`, say, the size of the micro-batches is not given but planned:
+the largest whose step fits, as the compiler says before anything runs.
+
 Accumulation is all in `make_step`; the rest is an ordinary training loop.
 """
 
@@ -165,6 +168,35 @@ def take(paragraphs: Batch, indices: Any) -> Batch:
     return {name: array[indices] for name, array in paragraphs.items()}
 
 
+def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, options.steps // 10 + 1, options.steps + 1
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def plan(
+    model: Decoder, options: argparse.Namespace, paragraphs: Batch
+) -> oa.MicrobatchPlan:
+    """The fewest micro-batches whose step fits into the limit."""
+    graphdef, params = nnx.split(model)
+    loss = functools.partial(mean_over_tokens, graphdef)
+    tx = make_optimizer(options)
+
+    def step_in(micro_batches: int) -> Callable:
+        run = Run("", options.batch_size // micro_batches)
+        return jax.jit(make_step(run, loss, tx), donate_argnums=(0, 1))
+
+    return oa.plan_microbatches(
+        step_in,
+        params,
+        jax.eval_shape(tx.init, params),
+        take(paragraphs, slice(options.batch_size)),
+        batch_size=options.batch_size,
+        memory_limit=options.memory_limit,
+    )
+
+
 def train(
     run: Run,
     model: Decoder,
@@ -177,10 +209,7 @@ def train(
     params = jax.tree.map(lambda x: jnp.array(x, run.dtype), params)
     paragraphs = paragraphs | {"valid": paragraphs["valid"].astype(run.dtype)}
     loss = functools.partial(mean_over_tokens, graphdef)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, options.steps // 10 + 1, options.steps + 1
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    tx = make_optimizer(options)
     state = tx.init(params)
 
     random = np.random.default_rng(options.seed)
@@ -268,6 +297,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=[16, 5, 1],
         help="paragraphs to a micro-batch (default: 16 5 1, at most 4)",
     )
+    add("--memory-limit", help="such as 20MB: plan the size of the micro-batches")
     add("--length", type=int, default=128, help="longest paragraph (default: 128)")
     add("--test-every", type=int, default=10, help="updates (default: 10)")
     add("--width", type=int, default=64)
@@ -288,13 +318,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
-    smallest = min(options.microbatch_sizes)
-    runs = [
-        Run("global batch"),
-        *(Run(f"micro-batches of {m}", m) for m in options.microbatch_sizes),
-        Run(f"mean of means of {smallest}", smallest, weight=None),
-        Run("global batch in float64", dtype=np.float64),
-    ]
+    console = Console()
     paragraphs, vocabulary = load_paragraphs(options.length)
     model = Decoder(
         vocabulary,
@@ -303,7 +327,18 @@ def main(arguments: list[str]) -> int:
         options.layers,
         rngs=nnx.Rngs(options.seed),
     )
-    console = Console()
+    if options.memory_limit:
+        planned = plan(model, options, paragraphs)
+        console.print(str(planned), highlight=False, soft_wrap=True)
+        options.microbatch_sizes = [options.batch_size // planned.num_microbatches]
+    # There is no mean of means of a single one.
+    smallest = min(*options.microbatch_sizes, options.batch_size // 2)
+    runs = [
+        Run("global batch"),
+        *(Run(f"micro-batches of {m}", m) for m in options.microbatch_sizes),
+        Run(f"mean of means of {smallest}", smallest, weight=None),
+        Run("global batch in float64", dtype=np.float64),
+    ]
     with Progress(console=console, transient=True) as progress:
         for run in runs:
             task = progress.add_task(run.name, total=options.steps)

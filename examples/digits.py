@@ -16,6 +16,9 @@ rounding does to a training is measured too: by a fourth run, on global batches 
 float64. The example fails if micro-batches move a parameter by more than three times
 what float32 itself does.
 
+With `--memory-limit 3MiB`, say, the number of micro-batches is not given but planned:
+the fewest whose step fits, as the compiler says before anything runs.
+
 The data are scikit-learn's scans of handwritten digits, 1797 images of 8 x 8 pixels
 that come with the package. Accumulation is all in `micro_batch_step`; the rest is an
 ordinary training loop.
@@ -140,6 +143,27 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
     )
 
 
+def plan(options: argparse.Namespace, params: Any) -> oa.MicrobatchPlan:
+    """The fewest micro-batches, of all equal sizes, whose step fits into the limit."""
+    batch_size = options.batch_size
+
+    def lowered(micro_batches: int) -> Any:
+        tx = oa.accumulate(make_optimizer(options), micro_batches)
+        state = jax.eval_shape(tx.init, params)
+        size = batch_size // micro_batches
+        images = jax.ShapeDtypeStruct((size, 8, 8, 1), np.float32)
+        batch = images, jax.ShapeDtypeStruct((size,), np.int32)
+        step = functools.partial(micro_batch_step, tx, boundary=None)
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
+
+    return oa.plan_microbatches(
+        lowered,
+        batch_size=batch_size,
+        candidates=[k for k in range(2, batch_size + 1) if batch_size % k == 0],
+        memory_limit=options.memory_limit,
+    )
+
+
 def train(
     run: Run,
     params: Any,
@@ -235,6 +259,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--epochs", type=int, default=15)
     add("--batch-size", type=int, default=256, help="the global batch (default: 256)")
     add("--micro-batches", type=int, default=8, help="to a window (default: 8)")
+    add("--memory-limit", help="such as 3MiB: plan the number of micro-batches")
     add("--learning-rate", type=float, default=3e-3)
     add("--seed", type=int, default=0)
     add("--picture", type=Path, default=Path("out/digits.png"))
@@ -249,6 +274,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
+    console = Console()
+    data, test_data = load_data()
+    params = Network().init(jax.random.key(options.seed), data[0][:1])["params"]
+    if options.memory_limit:
+        planned = plan(options, params)
+        console.print(str(planned), highlight=False, soft_wrap=True)
+        options.micro_batches = planned.num_microbatches
     k, size = options.micro_batches, -(-options.batch_size // options.micro_batches)
 
     def whole(indices):
@@ -263,9 +295,6 @@ def main(arguments: list[str]) -> int:
         Run(f"micro-batches of {size}, ragged", parts_of_size),
         Run("global batch in float64", whole, micro=False, dtype=np.float64),
     ]
-    data, test_data = load_data()
-    params = Network().init(jax.random.key(options.seed), data[0][:1])["params"]
-    console = Console()
     with Progress(console=console, transient=True) as progress:
         for run in runs:
             task = progress.add_task(run.name, total=options.epochs)

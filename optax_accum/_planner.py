@@ -60,9 +60,8 @@ class MicrobatchPlan:
         return _table(self.candidates, self.memory_limit, self.headroom)
 
     def __repr__(self) -> str:
-        """In a line, without the program."""
-        tried = [c.num_microbatches for c in self.candidates]
-        return f"MicrobatchPlan(num_microbatches={self.num_microbatches}, {tried=})"
+        """As it prints."""
+        return str(self)
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the memory of all candidates against the limit.
@@ -352,9 +351,7 @@ def _table(candidates: Sequence[Candidate], limit: int, headroom: float) -> str:
         for row in rows
     ]
     usable = _show(limit * (1 - headroom))
-    title = (
-        f"per device: {usable}, which is {_show(limit)} less {headroom:.0%} headroom"
-    )
+    title = f"limit: {usable} per device, {_show(limit)} less {headroom:.0%} headroom"
     return "\n".join([title, *lines])
 
 

@@ -302,7 +302,7 @@ def test_sums(reduction, size):
     f = oa.value_and_grad(sum_loss, reduction=reduction, return_info=True, **size)
     result, info = f(params, batch)
     same(result, wanted)
-    assert info == (B, 0)
+    assert info == oa.MicrobatchInfo(B, 0)
 
 
 def test_a_weight_sees_the_arguments_of_fun():
@@ -545,7 +545,7 @@ def test_a_bad_microbatch_is_left_out(poison, bad, skip):
     same(aux["mean"], wanted[0])
     same(aux["sum"], 5 * wanted[0])
     same(carry, 5 * wanted[0])
-    assert info == (10, 1)
+    assert info == oa.MicrobatchInfo(10, 1)
     assert np.isnan(aux["stack"][bad]) or np.isinf(poison)
 
     without = oa.value_and_grad(mean_loss, num_microbatches=6)
@@ -562,13 +562,13 @@ def test_a_bad_tail_and_all_bad():
     result, info = f(params, batch)
     rest = jax.tree.map(lambda x: x[:10], make_batch())
     same(result, whole(mean_loss)(params, rest))
-    assert info == (10, 1)
+    assert info == oa.MicrobatchInfo(10, 1)
     batch["x"][:] = np.nan
     (value, grads), info = f(params, batch)
     chex.assert_trees_all_equal(
         (value, grads), jax.tree.map(jnp.zeros_like, (value, grads))
     )
-    assert info == (0, 3)
+    assert info == oa.MicrobatchInfo(0, 3)
 
 
 def test_a_predicate_sees_gradients_and_parameters():
@@ -590,7 +590,7 @@ def test_a_predicate_sees_gradients_and_parameters():
         return_info=True,
     )
     _, info = f(jnp.ones(()), 2.0 * jnp.ones(()), np.ones(4))
-    assert info == (4, 0)
+    assert info == oa.MicrobatchInfo(4, 0)
 
 
 def test_info_beside_grad():
@@ -599,4 +599,4 @@ def test_info_beside_grad():
     )
     same(grads, jax.grad(mean_loss)(make_params(), make_batch()))
     assert isinstance(info, oa.MicrobatchInfo)
-    assert info == (B, 0)
+    assert info == oa.MicrobatchInfo(B, 0)

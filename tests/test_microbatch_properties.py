@@ -118,7 +118,7 @@ def test_any_batch_in_any_parts(problem, reduction, axis):
     divisor = 1 if reduction == "sum" else examples
     wanted = oracle(numpy_params, numpy_batch, np.ones(examples), divisor)
     assert_close((value, grads), wanted, params)
-    assert info == (examples, 0)
+    assert info == oa.MicrobatchInfo(examples, 0)
     each = [oracle(numpy_params, numpy_batch, w, 1)[0] for w in np.eye(examples)]
     np.testing.assert_allclose(joined, each, rtol=1e-5, atol=1e-6)
 
@@ -177,6 +177,6 @@ def test_any_bad_example(problem, data):
     index = np.arange(examples)
     part = index // m if tail else index % whole
     kept = ~np.isin(part, part[bad])
-    assert info == (int(kept.sum()), len(np.unique(part[bad])))
+    assert info == oa.MicrobatchInfo(int(kept.sum()), len(np.unique(part[bad])))
     wanted = oracle(numpy_params, numpy_batch, kept.astype(float), kept.sum() or 1)
     assert_close(got, wanted, params)

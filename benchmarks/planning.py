@@ -1,0 +1,105 @@
+"""What the planner sees of a large model, on a machine that could not run it.
+
+    python benchmarks/planning.py --markdown out/planning.md --picture out/planning.png
+
+A decoder of GPT-2's smallest size, AdamW, a batch of sequences: only shapes, so that
+nothing is allocated. The step is compiled for the numbers of micro-batches that the
+search asks for, and for no others. The figures are those of this machine's compiler;
+another one's, on a GPU say, keeps other temporaries.
+"""
+
+import argparse
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from in_step import decoder
+from measuring import pyplot, save, setting, write_lines
+
+import optax_accum as oa
+
+LARGE = {"layers": 12, "width": 768, "heads": 12, "length": 512, "vocabulary": 50257}
+SMALL = {"layers": 2, "width": 64, "heads": 2, "length": 32, "vocabulary": 64}
+
+
+def shapes(batch_size: int, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
+    """The loss, and the shapes of parameters and batch."""
+    losses = []
+
+    def build():
+        model = decoder(**sizes, examples=batch_size)
+        losses.append(model.loss)
+        return model.params, model.batch
+
+    params, batch = jax.eval_shape(build)
+    return losses[0], params, batch
+
+
+def make_plan(
+    batch_size: int, memory_limit: str, sizes: dict[str, int]
+) -> oa.MicrobatchPlan:
+    loss, params, batch = shapes(batch_size, sizes)
+    tx = optax.adamw(1e-3)
+
+    def make_step(num_microbatches: int) -> Any:
+        grad = oa.grad(loss, num_microbatches=num_microbatches)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, batch):
+            updates, state = tx.update(grad(params, batch), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step
+
+    state = jax.eval_shape(tx.init, params)
+    return oa.plan_microbatches(
+        make_step,
+        params,
+        state,
+        batch,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--batch-size", type=int, default=64, help="sequences (default: 64)")
+    add("--memory-limit", default="16GiB", help="(default: 16GiB)")
+    add("--quick", action="store_true", help="a tiny model, in 16 MiB")
+    add("--markdown", type=Path, help="write the table here")
+    add("--picture", type=Path, default=Path("out/planning.png"))
+    options = parser.parse_args(arguments)
+    limit, sizes = options.memory_limit, LARGE
+    if options.quick:
+        limit, sizes = "16MiB", SMALL
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("optax_accum").setLevel(logging.INFO)
+    plan = make_plan(options.batch_size, limit, sizes)
+    print(plan)
+
+    _, params, _ = shapes(options.batch_size, sizes)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    title = (
+        f"{count / 1e6:.1f}M parameters, AdamW, {options.batch_size} sequences of "
+        f"{sizes['length']} tokens; {setting()}"
+    )
+    if options.markdown:
+        write_lines(options.markdown, [f"{title}:", "", "```text", str(plan), "```"])
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    plan.plot(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, title, options.picture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
