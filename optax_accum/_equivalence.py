@@ -38,9 +38,9 @@ class EquivalenceReport:
       leaves: For every leaf of the gradient its ``path`` and relative ``error``.
       tolerance: The largest relative error that counts as equal.
       causes: Where they differ, what the probes suggest: named tuples of a ``name``
-        (one of ``"factor"``, ``"weights"``, ``"dependence"``, ``"randomness"``,
-        ``"hidden state"``, ``"unsplit argument"``, ``"skipped"``, ``"not finite"``,
-        ``"unknown"``) and a ``message``.
+        (one of ``"skipped"``, ``"not finite"``, ``"hidden state"``, ``"randomness"``,
+        ``"unsplit argument"``, ``"factor"``, ``"weights"``, ``"constant term"``,
+        ``"dependence"`` and ``"unknown"``) and a ``message``.
     """
 
     num_microbatches: int

@@ -173,7 +173,7 @@ def plan_microbatches(
     fitting: dict[int, Any] = {}
 
     def measure(number: int) -> float:
-        _logger.info("compiling the step with %d micro-batches", number)
+        _logger.info("compiling the step with %s", _micro_batches(number))
         start = time.perf_counter()
         compiled = _compile(make_step(number), args)
         seconds = time.perf_counter() - start
@@ -334,7 +334,12 @@ def _sentence(candidate: Candidate) -> str:
     number, memory, fits, seconds = candidate
     takes = "too much to compile" if memory is None else _show(memory.total)
     verdict = "fits" if fits else "does not fit"
-    return f"{number} micro-batches: {takes}, {verdict} (compiled in {seconds:.1f} s)"
+    compiled = f"compiled in {seconds:.1f} s"
+    return f"{_micro_batches(number)}: {takes}, {verdict} ({compiled})"
+
+
+def _micro_batches(number: int) -> str:
+    return f"{number} micro-batch" if number == 1 else f"{number} micro-batches"
 
 
 def _table(candidates: Sequence[Candidate], limit: int, headroom: float) -> str:

@@ -45,8 +45,11 @@ class Result(NamedTuple):
 
     value: float
     grads: Any
-    weight: float
     skipped: int
+
+    def sample(self) -> np.ndarray:
+        """Entries of the gradient, and the value, as one vector."""
+        return np.append(_sample(self.grads), np.float64(self.value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +176,7 @@ class Problem:
         function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
         result, info = function(*self.args, **self.kwargs)
         value, grads = jax.device_get(self._unpack(result))
-        return Result(float(value), grads, float(info.weight), int(info.skipped))
+        return Result(float(value), grads, int(info.skipped))
 
     def _unpack(self, result: Any) -> tuple[Any, Any]:
         """Value and gradient, without what else there is."""
@@ -215,6 +218,7 @@ def find_causes(
         _unsplit_argument,
         _factor,
         _weights,
+        _constant_term,
         _dependence,
     )
     for probe in probes:
@@ -224,10 +228,8 @@ def find_causes(
     return (
         Cause(
             "unknown",
-            "none of the probes explains the difference. A term that does not depend "
-            "on the batch, such as a penalty on the weights, is added once per "
-            'micro-batch with reduction="sum" or "ratio": add it outside. Rounding '
-            "larger than the tolerance shows in float64 whether it is that",
+            "none of the probes explains the difference. Whether it is rounding shows "
+            "in float64, under jax.enable_x64(True)",
         ),
     )
 
@@ -439,6 +441,33 @@ def _weights(problem: Problem, _: Result, __: Result, tolerance: float) -> list[
             f"weighted by {shares}: `fun` averages over something of which they hold "
             f"different amounts, such as valid tokens, and {given}. Pass `weight=`, a "
             "function that counts it",
+        )
+    ]
+
+
+def _constant_term(
+    problem: Problem, whole: Result, parts: Result, tolerance: float
+) -> list[Cause]:
+    """Whether they differ by what does not grow if the batch is taken twice."""
+    if problem.reduction == "mean":
+        return []
+    axis = problem.options.get("batch_axis", 0)
+    twice = jax.tree.map(
+        lambda x: jnp.concatenate([x, x], axis % x.ndim), problem.call.batch
+    )
+    gradient = problem.raw_gradient()
+    term = 2 * gradient(problem) - gradient(problem.with_batch(twice))
+    difference = parts.sample() - whole.sample()
+    factor = float(term @ difference / (term @ term)) if term @ term else 0.0
+    unexplained = np.linalg.norm(difference - factor * term)
+    if factor <= 0 or unexplained > tolerance * np.linalg.norm(whole.sample()):
+        return []
+    return [
+        Cause(
+            "constant term",
+            "a part of `fun` does not depend on the batch, such as a penalty on the "
+            f'weights, and reduction="{problem.reduction}" adds it once per '
+            "micro-batch. Leave it out of `fun` and add its gradient to the result",
         )
     ]
 

@@ -312,7 +312,17 @@ def test_a_penalty_that_is_added_once_per_micro_batch():
         return total(params, x) + 3 * sum((p**2).sum() for p in params.values())
 
     report = check(fun, reduction="sum")
-    assert_differs(report, "unknown", "penalty on the weights", "add it outside")
+    assert_differs(report, "constant term", "penalty on the", "Leave it out of `fun`")
+
+
+def test_a_difference_that_no_probe_explains():
+    """It depends on the batch's size, in two ways, and examples not on each other."""
+
+    def fun(params, x):
+        size = len(x) / B
+        return total(params, x) * size + 10 * params["v"].sum() * size**3
+
+    assert_differs(check(fun, reduction="sum"), "unknown", "in float64")
 
 
 def test_a_micro_batch_that_is_all_padding():

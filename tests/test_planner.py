@@ -289,8 +289,8 @@ def test_each_candidate_is_logged(caplog):
         found = plan()
     messages = [r.getMessage() for r in caplog.records if r.name == "optax_accum"]
     assert len(messages) == 2 * len(found.candidates)
-    assert messages[0] == "compiling the step with 1 micro-batches"
-    assert messages[1].startswith("1 micro-batches: ")
+    assert messages[0] == "compiling the step with 1 micro-batch"
+    assert messages[1].startswith("1 micro-batch: ")
     assert "does not fit (compiled in " in messages[1]
 
 

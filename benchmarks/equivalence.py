@@ -1,0 +1,237 @@
+"""What makes micro-batches differ from the global batch, and whether the probes see it.
+
+    python benchmarks/equivalence.py --markdown out/equivalence.md
+
+One loss for each way of being different, each given to `oa.check_equivalence` as it is
+and, where there is one, with its remedy. The script fails if a probe misses its cause.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measuring import setting, write_lines
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import optax_accum as oa
+
+EXAMPLES, MICRO_BATCHES = 32, 4
+
+
+class Case(NamedTuple):
+    """A loss, the cause that its probe is to name, and what mends it."""
+
+    name: str
+    fun: Callable[..., Any]
+    cause: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    args: tuple[Any, ...] = ()
+    k: int = MICRO_BATCHES
+    remedy: str = ""
+    mended: Mapping[str, Any] = MappingProxyType({})
+
+
+class Result(NamedTuple):
+    """What came out; errors are the largest relative ones of all leaves."""
+
+    name: str
+    error: float
+    cause: str
+    remedy: str
+    error_mended: float | None
+
+
+RANDOM = np.random.default_rng(0)
+PARAMS = {
+    "w": jnp.asarray(RANDOM.normal(size=(8, 16)) / 3, jnp.float32),
+    "v": jnp.asarray(RANDOM.normal(size=16) / 4, jnp.float32),
+}
+LENGTHS = RANDOM.integers(1, 9, EXAMPLES)  # tokens of each example, of at most 8
+BATCH = {
+    "x": jnp.asarray(RANDOM.normal(size=(EXAMPLES, 8)), jnp.float32),
+    "tokens": jnp.asarray(RANDOM.normal(size=(EXAMPLES, 8, 8)), jnp.float32),
+    "valid": jnp.asarray(np.arange(8) < LENGTHS[:, None], jnp.float32),
+}
+LABELS = jnp.asarray(RANDOM.normal(size=EXAMPLES), jnp.float32)
+
+
+def score(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def mean(params, batch):
+    return ((score(params, batch["x"]) - 1) ** 2).mean()
+
+
+def total(params, batch):
+    return ((score(params, batch["x"]) - 1) ** 2).sum()
+
+
+def over_tokens(params, batch):
+    errors = batch["valid"] * (score(params, batch["tokens"]) - 1) ** 2
+    return errors.sum() / batch["valid"].sum()
+
+
+def count_tokens(params, batch):
+    del params
+    return batch["valid"].sum()
+
+
+def batch_norm(params, batch):
+    h = batch["x"] @ params["w"]
+    h = (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-5)
+    return ((jnp.tanh(h) @ params["v"] - 1) ** 2).mean()
+
+
+def contrastive(params, batch):
+    z = jnp.tanh(batch["x"] @ params["w"])
+    return -jnp.diagonal(jax.nn.log_softmax(z @ z.T)).mean()
+
+
+def dropout(params, batch, key):
+    keep = jax.random.bernoulli(key, 0.5, batch["x"].shape)
+    return ((score(params, 2 * keep * batch["x"]) - 1) ** 2).mean()
+
+
+def numpy_noise(params, batch):
+    noise = np.random.default_rng().normal(size=batch["x"].shape)
+    return mean(params, {"x": batch["x"] + jnp.asarray(noise, jnp.float32)})
+
+
+def to_labels(params, batch, labels):
+    return ((score(params, batch["x"]) - labels) ** 2).mean()
+
+
+def with_penalty(params, batch):
+    return total(params, batch) + sum((p**2).sum() for p in params.values())
+
+
+def cases() -> list[Case]:
+    key = jax.random.key(0)
+    return [
+        Case("a mean over examples", mean, ""),
+        Case(
+            "a mean over valid tokens",
+            over_tokens,
+            "weights",
+            remedy="`weight=count_tokens`",
+            mended={"weight": count_tokens},
+        ),
+        Case(
+            "a sum over examples",
+            total,
+            "factor",
+            remedy='`reduction="sum"`',
+            mended={"reduction": "sum"},
+        ),
+        Case(
+            'a mean, `reduction="sum"`',
+            mean,
+            "factor",
+            {"reduction": "sum"},
+            remedy='`reduction="mean"`',
+            mended={"reduction": "mean"},
+        ),
+        Case("BatchNorm", batch_norm, "dependence", remedy="another normalisation"),
+        Case("a contrastive loss", contrastive, "dependence", remedy="none"),
+        Case(
+            "dropout, one key for all",
+            dropout,
+            "randomness",
+            args=(key,),
+            remedy="`rng_argnums=2`: equal on average",
+        ),
+        Case(
+            "dropout, `rng_argnums=2`",
+            dropout,
+            "randomness",
+            {"rng_argnums": 2},
+            args=(key,),
+            remedy="none needed: equal on average",
+        ),
+        Case("noise from NumPy", numpy_noise, "hidden state", remedy="a random key"),
+        Case(
+            "labels that are not split, micro-batches of 1",
+            to_labels,
+            "unsplit argument",
+            args=(LABELS,),
+            k=EXAMPLES,
+            remedy="`batch_argnums=(1, 2)`",
+            mended={"batch_argnums": (1, 2)},
+        ),
+        Case(
+            "a sum and a penalty on the weights",
+            with_penalty,
+            "constant term",
+            {"reduction": "sum"},
+            remedy="the penalty added outside",
+        ),
+    ]
+
+
+def worst(report: oa.EquivalenceReport) -> float:
+    return max(leaf.error for leaf in report.leaves)
+
+
+def measure(case: Case) -> Result:
+    def check(**options):
+        return oa.check_equivalence(
+            case.fun, PARAMS, BATCH, case.k, args=case.args, **options
+        )
+
+    report = check(**case.options)
+    found = ", ".join(cause.name for cause in report.causes)
+    if found != case.cause:
+        raise SystemExit(f"{case.name}: {case.cause!r} was not found.\n{report}")
+    after = None
+    if case.mended:
+        mended = check(**{**case.options, **case.mended})
+        if not mended:
+            raise SystemExit(f"{case.name}: the remedy does not mend it.\n{mended}")
+        after = worst(mended)
+    return Result(case.name, worst(report), found, case.remedy, after)
+
+
+def shown(error: float | None) -> str:
+    return "" if error is None else f"{error:.1e}"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    options = parser.parse_args(arguments)
+
+    headings = "loss", "error", "the probes say", "remedy", "error then"
+    rows = []
+    for case in cases():
+        name, error, cause, remedy, after = measure(case)
+        cause = cause or "the same"
+        rows.append((name, shown(error), cause, remedy, shown(after)))
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(cell.replace("`", "") for cell in row))
+    Console().print(table)
+    if options.markdown:
+        title = (
+            f"{EXAMPLES} examples in {MICRO_BATCHES} micro-batches, float32; the "
+            f"largest relative error of a leaf of the gradient. {setting()}:"
+        )
+        lines = [title, "", f"| {' | '.join(headings)} |", "|---|---:|---|---|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        write_lines(options.markdown, lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
