@@ -188,7 +188,7 @@ def measure(case: Case) -> Result:
         )
 
     report = check(**case.options)
-    found = ", ".join(cause.name for cause in report.causes)
+    found = report.cause.name if report.cause else ""
     if found != case.cause:
         raise SystemExit(f"{case.name}: {case.cause!r} was not found.\n{report}")
     after = None

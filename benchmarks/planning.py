@@ -66,6 +66,24 @@ def make_plan(
     )
 
 
+def write_markdown(plan: oa.MicrobatchPlan, title: str, path: Path) -> None:
+    """The plan as the documentation has it, in GiB on each device."""
+    lines = [
+        f"{title}. GiB, of which {plan.memory_limit * (1 - plan.headroom) / 2**30:.1f} "
+        "may be used:",
+        "",
+        "| micro-batches | arguments | outputs | temporaries | aliased | total | fits "
+        "| compiled in |",
+        "|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for number, memory, fits, seconds in plan.candidates:
+        assert memory is not None
+        sizes = [f"{size / 2**30:.2f}" for size in (*memory, memory.total)]
+        cells = str(number), *sizes, "yes" if fits else "no", f"{seconds:.1f} s"
+        lines.append(f"| {' | '.join(cells)} |")
+    write_lines(path, lines)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,7 +111,7 @@ def main(arguments: list[str]) -> None:
         f"{sizes['length']} tokens; {setting()}"
     )
     if options.markdown:
-        write_lines(options.markdown, [f"{title}:", "", "```text", str(plan), "```"])
+        write_markdown(plan, title, options.markdown)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     plan.plot(axes)

@@ -1,6 +1,7 @@
 """Whether k micro-batches give what the global batch gives, for one's own loss."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _checks, _probes, _window
+from optax_accum import _checks, _probes, _problem, _window
 
 _MOST_LEAVES = 12  # that are printed
 
@@ -37,7 +38,7 @@ class EquivalenceReport:
       microbatched_value: What the micro-batches give.
       leaves: For every leaf of the gradient its ``path`` and relative ``error``.
       tolerance: The largest relative error that counts as equal.
-      causes: Where they differ, what the probes suggest: named tuples of a ``name``
+      cause: Where they differ, what the probes suggest: a named tuple of a ``name``
         (one of ``"skipped"``, ``"not finite"``, ``"hidden state"``, ``"randomness"``,
         ``"unsplit argument"``, ``"factor"``, ``"weights"``, ``"constant term"``,
         ``"dependence"`` and ``"unknown"``) and a ``message``.
@@ -48,12 +49,12 @@ class EquivalenceReport:
     microbatched_value: float
     leaves: tuple[LeafError, ...]
     tolerance: float
-    causes: tuple[_probes.Cause, ...]
+    cause: _probes.Cause | None
 
     @property
     def value_error(self) -> float:
         """The relative error of the value."""
-        return _probes.relative_error(self.value, self.microbatched_value)
+        return _problem.relative_error(self.value, self.microbatched_value)
 
     @property
     def equivalent(self) -> bool:
@@ -75,9 +76,8 @@ class EquivalenceReport:
         lines = [
             f"{self.num_microbatches} micro-batches are {verdict} the global batch "
             f"(tolerance {self.tolerance:.1e})",
-            f"value: {self.value:.6g} of the global batch, "
-            f"{self.microbatched_value:.6g} of the micro-batches, relative error "
-            f"{self.value_error:.1e}",
+            f"value: {self.value:.6g} (global batch), {self.microbatched_value:.6g} "
+            f"(micro-batches), relative error {self.value_error:.1e}",
             "gradient, relative error per leaf:",
         ]
         # A NaN is the largest of all.
@@ -90,9 +90,12 @@ class EquivalenceReport:
             lines.append(f"  {path.ljust(width)}  {error:.1e}{mark}")
         if len(shown) > _MOST_LEAVES:
             lines.append(f"  and {len(shown) - _MOST_LEAVES} more with smaller errors")
-        if self.causes:
+        if self.cause:
+            what = f"{self.cause.name}: {self.cause.message}"
             lines.append("what the probes suggest:")
-            lines += [f"  {name}: {message}" for name, message in self.causes]
+            lines += textwrap.wrap(
+                what, 88, initial_indent="  ", subsequent_indent="  "
+            )
         return "\n".join(lines)
 
 
@@ -150,8 +153,8 @@ def check_equivalence(
       >>> x = jnp.arange(24.0).reshape(8, 3)
       >>> batch = {"x": x, "mask": jnp.array([1.0, 1, 1, 1, 1, 0, 1, 0])}
       >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2)
-      >>> bool(report), [cause.name for cause in report.causes]
-      (False, ['weights'])
+      >>> bool(report), report.cause.name
+      (False, 'weights')
 
       With the weights that it lacks:
 
@@ -169,7 +172,7 @@ def check_equivalence(
             "tolerance", tolerance, "the largest relative error that counts as equal"
         )
     options["num_microbatches"] = num_microbatches
-    problem = _probes.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
+    problem = _problem.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
 
@@ -180,12 +183,12 @@ def check_equivalence(
         microbatched_value=parts.value,
         leaves=leaf_errors(whole.grads, parts.grads),
         tolerance=tolerance,
-        causes=(),
+        cause=None,
     )
     if report.equivalent:
         return report
-    causes = _probes.find_causes(problem, whole, parts, tolerance)
-    return dataclasses.replace(report, causes=causes)
+    seen = _probes.Comparison(problem, whole, parts, tolerance)
+    return dataclasses.replace(report, cause=_probes.find_cause(seen))
 
 
 def leaf_errors(a: Any, b: Any) -> tuple[LeafError, ...]:
@@ -196,8 +199,8 @@ def leaf_errors(a: Any, b: Any) -> tuple[LeafError, ...]:
         strict=True,
     )
     leaves = [(jax.tree_util.keystr(path), x, y) for (path, x), y in pairs]
-    typical = _probes.typical_entry([x for _, x, _ in leaves])
+    typical = _problem.typical_entry([x for _, x, _ in leaves])
     return tuple(
-        LeafError(path, _probes.relative_error(x, y, 0.01 * typical))
+        LeafError(path, _problem.relative_error(x, y, 0.01 * typical))
         for path, x, y in leaves
     )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from training import stepper
@@ -13,6 +14,17 @@ COUNT = jax.device_count()
 AXIS = "data"
 INSIDE = ("pmap", "checked", "unchecked")  # `checked` is shard_map's check_vma=True
 OUTSIDE = ("auto", "explicit")  # plain jit on a mesh with such axes
+
+
+def parametrized(ways):
+    """A test in each of the ways; what is like another of them is slow."""
+    return pytest.mark.parametrize(
+        "way",
+        [
+            pytest.param(way, marks=pytest.mark.slow) if way == "unchecked" else way
+            for way in ways
+        ],
+    )
 
 
 def mesh(kind=AxisType.Auto):

@@ -18,9 +18,9 @@ import optax_accum as oa
 pytestmark = pytest.mark.several_devices
 WIDTH, LENGTH, WORDS = 8, 5, 11
 EXAMPLES = 4 * COUNT
-inside = pytest.mark.parametrize("way", devices.INSIDE)
-outside = pytest.mark.parametrize("way", devices.OUTSIDE)
-everywhere = pytest.mark.parametrize("way", devices.INSIDE + devices.OUTSIDE)
+inside = devices.parametrized(devices.INSIDE)
+outside = devices.parametrized(devices.OUTSIDE)
+everywhere = devices.parametrized(devices.INSIDE + devices.OUTSIDE)
 
 
 def normal(*shape, seed=0):

@@ -19,7 +19,7 @@ from optax_accum import _stacked
 pytestmark = pytest.mark.several_devices
 K = 3
 ADAMW = loosely(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
-ways = pytest.mark.parametrize("way", devices.INSIDE)
+ways = devices.parametrized(devices.INSIDE)
 
 
 def global_batches(inner, x, mask, k=K):

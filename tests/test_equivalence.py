@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import COUNT, mesh
 
 import optax_accum as oa
 
@@ -65,16 +66,13 @@ def check(fun, batch=X, k=K, **options):
     return oa.check_equivalence(fun, PARAMS, batch, k, **options)
 
 
-def names(report):
-    return [cause.name for cause in report.causes]
-
-
 def assert_differs(report, name, *words):
     assert not report
     assert not report.equivalent
-    assert names(report) == [name]
+    assert report.cause.name == name
+    text = " ".join(str(report).split())
     for word in words:
-        assert word in str(report), report
+        assert word in text, text
 
 
 # --- What is equal ---
@@ -101,7 +99,7 @@ def assert_differs(report, name, *words):
 def test_equal(fun, batch, options):
     report = check(fun, batch, **options)
     assert report, str(report)
-    assert report.causes == ()
+    assert report.cause is None
     assert max(leaf.error for leaf in report.leaves) < 1e-5
     assert [leaf.path for leaf in report.leaves] == ["['v']", "['w']"]
     np.testing.assert_allclose(report.value, report.microbatched_value, rtol=1e-5)
@@ -136,8 +134,6 @@ def test_dropout_that_is_off():
 
 @pytest.mark.several_devices
 def test_on_a_mesh():
-    from devices import COUNT, mesh  # noqa: PLC0415
-
     x = jnp.concatenate([X] * COUNT)
     assert check(mean, x, k=2, mesh=mesh(), axis_name="data")
     report = check(contrastive, x, k=2, mesh=mesh(), axis_name="data")

@@ -30,7 +30,16 @@ def name_of(size):
     return f"{name}={value}"
 
 
-every_size = pytest.mark.parametrize("size", SIZES, ids=name_of)
+# Each kind of split once, and the rest is slow.
+every_size = pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(
+            size, id=name_of(size), marks=[pytest.mark.slow] if i % 2 == 0 else []
+        )
+        for i, size in enumerate(SIZES)
+    ],
+)
 pytestmark = pytest.mark.usefixtures("float64")
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import AXIS, COUNT, INSIDE, inside, stacked
+from devices import AXIS, COUNT, INSIDE, inside, mesh, parametrized, stacked
 from hlo import compiled, exchanges, large_copies, nbytes, temporaries
 from training import WAYS, loosely, micro_batches, stepper
 
@@ -437,8 +437,6 @@ def device_parts(k):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("scatter", [False, True])
 def test_in_one_step_on_a_mesh(k, scatter):
-    from devices import mesh  # noqa: PLC0415
-
     # So that a leaf can be cut and another cannot.
     f = jax.jit(in_step(k, mesh=mesh(), axis_name=AXIS, scatter=scatter))
     _, info = f(WEIGHTS, *device_data())
@@ -448,8 +446,6 @@ def test_in_one_step_on_a_mesh(k, scatter):
 
 @pytest.mark.several_devices
 def test_gradients_that_are_scattered_have_the_same_norm():
-    from devices import mesh  # noqa: PLC0415
-
     params = jnp.ones((COUNT, 2)), jnp.ones(COUNT + 1)
 
     def fun(params, x):
@@ -473,7 +469,7 @@ def test_gradients_that_are_scattered_have_the_same_norm():
 
 
 @pytest.mark.several_devices
-@pytest.mark.parametrize("way", INSIDE)
+@parametrized(INSIDE)
 @pytest.mark.parametrize("every_k", [1, 2])
 def test_windows_over_devices(way, every_k):
     """k·D samples, in the one exchange that there is."""
@@ -511,8 +507,6 @@ def test_windows_over_devices(way, every_k):
 
 @pytest.mark.several_devices
 def test_in_one_step_there_is_still_one_exchange():
-    from devices import mesh  # noqa: PLC0415
-
     f = jax.jit(in_step(2, mesh=mesh(), axis_name=AXIS))
     program = f.lower(WEIGHTS, *device_data()).compile()
     assert exchanges(program) == {"all-reduce, entry": 1}
@@ -637,7 +631,7 @@ def test_k_has_a_hysteresis(wanted, k):
 
 
 @pytest.mark.several_devices
-@pytest.mark.parametrize("way", INSIDE)
+@parametrized(INSIDE)
 def test_k_is_the_same_on_all_devices(way):
     """And one device may begin with windows of one, because there are others."""
     every_k = oa.adaptive_k(1, 64)

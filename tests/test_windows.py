@@ -115,7 +115,7 @@ def remember_value():
 class TestZeroWeights:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("place", [0, 1, 2])
-    @pytest.mark.parametrize("zero", [0, 0.0, jnp.float32(0)])
+    @pytest.mark.parametrize("zero", [0, jnp.float32(0)])
     def test_a_nan_of_weight_zero_contributes_nothing(self, place, zero, way):
         grads, weights = micro_batches(PARAMS, 2)
         batches = [(g, {"weight": w}) for g, w in zip(grads, weights, strict=True)]
