@@ -172,10 +172,12 @@ def of_batch(sums: Sums, square: jax.Array, weight: jax.Array) -> NoiseScale:
       square: ``‖ḡ‖²``.
       weight: B.
     """
-    known = sums.samples > 1
-    others = jnp.where(known, sums.samples - 1, 1).astype(square.dtype)
+    enough = sums.samples > 1
+    others = jnp.where(enough, sums.samples - 1, 1).astype(square.dtype)
     noise = (sums.squares - weight * square) / others
     signal = square - noise / jnp.where(weight == 0, 1, weight)
+    # A NaN in one window is not to stay in the averages.
+    known = enough & jnp.isfinite(signal)
     unknown = jnp.full_like(square, jnp.nan)
     return NoiseScale(
         signal=jnp.where(known, signal, unknown),

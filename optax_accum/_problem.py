@@ -36,7 +36,7 @@ class Result(NamedTuple):
         return _sample(self.value, self.grads)
 
     def distance(self, other: "Result") -> float:
-        """How far two gradients are apart as a whole, or the values, if that is more."""
+        """How far two gradients are apart, as a whole, or their values, if further."""
         values = relative_error(self.value, other.value)
         return max(relative_error(self.entries(), other.entries()), values)
 

@@ -257,6 +257,17 @@ def test_windows_of_one_micro_batch_say_nothing(every_k):
     assert int(oa.gradient_step(state)) == 3
 
 
+def test_a_nan_does_not_outlive_its_window():
+    grads, weights = micro_batches(PARAMS, 4)
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
+    inner = optax.chain(loosely(optax.zero_nans()), optax.sgd(0.1))
+    tx = oa.accumulate(inner, 2, noise_scale=0.9)
+    _, state = run(tx, [nan, *grads[1:]], weights)
+    found = oa.noise_scale(state)
+    np.testing.assert_allclose(found[:2], by_hand(grads[2:], weights[2:]), rtol=1e-4)
+    assert int(found.count) == 1
+
+
 def test_an_empty_window_changes_nothing():
     grads, weights = micro_batches(PARAMS, 2)
     tx = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
