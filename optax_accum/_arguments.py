@@ -215,6 +215,8 @@ def _check_disjoint(positions: dict[str, tuple[int, ...]], names: list[str]) -> 
 
 def is_key(leaf: Any) -> bool:
     """Whether `leaf` is one random key, typed, or looks like one of the raw kind."""
+    if not hasattr(leaf, "dtype"):
+        return False
     dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return shape == ()

@@ -7,6 +7,7 @@ what to do. Nothing here computes; whatever passes comes back normalised.
 import math
 import operator
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def every_k(value: Any) -> int | Callable[[jax.Array], Any] | None:
     return _at_least_one(
         "every_k",
         value,
-        "an int >= 1, a schedule `gradient_step -> k`, or None",
+        "an int >= 1, a schedule `gradient_step -> k`, oa.adaptive_k(...), or None",
         ". Use every_k=1 to update on every micro-step, or every_k=None and "
         "`boundary=` to close windows yourself",
     )
@@ -216,8 +217,27 @@ def noise_scale(state: Any, needed: Any) -> None:
         raise ValueError(
             "`state` was made without this `noise_scale` or `adaptive_k`, and has "
             "nowhere to measure it. Give it a place: state._replace(noise_scale="
-            "tx.init(params).noise_scale)"
+            "tx.init(params).noise_scale), before oa.stack_windows if it is stacked"
         )
+
+
+def whole_gradients(state: Any, grads: Any, axis: Any) -> None:
+    """Raises where types say that devices hold different parts of the gradients.
+
+    Their norm is then no one's to tell.
+    """
+    if not jax.tree.leaves(state.noise_scale):
+        return
+    everywhere = _types.varying(jnp.asarray(state.noise_scale.estimate.signal))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        others = _types.varying(leaf) - everywhere - {*axis_names(axis)}
+        if others:
+            raise ValueError(
+                f"{named('grads', path)} differs between the devices of "
+                f"{', '.join(map(repr, sorted(others)))}, which is not in `axis_name`, "
+                "and `noise_scale` needs the norm of whole gradients. Leave "
+                "`noise_scale` out where parameters are in parts"
+            )
 
 
 def same_on_devices(params: Any, axis: Any) -> None:
@@ -331,7 +351,7 @@ def size(name: str, value: Any) -> int | None:
 
 def fraction(name: str, value: Any, meaning: str) -> float:
     """A number in [0, 1)."""
-    is_number = isinstance(value, int | float | np.number) and not _is_bool(value)
+    is_number = isinstance(value, Real) and not _is_bool(value)
     if not is_number or not 0 <= value < 1:
         raise ValueError(
             f"`{name}` is {meaning}, a number of at least 0 and less than 1; got "

@@ -3,27 +3,15 @@
 import dataclasses
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _checks, _probes, _problem, _window
+from optax_accum import _checks, _probes, _problem
 
 _MOST_LEAVES = 12  # that are printed
-
-
-class LeafError(NamedTuple):
-    """How far the two gradients are apart in one leaf.
-
-    Attributes:
-      path: Of the leaf, as `jax.tree_util.keystr` writes it.
-      error: The norm of their difference over the larger of their norms.
-    """
-
-    path: str
-    error: float
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -36,25 +24,22 @@ class EquivalenceReport:
       num_microbatches: How many there were.
       value: What `fun` gives on the global batch.
       microbatched_value: What the micro-batches give.
+      value_error: The relative error of the one against the other.
       leaves: For every leaf of the gradient its ``path`` and relative ``error``.
       tolerance: The largest relative error that counts as equal.
       cause: Where they differ, what the probes suggest: a named tuple of a ``name``
         (one of ``"skipped"``, ``"not finite"``, ``"hidden state"``, ``"randomness"``,
-        ``"unsplit argument"``, ``"factor"``, ``"weights"``, ``"constant term"``,
-        ``"dependence"`` and ``"unknown"``) and a ``message``.
+        ``"carry"``, ``"unsplit argument"``, ``"factor"``, ``"weights"``,
+        ``"constant term"``, ``"dependence"`` and ``"unknown"``) and a ``message``.
     """
 
     num_microbatches: int
     value: float
     microbatched_value: float
-    leaves: tuple[LeafError, ...]
+    value_error: float
+    leaves: tuple[_problem.LeafError, ...]
     tolerance: float
     cause: _probes.Cause | None
-
-    @property
-    def value_error(self) -> float:
-        """The relative error of the value."""
-        return _problem.relative_error(self.value, self.microbatched_value)
 
     @property
     def equivalent(self) -> bool:
@@ -134,13 +119,15 @@ def check_equivalence(
     Returns:
       An `EquivalenceReport`, which is true where the two agree.
 
-      The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). A leaf that is zero but for
-      rounding, as a bias before a normalisation, is measured by a hundredth of what
-      leaves of its size have on average.
+      The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). Where that calls them different,
+      the micro-batches' own gradients and values count as well, which may cancel: the
+      mean norm of theirs is the least that an error is taken over. A leaf that is zero
+      but for rounding, as a bias before a normalisation, is measured by a hundredth of
+      what leaves of its size have on average.
 
     Raises:
       TypeError: As `value_and_grad`: `fun` does not return a real scalar, say.
-      ValueError: As `value_and_grad`; a `tolerance` that is none.
+      ValueError: As `value_and_grad`; a `tolerance` that is none; a batch of weight 0.
 
     Examples:
       A mean over the tokens that are no padding, of which micro-batches hold different
@@ -171,36 +158,52 @@ def check_equivalence(
         tolerance = _checks.fraction(
             "tolerance", tolerance, "the largest relative error that counts as equal"
         )
+    _check_arguments(args, kwargs)
+    leaves = jax.tree.leaves((params, batch, args, kwargs))
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        raise TypeError(
+            "`check_equivalence` looks at values, and was called where there are none, "
+            "inside jax.jit or another transformation. Call it outside"
+        )
     options["num_microbatches"] = num_microbatches
     problem = _problem.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
 
     whole, parts = problem.whole(), problem.in_parts()
+    if whole.weight == 0:
+        raise ValueError(
+            "`weight` is 0 for this batch, so that there is nothing to compare. Use a "
+            "batch that counts"
+        )
+    errors, sizes = _problem.compare(whole, parts), None
+    if not errors.worst <= tolerance and whole.is_finite() and parts.is_finite():
+        sizes = problem.sizes(whole.weight)
+        errors = _problem.compare(whole, parts, sizes)
     report = EquivalenceReport(
         num_microbatches=problem.num_microbatches,
         value=whole.value,
         microbatched_value=parts.value,
-        leaves=leaf_errors(whole.grads, parts.grads),
+        value_error=errors.value,
+        leaves=errors.leaves,
         tolerance=tolerance,
         cause=None,
     )
     if report.equivalent:
         return report
-    seen = _probes.Comparison(problem, whole, parts, tolerance)
+    seen = _probes.Comparison(problem, whole, parts, sizes, tolerance)
     return dataclasses.replace(report, cause=_probes.find_cause(seen))
 
 
-def leaf_errors(a: Any, b: Any) -> tuple[LeafError, ...]:
-    """The relative error of each floating leaf."""
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(_window.keep_inexact(a)),
-        jax.tree.leaves(_window.keep_inexact(b)),
-        strict=True,
-    )
-    leaves = [(jax.tree_util.keystr(path), x, y) for (path, x), y in pairs]
-    typical = _problem.typical_entry([x for _, x, _ in leaves])
-    return tuple(
-        LeafError(path, _problem.relative_error(x, y, 0.01 * typical))
-        for path, x, y in leaves
-    )
+def _check_arguments(args: Any, kwargs: Any) -> None:
+    """Raises unless they are several arguments, with values."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            "`args` must be a tuple or list of the arguments of `fun` after `batch`; "
+            f"got {type(args).__name__}. A single one is args=(key,)"
+        )
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise TypeError(
+            "`kwargs` must be a dict of the keyword arguments of `fun`; got "
+            f"{type(kwargs).__name__}"
+        )

@@ -2,6 +2,7 @@
 
 import math
 import re
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ def parse_size(name: str, value: Any) -> int:
                 f"of the units {units}; got {value!r}"
             )
         size = float(match["number"]) * factor
-    elif isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"`{name}` must be a number of bytes or a text like '16GiB'; got "
             f"{value!r} of type {type(value).__name__}"

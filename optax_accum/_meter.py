@@ -6,6 +6,7 @@ alone.
 """
 
 import dataclasses
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -178,8 +179,8 @@ def adaptive_k(
 
     Raises:
       TypeError: A bound that is no int.
-      ValueError: A bound < 1, `max_k` < `min_k`, a `multiple` that is not positive, a
-        `hysteresis` not in [0, 1).
+      ValueError: A bound < 1, `max_k` < `min_k`, a `multiple` that is no positive
+        number, a `hysteresis` not in [0, 1).
 
     Examples:
       >>> import optax, optax_accum as oa
@@ -194,7 +195,7 @@ def adaptive_k(
         raise ValueError(
             f"`max_k` must not be less than `min_k`; got max_k={high} and min_k={low}"
         )
-    if not multiple > 0:
+    if not (isinstance(multiple, Real) and multiple > 0):
         raise ValueError(
             "`multiple` must be positive, the size of the global batch in noise "
             f"scales; got {multiple!r}"

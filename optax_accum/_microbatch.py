@@ -529,7 +529,7 @@ class _Microbatched:
             aux=auxiliaries.start(shapes.weight),
             weight=_window.zeros(shapes.weight),
             skipped=_types.zeros_like(shapes.rejected, jnp.int32),
-            noise=self._start_noise(shapes.weight),
+            noise=self._start_noise(shapes),
             carry=carry,
         )
 
@@ -549,10 +549,11 @@ class _Microbatched:
 
     # --- The noise scale, where it was asked for ---
 
-    def _start_noise(self, weight: Any) -> _noise_scale.Sums | None:
+    def _start_noise(self, shapes: _Part) -> _noise_scale.Sums | None:
         if not self.noise_scale:
             return None
-        return _types.vary_like(_noise_scale.Sums.empty(weight.dtype), weight)
+        empty = _noise_scale.Sums.empty(shapes.weight.dtype)
+        return _types.vary_like(empty, shapes.weight, *jax.tree.leaves(shapes.grads))
 
     def _add_noise(self, sums: Any, part: _Part) -> _noise_scale.Sums | None:
         return sums and sums.add(part.grads, part.weight, self.reduction)

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_accum import _window
+from optax_accum import _checks, _window
 
 
 class NoiseScale(NamedTuple):
@@ -38,7 +39,7 @@ class NoiseScale(NamedTuple):
         what the weights count: an example, a token; where no weights were given, one
         micro-batch.
       count: ``i32[]``, over how many batches they were averaged; 0 for a batch of which
-        nothing can be said.
+        nothing can be said, because it had one micro-batch or is not finite.
 
     Examples:
       Two micro-batches of 4 examples each, in every one of three steps:
@@ -101,16 +102,23 @@ class NoiseScale(NamedTuple):
 
         Returns:
           The averages, of one count more.
+
+        Raises:
+          ValueError: `decay` is a number outside of [0, 1).
         """
+        if not isinstance(decay, jax.Array):
+            meaning = "how much of the averages is kept"
+            decay = _checks.fraction("decay", decay, meaning)
         known = sample.count > 0
         count = self.count + known.astype(self.count.dtype)
+        # 1 - decayⁿ in a form that keeps its digits where the decay is nearly 1.
+        new = jnp.asarray(1 - decay, self.signal.dtype)
+        everything = -jnp.expm1(count.astype(new.dtype) * jnp.log1p(-new))
 
         def average(mean, x):
-            one = jnp.ones([], mean.dtype)
-            kept = one * decay
-            rate = (one - kept) / (one - kept ** count.astype(mean.dtype))
             # Selected: what is not known is NaN.
-            return jnp.where(known, mean + (x.astype(mean.dtype) - mean) * rate, mean)
+            moved = mean + (x.astype(mean.dtype) - mean) * (new / everything)
+            return jnp.where(known, moved, mean)
 
         signal, noise = (
             average(*pair) for pair in zip(self[:2], sample[:2], strict=True)
@@ -178,9 +186,8 @@ def of_batch(sums: Sums, square: jax.Array, weight: jax.Array) -> NoiseScale:
     signal = square - noise / jnp.where(weight == 0, 1, weight)
     # A NaN in one window is not to stay in the averages.
     known = enough & jnp.isfinite(signal)
-    unknown = jnp.full_like(square, jnp.nan)
     return NoiseScale(
-        signal=jnp.where(known, signal, unknown),
-        noise=jnp.where(known, noise, unknown),
+        signal=jnp.where(known, signal, np.nan),
+        noise=jnp.where(known, noise, np.nan),
         count=known.astype(jnp.int32),
     )

@@ -97,8 +97,8 @@ def plan_microbatches(
 ) -> MicrobatchPlan:
     """Finds the fewest micro-batches with which a training step fits into memory.
 
-    The step is compiled, for a few numbers of micro-batches, and not run: nothing is
-    allocated on a device, and nothing runs out of memory. On each device it takes
+    The step is compiled, for a few numbers of micro-batches, and not run: nothing of it
+    is allocated, and nothing runs out of memory. On each device it takes
 
         arguments + outputs + temporaries − aliased
 
@@ -159,6 +159,11 @@ def plan_microbatches(
       Where memory does not fall with the number of micro-batches, the plan is one that
       fits, while the next smaller number that was tried does not.
     """
+    if not callable(make_step):
+        raise TypeError(
+            "`make_step` must be a function of the number of micro-batches that "
+            f"returns the training step; got {type(make_step).__name__}"
+        )
     numbers = _candidates(batch_size, candidates)
     _checks.fraction("headroom", headroom, "the part of the memory to leave free")
     limit = (
@@ -175,7 +180,8 @@ def plan_microbatches(
     def measure(number: int) -> float:
         _logger.info("compiling the step with %s", _micro_batches(number))
         start = time.perf_counter()
-        compiled = _compile(make_step(number), args)
+        step = make_step(number)
+        compiled = _compile(step, args)
         seconds = time.perf_counter() - start
         memory = None if compiled is None else _memory.Memory.of(compiled)
         size = float("inf") if memory is None else memory.total
@@ -186,7 +192,7 @@ def plan_microbatches(
             # The best so far; what fits with more micro-batches is not needed.
             fitting.clear()
             fitting[number] = compiled
-        if memory is not None and memory.arguments > usable:
+        if memory and memory.arguments > usable and not _is_lowered(step):
             raise ValueError(
                 f"`memory_limit` of {_memory.show_size(limit)}, less `headroom` "
                 f"{headroom:.0%}, is less than the arguments of the step alone take: "
@@ -297,13 +303,20 @@ def _candidates(batch_size: Any, given: Iterable[int] | None) -> list[int]:
     return numbers
 
 
+def _is_lowered(step: Any) -> bool:
+    """Whether `step` is lowered already, or compiled: its arguments are its own."""
+    return hasattr(step, "compile") or hasattr(step, "memory_analysis")
+
+
 def _compile(step: Any, args: Any) -> Any:
     """`step` compiled, or ``None`` where the compiler ran out of memory."""
-    if not isinstance(step, jax.stages.Lowered):
+    if hasattr(step, "memory_analysis"):
+        return step
+    if not _is_lowered(step):
         if not callable(step):
             raise TypeError(
                 "`make_step` must return the training step for a number of "
-                "micro-batches, a function or what `.lower` gives; got "
+                "micro-batches, a function or what `.lower(...)` gives; got "
                 f"{type(step).__name__}"
             )
         step = step if hasattr(step, "lower") else jax.jit(step)
@@ -311,7 +324,7 @@ def _compile(step: Any, args: Any) -> Any:
     try:
         return step.compile()
     except jax.errors.JaxRuntimeError as error:
-        # XLA for TPUs refuses to compile what does not fit the device.
+        # XLA may refuse to compile what does not fit the device.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None

@@ -1,15 +1,16 @@
 """Why micro-batches differ from the global batch: a few gradients that tell.
 
-Let r be the gradient of the whole batch and gᵢ those of the micro-batches. Of a loss
-that is a sum over examples, divided by whatever does not depend on the parameters, r
-is a combination Σ cᵢ·gᵢ, and the numbers cᵢ are the same at all parameters. They are
-fitted at some parameters and tried at others:
+Let r be the gradient of the whole batch and gᵢ those of its parts. Of a loss that is a
+sum over examples, divided by whatever does not depend on the parameters, r is a
+combination Σ cᵢ·gᵢ, and the numbers cᵢ are the same at all parameters. They are fitted
+at some parameters and tried at others, for two halves of the batch: two unknowns, which
+even a tiny model tells.
 
-* cᵢ as they were used, times one factor: the reduction is another one;
-* other cᵢ >= 0: a mean of unequal means, and these are the weights that it lacks;
-* none that fit: the examples depend on each other.
+* All cᵢ are 1: the loss is a sum.
+* Other cᵢ >= 0: a mean of unequal means, which weights mend.
+* None that fit: the examples depend on each other.
 
-What randomness and hidden state do is asked before, by running the same again.
+What randomness, hidden state and a carry do is asked before, by running the same again.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from optax_accum import _arguments
-from optax_accum._problem import Problem, Result, relative_error
+from optax_accum._problem import Problem, Result, Sizes, compare
 
 
 class Cause(NamedTuple):
@@ -41,12 +41,13 @@ class Comparison(NamedTuple):
     problem: Problem
     whole: Result
     parts: Result
+    sizes: Sizes | None
     tolerance: float
 
-    def moved(self, again: Result) -> float:
-        """How far another run of the whole batch is from the first, 0 if not at all."""
-        distance = self.whole.distance(again)
-        return 0.0 if distance <= self.tolerance else distance
+    def moved(self, a: Result, b: Result) -> float:
+        """How far `a` and `b` are apart; 0 if not by more than the tolerance."""
+        worst = compare(a, b, self.sizes).worst
+        return 0.0 if worst <= self.tolerance else worst
 
 
 def find_cause(seen: Comparison) -> Cause:
@@ -56,6 +57,7 @@ def find_cause(seen: Comparison) -> Cause:
         _not_finite,
         _hidden_state,
         _randomness,
+        _carry,
         _unsplit_argument,
         _factor,
         _weights,
@@ -101,7 +103,7 @@ def _not_finite(seen: Comparison) -> Cause | None:
 
 
 def _hidden_state(seen: Comparison) -> Cause | None:
-    moved = seen.moved(seen.problem.whole())
+    moved = seen.moved(seen.whole, seen.problem.whole())
     if not moved:
         return None
     return Cause(
@@ -115,25 +117,27 @@ def _hidden_state(seen: Comparison) -> Cause | None:
 
 def _randomness(seen: Comparison) -> Cause | None:
     problem = seen.problem
-    for position, argument in enumerate(problem.args):
-        is_key = [_arguments.is_key(x) for x in jax.tree.leaves(argument)]
-        if position in problem.call.places or not any(is_key):
+    for place, name, argument in problem.others():
+        if not any(_arguments.is_key(x) for x in jax.tree.leaves(argument)):
             continue
-        moved = seen.moved(problem.with_argument(position, _other(argument)).whole())
+        other = problem.with_argument(place, _other(argument))
+        moved = seen.moved(seen.whole, other.whole())
         if not moved:
             continue
-        name = problem.call.names[position]
         found = f"the loss is random: another `{name}` moves it by {moved:.1e}. "
-        if position in problem.call.keys:
+        if place in problem.call.keys or place == problem.call.carry:
             advice = (
                 "Micro-batches draw their own, as they should, and so cannot draw what "
                 "the global batch draws; equal they are on average. Check again with "
                 "the dropout off: this hides every other cause"
             )
         else:
+            how = f"pass rng_argnums={place}"
+            if isinstance(place, str):
+                how = "pass it by position, and name that position there"
             advice = (
                 f"And all micro-batches draw the same, because `{name}` is not in "
-                f"`rng_argnums`: pass rng_argnums={position}"
+                f"`rng_argnums`: {how}"
             )
         return Cause("randomness", found + advice)
     return None
@@ -146,31 +150,45 @@ def _other(argument: Any) -> Any:
     )
 
 
+def _carry(seen: Comparison) -> Cause | None:
+    problem = seen.problem
+    if problem.call.carry is None:
+        return None
+    if seen.moved(seen.whole, problem.with_one_carry().in_parts()):
+        return None
+    name = problem.call.names[problem.call.carry]
+    return Cause(
+        "carry",
+        f"the loss depends on `{name}`, its carry, which every micro-batch takes from "
+        "the one before. With the first one for all of them, they would agree",
+    )
+
+
 def _unsplit_argument(seen: Comparison) -> Cause | None:
     """Whether an argument that looks like a batch is one, and was not named."""
     problem = seen.problem
     axis, examples = problem.batch_axis, problem.batch_size
-    special = {*problem.call.places, *problem.call.keys, problem.call.carry}
+    special = {*problem.call.keys, problem.call.carry}
     special |= set(jax.tree.leaves(problem.call.argnums))
-    for position, argument in enumerate(problem.args):
-        shapes = [jnp.shape(x) for x in jax.tree.leaves(argument)]
+    for place, name, argument in problem.others():
+        shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(argument)]
         looks_like_it = shapes and all(
             -len(s) <= axis < len(s) and s[axis] == examples for s in shapes
         )
-        if position in special or not looks_like_it:
+        if place in special or not looks_like_it:
             continue
-        batch_argnums = (*problem.roles.batch_argnums, position)
+        role = "batch_argnames" if isinstance(place, str) else "batch_argnums"
+        places = (*(p for p in problem.call.places if type(p) is type(place)), place)
         try:
-            mended = problem.with_options(batch_argnums=batch_argnums).in_parts()
+            mended = problem.with_options(**{role: places}).in_parts()
         except (TypeError, ValueError):  # Then it is no batch.
             continue
-        if not seen.moved(mended):
-            name = problem.call.names[position]
+        if not seen.moved(seen.whole, mended):
             return Cause(
                 "unsplit argument",
-                f"`{name}` has {examples} entries along axis {axis}, as the batch "
-                "has examples, but reaches every micro-batch whole. Split it as well, "
-                f"and the results agree: batch_argnums={batch_argnums}",
+                f"`{name}` has {examples} entries along axis {axis}, as the batch has "
+                "examples, but reaches every micro-batch whole. Split it as well, and "
+                f"the results agree: {role}={places!r}",
             )
     return None
 
@@ -178,17 +196,20 @@ def _unsplit_argument(seen: Comparison) -> Cause | None:
 def _factor(seen: Comparison) -> Cause | None:
     a, b = seen.whole.entries(), seen.parts.entries()
     factor = float(a @ b / (a @ a)) if a @ a else 0.0
-    if factor == 0 or relative_error(factor * a, b) > seen.tolerance:
+    if factor == 0 or abs(factor - 1) <= seen.tolerance:
         return None
-    k = seen.problem.num_microbatches
-    found = f"the micro-batches' gradient is {factor:.4g} times the global batch's"
+    if compare(seen.whole.times(factor), seen.parts).worst > seen.tolerance:
+        return None
+    problem = seen.problem
+    k = problem.num_microbatches * problem.shards
+    found = f"the micro-batches' result is {factor:.4g} times the global batch's"
     if np.isclose(factor, k, rtol=1e-2):
         advice = (
             f", and there are {k} micro-batches: `fun` is a mean, and "
-            f'reduction="{seen.problem.reduction}" adds it up. Use reduction="mean"'
+            f'reduction="{problem.reduction}" adds it up. Use reduction="mean"'
         )
     elif np.isclose(factor, 1 / k, rtol=1e-2):
-        advice = f", one over the number of micro-batches: {_is_a_sum(seen.problem)}"
+        advice = f", one over the number of micro-batches: {_is_a_sum(problem)}"
     else:
         advice = (
             ": `fun` or `weight` divides by something else than the weight of a "
@@ -205,52 +226,94 @@ def _is_a_sum(problem: Problem) -> str:
 
 
 def _weights(seen: Comparison) -> Cause | None:
-    """Whether r is a combination of the gᵢ, at these and at other parameters."""
+    """Whether the whole is a combination of its halves, at all parameters."""
     problem = seen.problem
-    k = problem.num_microbatches
-    gradient = problem.raw_gradient()
-    batches = problem.microbatches()
-
-    def equations(point: Problem) -> tuple[np.ndarray, np.ndarray]:
-        columns = [gradient(point.with_batch(batch)) for batch in batches]
-        target = gradient(point)
-        scale = np.linalg.norm(target) or 1.0
-        return np.stack(columns, 1) / scale, target / scale
-
-    fitted = [equations(problem)]
-    # Enough equations for k unknowns, were the model ever so small.
-    while sum(len(target) for _, target in fitted) < 2 * k:
-        fitted.append(equations(problem.elsewhere(len(fitted))))
-    tried = equations(problem.elsewhere(len(fitted)))
-
-    def explains(coefficients: np.ndarray) -> bool:
-        return all(
-            np.linalg.norm(columns @ coefficients - target) <= seen.tolerance
-            for columns, target in [*fitted, tried]
-        )
-
-    if explains(np.ones(k)):
-        found = "the global batch's gradient is the sum of the micro-batches': "
-        return Cause("factor", found + _is_a_sum(problem))
-    coefficients, _ = optimize.nnls(
-        np.concatenate([columns for columns, _ in fitted]),
-        np.concatenate([target for _, target in fitted]),
-    )
-    if not explains(coefficients):
+    if problem.num_microbatches < 2:
         return None
-    shares = ", ".join(f"{c:.3g}" for c in coefficients[:8]) + ", ..." * (k > 8)
-    given = (
-        "what `weight` says is another share"
-        if problem.options.get("weight")
-        else "without `weight` each counts by its number of examples"
+    points = [problem, *map(problem.elsewhere, range(1, 4))]
+    gradient = problem.raw_gradient()
+    wholes = [gradient(point).sample() for point in points]
+
+    def equations(parts: list[list[Problem]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For every point its parts as columns, and what they are to add up to."""
+        found = []
+        for whole, problems in zip(wholes, parts, strict=True):
+            columns = np.stack([gradient(part).sample() for part in problems], 1)
+            scale = max(np.linalg.norm(whole), *np.linalg.norm(columns, axis=0))
+            found.append((columns / (scale or 1), whole / (scale or 1)))
+        return found
+
+    in_halves = equations([point.halves() for point in points])
+    if not all(np.isfinite(columns).all() for columns, _ in in_halves):
+        return Cause(
+            "unknown",
+            "at parameters a tenth away from these the gradient is not finite, where "
+            "the probes would look for the cause. Check at others",
+        )
+    if _explains(np.ones(2), in_halves, seen.tolerance):
+        found = "the global batch's gradient is the sum of its parts': "
+        return Cause("factor", found + _is_a_sum(problem))
+    if _combination(in_halves, seen.tolerance) is None:
+        return None
+    in_parts = equations([point.microbatches() for point in points])
+    return _weights_cause(problem, _combination(in_parts, seen.tolerance))
+
+
+def _explains(
+    coefficients: np.ndarray,
+    equations: list[tuple[np.ndarray, np.ndarray]],
+    tolerance: float,
+) -> bool:
+    return all(
+        np.linalg.norm(columns @ coefficients - whole) <= tolerance
+        for columns, whole in equations
     )
-    return Cause(
-        "weights",
-        "the micro-batches' gradients add up to the global batch's if they are "
-        f"weighted by {shares}: `fun` averages over something of which they hold "
-        f"different amounts, such as valid tokens, and {given}. Pass `weight=`, a "
-        "function that counts it",
+
+
+def _combination(
+    equations: list[tuple[np.ndarray, np.ndarray]], tolerance: float
+) -> np.ndarray | None:
+    """The coefficients >= 0 that explain all equations, where they can be told.
+
+    They are fitted to all points but the last, and tried at all.
+    """
+    columns = np.concatenate([columns for columns, _ in equations[:-1]])
+    wholes = np.concatenate([whole for _, whole in equations[:-1]])
+    coefficients, _, rank, _ = np.linalg.lstsq(columns, wholes, rcond=tolerance)
+    if rank < len(coefficients) or coefficients.min() < -tolerance:
+        return None
+    return coefficients if _explains(coefficients, equations, tolerance) else None
+
+
+def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
+    used = np.array([part.weight() for part in problem.microbatches()])
+    found = "the micro-batches' gradients add up to the global batch's if they are "
+    if shares is None:  # Too many to be told apart.
+        found += "weighted otherwise"
+    else:
+        if problem.reduction == "mean" and np.allclose(
+            shares, used / used.sum(), rtol=1e-2, atol=1e-3
+        ):
+            return None
+        shown = ", ".join(f"{c:.3g}" for c in shares[:8])
+        found += f"weighted by {shown}{', ...' * (len(shares) > 8)}"
+    found += (
+        ": `fun` averages over something of which they hold different amounts, such as "
+        "valid tokens"
     )
+    if problem.reduction != "mean":
+        advice = (
+            f', and reduction="{problem.reduction}" adds the means up. Use '
+            'reduction="mean", with `weight=`, a function that counts it'
+        )
+    elif problem.options.get("weight"):
+        advice = ", and `weight` counts something else. Let it count the same"
+    else:
+        advice = (
+            ", and without `weight` each counts by its number of examples. Pass "
+            "`weight=`, a function that counts it"
+        )
+    return Cause("weights", found + advice)
 
 
 def _constant_term(seen: Comparison) -> Cause | None:
@@ -260,7 +323,7 @@ def _constant_term(seen: Comparison) -> Cause | None:
         return None
     gradient = problem.raw_gradient()
     twice = problem.map_batch(lambda x, axis: jnp.concatenate([x, x], axis))
-    term = 2 * gradient(problem) - gradient(twice)
+    term = 2 * gradient(problem).sample() - gradient(twice).sample()
     whole = seen.whole.sample()
     difference = seen.parts.sample() - whole
     factor = float(term @ difference / (term @ term)) if term @ term else 0.0
@@ -279,8 +342,8 @@ def _dependence(seen: Comparison) -> Cause | None:
     problem = seen.problem
     order = np.random.default_rng(0).permutation(problem.batch_size)
     exchanged = problem.map_batch(lambda x, axis: jnp.take(x, order, axis))
-    moved = seen.parts.distance(exchanged.in_parts())
-    if moved > seen.tolerance:
+    moved = seen.moved(seen.parts, exchanged.in_parts())
+    if moved:
         how = (
             f"exchanging examples between micro-batches moves the result by {moved:.1e}"
         )
@@ -293,5 +356,6 @@ def _dependence(seen: Comparison) -> Cause | None:
         f"examples depend on each other: {how}, and no weights make up for it. "
         "BatchNorm and losses that compare examples see one micro-batch at a time, and "
         "no accumulation makes that the global batch. Larger micro-batches come "
-        "nearer; LayerNorm, GroupNorm or fixed statistics have no such bond",
+        "nearer; LayerNorm, GroupNorm or fixed statistics have no such bond. (It looks "
+        "the same where `fun` draws from a key of its own)",
     )

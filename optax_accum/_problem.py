@@ -1,26 +1,35 @@
 """A loss with its arguments, to be differentiated whole, in parts and elsewhere."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _arguments, _microbatch, _split, _window
+from optax_accum import _arguments, _devices, _microbatch, _split, _window
 
 _SAMPLES = 16384  # entries of a leaf that are enough to tell one gradient from another
+_SMALL = 0.01  # of a leaf's usual size, below which it is judged as if it had this
 _PARTS_ONLY = ("microbatch_size", "skip", "axis_name", "mesh", "scatter")
 _REPORTS = ("return_info", "noise_scale")
 
 
 class Result(NamedTuple):
-    """One gradient, on the host."""
+    """One gradient, on the host.
+
+    Attributes:
+      value: The loss.
+      grads: The gradient.
+      weight: W, under which they are.
+      skipped: How many micro-batches `skip` rejected.
+    """
 
     value: float
     grads: Any
-    skipped: int
+    weight: float = 1.0
+    skipped: int = 0
 
     def is_finite(self) -> bool:
         """Whether value and gradient are finite everywhere."""
@@ -28,17 +37,76 @@ class Result(NamedTuple):
 
     def entries(self) -> np.ndarray:
         """The gradient as one vector of float64."""
-        leaves = jax.tree.leaves(_window.keep_inexact(self.grads))
-        return np.concatenate([_real(x) for x in leaves] or [np.zeros(0)])
+        return np.concatenate([np.zeros(0), *map(_real, _leaves(self.grads))])
 
     def sample(self) -> np.ndarray:
-        """Some entries of the gradient, and the value, as one vector."""
-        return _sample(self.value, self.grads)
+        """The entries, but of a large leaf not all, and the value."""
+        leaves = [
+            np.ravel(x)[:: -(-np.size(x) // _SAMPLES) or 1] for x in _leaves(self.grads)
+        ]
+        return np.concatenate([*map(_real, leaves), _real(self.value)])
 
-    def distance(self, other: "Result") -> float:
-        """How far two gradients are apart, as a whole, or their values, if further."""
-        values = relative_error(self.value, other.value)
-        return max(relative_error(self.entries(), other.entries()), values)
+    def times(self, factor: float) -> "Result":
+        """All of it multiplied."""
+        grads = jax.tree.map(
+            lambda x: _wide(x).reshape(np.shape(x)) * factor,
+            _window.keep_inexact(self.grads),
+        )
+        return self._replace(value=self.value * factor, grads=grads)
+
+
+class LeafError(NamedTuple):
+    """How far two gradients are apart in one leaf.
+
+    Attributes:
+      path: Of the leaf, as `jax.tree_util.keystr` writes it.
+      error: The norm of their difference over the larger of their norms.
+    """
+
+    path: str
+    error: float
+
+
+class Sizes(NamedTuple):
+    """How large the micro-batches' parts of a result are, whatever they add up to.
+
+    Attributes:
+      value: The sum of the values' sizes.
+      leaves: The sums of the norms of each leaf of the gradients.
+    """
+
+    value: float
+    leaves: list[float]
+
+
+class Errors(NamedTuple):
+    """How far two results are apart."""
+
+    value: float
+    leaves: tuple[LeafError, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest; a NaN is larger than any."""
+        return float(np.max([self.value, *(leaf.error for leaf in self.leaves)]))
+
+
+def compare(a: Result, b: Result, sizes: Sizes | None = None) -> Errors:
+    """The relative errors of value and leaves; `sizes` are the least they are over."""
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(
+            _window.keep_inexact(a.grads)
+        )
+    ]
+    x, y = _leaves(a.grads), _leaves(b.grads)
+    least = sizes or Sizes(0.0, [0.0] * len(x))
+    usual = _SMALL * _root_mean_square(x)
+    leaves = tuple(
+        LeafError(path, _error(p, q, max(np.sqrt(np.size(p)) * usual, floor)))
+        for path, p, q, floor in zip(paths, x, y, least.leaves, strict=True)
+    )
+    return Errors(_error(a.value, b.value, least.value), leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +117,9 @@ class Problem:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     options: dict[str, Any]  # all of them
-    roles: _arguments.Roles
     call: _arguments.Call
     split: _split.Split
+    shards: int  # devices that each run as many micro-batches
 
     @classmethod
     def of(
@@ -84,11 +152,17 @@ class Problem:
             options.get("num_microbatches"),
             options.get("microbatch_size"),
         )
-        return cls(fun, args, kwargs, options, roles, call, split)
+        axis_name, mesh = options.get("axis_name"), options.get("mesh")
+        shards = _devices.Devices.of(axis_name, mesh, False).shards
+        # As arrays, so that other parameters are passed in the same way.
+        own = list(args)
+        for position in jax.tree.leaves(call.argnums):
+            own[position] = jax.tree.map(jnp.asarray, own[position])
+        return cls(fun, tuple(own), kwargs, options, call, split, shards)
 
     @property
     def num_microbatches(self) -> int:
-        """K, a smaller last micro-batch counted."""
+        """K, a smaller last micro-batch counted, on each device."""
         return self.split.whole + bool(self.split.tail)
 
     @property
@@ -106,31 +180,94 @@ class Problem:
         """As given, or its default."""
         return self.options.get("batch_axis", 0)
 
+    def others(self) -> Iterator[tuple[int | str, str, Any]]:
+        """Position or keyword, name and value of all arguments that are no batch."""
+        names = self.call.names
+        places: list[tuple[int | str, str, Any]] = [
+            (i, names[i], x) for i, x in enumerate(self.args)
+        ]
+        places += [(name, name, x) for name, x in self.kwargs.items()]
+        return (other for other in places if other[0] not in self.call.places)
+
+    # --- The same, but for something ---
+
+    def with_argument(self, place: int | str, argument: Any) -> "Problem":
+        """With another argument, at this position or of this name."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(place, str):
+            kwargs[place] = argument
+        else:
+            args[place] = argument
+        return dataclasses.replace(self, args=tuple(args), kwargs=kwargs)
+
+    def with_batch(self, batch: list[Any]) -> "Problem":
+        """On another batch."""
+        problem = self
+        for place, argument in zip(self.call.places, batch, strict=True):
+            problem = problem.with_argument(place, argument)
+        return dataclasses.replace(problem, call=self.call._replace(batch=batch))
+
     def map_batch(self, function: Callable[[jax.Array, int], jax.Array]) -> "Problem":
-        """The same with ``function(leaf, axis)`` of every leaf of the batch."""
-        return self.with_batch(
-            jax.tree.map(
-                lambda x: function(x, self.batch_axis % x.ndim), self.call.batch
-            )
+        """With ``function(leaf, axis)`` of every leaf of the batch."""
+        batch = jax.tree.map(
+            lambda x: function(x, self.batch_axis % x.ndim), self.call.batch
         )
+        return self.with_batch(batch)
+
+    def with_options(self, **options: Any) -> "Problem":
+        """With other options."""
+        return Problem.of(self.fun, self.args, self.kwargs, self.options | options)
+
+    def with_one_carry(self) -> "Problem":
+        """With the first carry for every micro-batch."""
+        position = self.call.carry
+        assert position is not None
+
+        def fun(*args, **kwargs):
+            value, rest = self.fun(*args, **kwargs)
+            carry = args[position]
+            return value, ((rest[0], carry) if self.options.get("has_aux") else carry)
+
+        return dataclasses.replace(self, fun=fun)
 
     def elsewhere(self, seed: int) -> "Problem":
-        """The same at parameters that are a tenth of their size away."""
+        """At parameters that are a tenth of their size away, each of its own."""
         random = np.random.default_rng(seed)
 
         def move(x):
             if not _window.is_inexact(x):
                 return x
-            x = jnp.asarray(x)
-            size = float(jnp.sqrt(jnp.mean(jnp.abs(x) ** 2))) if x.size else 0.0
-            noise = jnp.asarray(random.normal(size=x.shape), x.dtype)
-            return x + noise * jnp.asarray(0.1 * (size or 0.1), x.dtype)
+            noise = jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
+            return jnp.where(x == 0, 0.1 * noise, x + x * noise)
 
         moved = self
         for position in jax.tree.leaves(self.call.argnums):
             argument = jax.tree.map(move, self.args[position])
             moved = moved.with_argument(position, argument)
         return moved
+
+    def microbatches(self) -> list["Problem"]:
+        """Each micro-batch as a batch by itself."""
+        indices = jnp.arange(self.split.whole)
+        parts = [self.split.take(self.call.batch, i) for i in indices]
+        if self.split.tail:
+            parts.append(self.split.take_tail(self.call.batch))
+        return [self.with_batch(part) for part in parts]
+
+    def halves(self) -> list["Problem"]:
+        """The first half of the micro-batches together, and the other ones."""
+        parts = [part.call.batch for part in self.microbatches()]
+        middle = len(parts) // 2
+        return [
+            self.with_batch(
+                jax.tree.map(
+                    lambda *x: jnp.concatenate(x, self.batch_axis % x[0].ndim), *group
+                )
+            )
+            for group in (parts[:middle], parts[middle:])
+        ]
+
+    # --- What comes out ---
 
     def in_parts(self) -> Result:
         """As `value_and_grad` computes it with these options."""
@@ -140,61 +277,43 @@ class Problem:
         """The whole batch as one micro-batch, on one device, and nothing skipped."""
         return self._run(self._at_once())
 
-    def with_batch(self, batch: list[Any]) -> "Problem":
-        """The same on another batch."""
-        args, kwargs = list(self.args), dict(self.kwargs)
-        for place, argument in zip(self.call.places, batch, strict=True):
-            if isinstance(place, str):
-                kwargs[place] = argument
-            else:
-                args[place] = argument
-        return dataclasses.replace(
-            self,
-            args=tuple(args),
-            kwargs=kwargs,
-            call=self.call._replace(batch=batch),
+    def weight(self) -> float:
+        """The weight of this batch."""
+        weight = self.options.get("weight")
+        return float(weight(*self.args, **self.kwargs) if weight else self.batch_size)
+
+    def sizes(self, total_weight: float) -> Sizes:
+        """Of what the micro-batches add up to with this reduction."""
+        gradient = self.raw_gradient()
+        results = [gradient(part) for part in self.microbatches()]
+        by = {"mean": 1 / len(results), "sum": 1.0, "ratio": 1 / total_weight}
+        norms = [[np.linalg.norm(_wide(x)) for x in _leaves(r.grads)] for r in results]
+        return Sizes(
+            value=sum(abs(r.value) for r in results) * by[self.reduction],
+            leaves=[float(s) for s in np.sum(norms, 0) * by[self.reduction]],
         )
 
-    def with_options(self, **options: Any) -> "Problem":
-        """The same with other options."""
-        return Problem.of(self.fun, self.args, self.kwargs, self.options | options)
+    def raw_gradient(self) -> Callable[["Problem"], Result]:
+        """Differentiates this `fun` on a whole batch, without dividing by anything.
 
-    def with_argument(self, position: int, argument: Any) -> "Problem":
-        """The same with another argument that is no batch."""
-        args = list(self.args)
-        args[position] = argument
-        return dataclasses.replace(self, args=tuple(args))
+        It is compiled once for each size of batch.
+        """
+        options = self._at_once() | {"reduction": "sum", "weight": None}
+        _, function = self._traceable(options)
+        jitted = jax.jit(function)
 
-    def microbatches(self) -> list[list[Any]]:
-        """The batch arguments of each micro-batch."""
-        indices = jnp.arange(self.split.whole)
-        parts = [self.split.take(self.call.batch, i) for i in indices]
-        if self.split.tail:
-            parts.append(self.split.take_tail(self.call.batch))
-        return parts
+        def gradient(problem: "Problem") -> Result:
+            arrays, _ = problem._traceable(options)
+            return self._on_host(jitted(arrays))
+
+        return gradient
 
     def narrowest_dtype(self) -> Any:
         """The narrowest floating dtype that `fun` or its gradient computes in."""
         arrays, function = self._traceable(self._at_once())
         jaxpr = jax.jit(function).trace(arrays).jaxpr.jaxpr
         dtypes = {d for d in _dtypes(jaxpr) if jnp.issubdtype(d, jnp.inexact)}
-        return min(dtypes, key=lambda d: -jnp.finfo(d).eps, default=jnp.float32)
-
-    def raw_gradient(self) -> Callable[["Problem"], np.ndarray]:
-        """A function for value and gradient of `fun` on a whole batch, as a vector.
-
-        Not divided by anything; a sample of the entries. It is compiled once.
-        """
-        options = self._at_once() | {"reduction": "sum", "weight": None}
-        _, function = self._traceable(options)
-        jitted = jax.jit(function)
-
-        def vector(problem: "Problem") -> np.ndarray:
-            arrays, _ = problem._traceable(options)
-            result, _ = jitted(arrays)
-            return _sample(*self._unpack(result))
-
-        return vector
+        return max(dtypes, key=lambda d: jnp.finfo(d).eps, default=jnp.float32)
 
     def _at_once(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.options.items() if k not in _PARTS_ONLY}
@@ -202,15 +321,16 @@ class Problem:
 
     def _run(self, options: dict[str, Any]) -> Result:
         function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
-        result, info = function(*self.args, **self.kwargs)
-        value, grads = jax.device_get(self._unpack(result))
-        return Result(float(value), grads, int(info.skipped))
+        return self._on_host(function(*self.args, **self.kwargs))
 
-    def _unpack(self, result: Any) -> tuple[Any, Any]:
-        """Value and gradient, without what else there is."""
-        value, grads = result
+    def _on_host(self, output: Any) -> Result:
+        """What `value_and_grad` returned, without aux and carry."""
+        (value, grads), info = output
         has_extra = self.options.get("has_aux") or self.call.carry is not None
-        return (value[0] if has_extra else value), grads
+        value, grads, info = jax.device_get(
+            (value[0] if has_extra else value, grads, info)
+        )
+        return Result(float(value), grads, float(info.weight), int(info.skipped))
 
     def _traceable(self, options: dict[str, Any]) -> tuple[list[Any], Callable]:
         """The arrays among the arguments, and the gradient as a function of them."""
@@ -231,31 +351,26 @@ class Problem:
         return arrays, of_arrays
 
 
-def relative_error(a: Any, b: Any, typical: float = 0.0) -> float:
-    """‖a − b‖ over the larger norm, which is taken for at least √n·`typical`."""
+def _error(a: Any, b: Any, least: float) -> float:
+    """‖a − b‖ over the larger norm, or over `least`, if that is larger."""
     x, y = _wide(a), _wide(b)
-    norms = np.linalg.norm(x), np.linalg.norm(y), np.sqrt(x.size) * typical
     difference = float(np.linalg.norm(x - y))
-    return 0.0 if difference == 0 else float(difference / max(norms))
+    norms = [float(np.linalg.norm(x)), float(np.linalg.norm(y)), least]
+    return 0.0 if difference == 0 else difference / float(np.max(norms))
 
 
-def typical_entry(leaves: list[Any]) -> float:
-    """The root mean square of all entries."""
+def _root_mean_square(leaves: list[Any]) -> float:
     entries = sum(np.size(x) for x in leaves)
     squares = sum(float(np.sum(np.abs(_wide(x)) ** 2)) for x in leaves)
     return float(np.sqrt(squares / entries)) if entries else 0.0
 
 
-def _sample(value: Any, grads: Any) -> np.ndarray:
-    """The entries of `grads`, but of a large leaf not all, and the value."""
-    leaves = [
-        np.asarray(x).ravel()[:: -(-np.size(x) // _SAMPLES) or 1]
-        for x in jax.tree.leaves(_window.keep_inexact(grads))
-    ]
-    return np.concatenate([*map(_real, leaves), _real(value)])
+def _leaves(grads: Any) -> list[Any]:
+    return jax.tree.leaves(_window.keep_inexact(grads))
 
 
 def _wide(x: Any) -> np.ndarray:
+    """The entries in double precision."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64).ravel()
 

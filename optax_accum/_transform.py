@@ -346,6 +346,7 @@ class _Accumulation:
             if self.on_skip == "wait":
                 arrived = ~should_skip
 
+        _checks.whole_gradients(state, grads, self.axis_name)
         if self.axis_name is not None:
             _distributed.check_local(self.axis_name, grads)
             _checks.same_on_devices(params, self.axis_name)

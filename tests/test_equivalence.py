@@ -136,8 +136,10 @@ def test_dropout_that_is_off():
 def test_on_a_mesh():
     x = jnp.concatenate([X] * COUNT)
     assert check(mean, x, k=2, mesh=mesh(), axis_name="data")
-    report = check(contrastive, x, k=2, mesh=mesh(), axis_name="data")
-    assert_differs(report, "dependence")
+    options = {"k": 2, "mesh": mesh(), "axis_name": "data"}
+    assert_differs(check(contrastive, x, **options), "dependence")
+    report = check(mean, x, **options, reduction="sum")
+    assert_differs(report, "factor", f"are {2 * COUNT} micro-batches: `fun` is a mean")
 
 
 def test_a_leaf_that_is_zero_but_for_rounding():
@@ -200,7 +202,7 @@ def test_a_mean_of_unequal_means():
 
 def test_the_wrong_weights():
     report = check(masked, BATCH, weight=lambda p, b: count(p, b) ** 2)
-    assert_differs(report, "weights", "what `weight` says is another share")
+    assert_differs(report, "weights", "`weight` counts something else")
 
 
 def test_unequal_means_of_a_tiny_model():
@@ -264,7 +266,7 @@ def test_a_sum_that_is_averaged(k):
 
 def test_a_sum_that_is_averaged_with_a_tail():
     report = check(total, X[:23], k=None, microbatch_size=5)
-    assert_differs(report, "factor", "is the sum of the micro-batches'")
+    assert_differs(report, "factor", "is the sum of its parts'")
 
 
 def test_a_mean_that_is_added_up():
@@ -359,6 +361,141 @@ def test_a_weak_difference_is_judged_by_the_tolerance():
     assert report.tolerance == 0.1
 
 
+def test_two_halves_tell_what_many_micro_batches_cannot():
+    """With 3 numbers per gradient any 12 of them add up to any other."""
+
+    def fun(w, x):
+        centred = x[:, :3] - x[:, :3].mean(0, keepdims=True)
+        return ((centred @ w - 1) ** 2).mean()
+
+    w = jnp.ones(3)
+    assert_differs(oa.check_equivalence(fun, w, X, 12), "dependence")
+
+    def over_mask(w, batch):
+        wrong = (batch["x"][:, :3] @ w - 1) ** 2
+        counted = jnp.maximum(batch["mask"].sum(), 1).astype(w.dtype)
+        return jnp.where(batch["mask"], wrong, 0).sum() / counted
+
+    report = oa.check_equivalence(over_mask, w, BATCH, 12)
+    assert_differs(report, "weights", "weighted otherwise", "Pass `weight=`")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "ratio"])
+def test_a_mean_of_unequal_means_that_is_added_up(reduction):
+    report = check(masked, BATCH, reduction=reduction, weight=count)
+    assert_differs(report, "weights", 'Use reduction="mean", with `weight=`')
+
+
+def test_a_variance_that_must_stay_positive():
+    """Elsewhere is a tenth of each entry away, not a tenth of the largest one."""
+
+    def fun(variance, batch):
+        wrong = batch["x"][:, :3] ** 2 / variance[None] + jnp.log(variance)[None]
+        counted = batch["mask"].sum().astype(variance.dtype)
+        return jnp.where(batch["mask"], wrong.sum(-1), 0).sum() / counted
+
+    variance = jnp.array([0.2, 1.0, 4.0])
+    assert_differs(oa.check_equivalence(fun, variance, BATCH, 2), "weights")
+
+
+def test_a_gradient_that_is_not_finite_nearby():
+    def fun(params, batch):
+        is_here = jnp.abs(params["v"] - PARAMS["v"]).max() < 1e-3
+        return masked(params, batch) * jnp.where(is_here, 1.0, jnp.nan)
+
+    report = check(fun, BATCH)
+    assert_differs(report, "unknown", "is not finite", "Check at others")
+
+
+def test_values_that_cancel():
+    """As those of a policy gradient with normalised advantages."""
+    advantages = X[:, 0] - X[:, 0].mean()
+
+    def fun(w, batch):
+        ratio = jnp.exp(batch["x"] @ (w - 1))
+        return -(ratio * batch["advantage"]).mean()
+
+    batch = {"x": X, "advantage": advantages}
+    report = oa.check_equivalence(fun, jnp.ones(5), batch, K)
+    assert abs(report.value) < 1e-6
+    assert report, str(report)
+
+
+def test_a_gradient_that_is_zero():
+    """At an optimum only rounding is left of it."""
+    y = jnp.asarray(RANDOM.normal(size=B), jnp.float32)
+    w = jnp.asarray(np.linalg.lstsq(np.asarray(X), np.asarray(y))[0])
+
+    def fun(w, batch):
+        return ((batch["x"] @ w - batch["y"]) ** 2).mean()
+
+    assert oa.check_equivalence(fun, w, {"x": X, "y": y}, K)
+
+
+def test_a_value_that_differs_alone():
+    def fun(params, x):
+        return mean(params, x) + jax.lax.stop_gradient(x.max())
+
+    assert_differs(check(fun), "dependence")
+
+
+def test_one_parameter():
+    """Any two numbers have a factor; these are a mean of unequal means."""
+
+    def fun(w, batch):
+        wrong = (w * batch["x"][:, 0] - 1) ** 2
+        counted = batch["mask"].sum().astype(w.dtype)
+        return jnp.where(batch["mask"], wrong, 0).sum() / counted
+
+    report = oa.check_equivalence(fun, jnp.float32(0.5), BATCH, 2)
+    assert_differs(report, "weights")
+
+
+def test_a_loss_that_depends_on_its_carry():
+    def fun(params, x, carry):
+        return mean(params, x) * (1 + carry), carry + 0.1
+
+    report = check(fun, args=(jnp.float32(0),), carry_argnum=2)
+    assert_differs(report, "carry", "`carry`, its carry")
+
+
+def test_a_carry_that_holds_a_key():
+    def fun(params, x, carry):
+        key, next_key = jax.random.split(carry)
+        return dropout(params, x, key), next_key
+
+    report = check(fun, args=(jax.random.key(0),), carry_argnum=2)
+    assert_differs(report, "randomness", "draw their own")
+
+
+def test_a_key_by_keyword():
+    report = check(dropout, kwargs={"key": jax.random.key(0)})
+    assert_differs(report, "randomness", "another `key`", "pass it by position")
+
+
+def test_a_batch_argument_by_keyword_that_is_not_named():
+    def fun(params, x, *, y):
+        h = jnp.tanh(x @ params["w"])
+        pairs = (h - y) ** 2 if len(x) == len(y) else (h[:, None] - y[None]) ** 2
+        return pairs.mean()
+
+    report = check(fun, kwargs={"y": jnp.tile(X[:, :1], 6)})
+    assert_differs(report, "unsplit argument", "batch_argnames=('y',)")
+
+
+def test_arguments_that_are_no_arrays():
+    def fun(params, batch, kind, activation):
+        assert kind == "mean"
+        h = activation(batch["x"] @ params["w"]) @ params["v"] + params["b"]
+        counted = batch["mask"].sum().astype(h.dtype)
+        return jnp.where(batch["mask"], (h - 1) ** 2, 0).sum() / counted
+
+    for b in (0.5, np.float32(0.5)):
+        params = PARAMS | {"b": b}
+        report = oa.check_equivalence(fun, params, BATCH, K, args=("mean", jnp.tanh))
+        assert_differs(report, "weights")
+
+
 # --- What people see ---
 
 
@@ -400,8 +537,16 @@ def test_as_an_assertion():
         (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
         (mean, {"wight": count}, TypeError, "unexpected keyword argument 'wight'"),
         (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),
+        (mean, {"weight": lambda *_: 0}, ValueError, "`weight` is 0 for this batch"),
+        (mean, {"args": X}, TypeError, "`args` must be a tuple or list"),
+        (mean, {"kwargs": [1]}, TypeError, "`kwargs` must be a dict"),
     ],
 )
 def test_errors(fun, options, error, words):
     with pytest.raises(error, match=words):
         check(fun, **options)
+
+
+def test_inside_jit_there_are_no_values():
+    with pytest.raises(TypeError, match="`check_equivalence` looks at values"):
+        jax.jit(lambda x: check(mean, x).value)(X)

@@ -7,6 +7,7 @@ import optax
 import pytest
 from devices import AXIS, COUNT, INSIDE, inside, mesh, parametrized, stacked
 from hlo import compiled, exchanges, large_copies, nbytes, temporaries
+from jax.sharding import PartitionSpec as P
 from training import WAYS, loosely, micro_batches, stepper
 
 import optax_accum as oa
@@ -103,6 +104,36 @@ def test_the_averages_are_corrected_for_their_start(decay):
         expected = raw / (1 - decay**n)
         np.testing.assert_allclose(average[:2], expected, rtol=1e-4, atol=1e-5)
         assert int(average.count) == n
+
+
+def test_a_decay_that_is_nearly_one():
+    """In float32 it is 1; the average is then the mean of all."""
+    average = oa.NoiseScale.empty()
+    for x in (1.0, 2.0, 6.0):
+        sample = oa.NoiseScale(jnp.float32(x), jnp.float32(-x), jnp.int32(1))
+        average = jax.jit(oa.NoiseScale.add, static_argnums=2)(
+            average, sample, 0.999999999
+        )
+    np.testing.assert_allclose(average[:2], (3, -3), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("decay", [np.float64(0.9), 0.9])
+def test_averages_keep_their_dtype(decay):
+    average = oa.NoiseScale.empty()
+    added = average.add(oa.NoiseScale.empty(jnp.float64), decay)
+    assert [x.dtype for x in added] == [x.dtype for x in average]
+
+
+def test_nothing_is_nan_in_a_window_that_is_fine():
+    """Someone may look for NaN with jax_debug_nans."""
+    grads, weights = micro_batches(PARAMS, 2)
+    tx = oa.accumulate(optax.sgd(0.1), noise_scale=0.9)
+    state = tx.init(PARAMS)
+    with jax.debug_nans(True):
+        for g, w, boundary in zip(grads, weights, (False, True), strict=True):
+            _, state = tx.update(g, state, PARAMS, weight=w, boundary=boundary)
+    assert int(oa.noise_scale(state).count) == 1
 
 
 def test_a_sample_of_nothing_changes_nothing():
@@ -481,6 +512,44 @@ def test_gradients_that_are_scattered_have_the_same_norm():
 
 @pytest.mark.several_devices
 @parametrized(INSIDE)
+def test_in_one_step_on_every_device(way):
+    f = in_step(2, axis_name=AXIS)
+    x, mask = device_data()
+    if way == "pmap":
+        x, mask = x.reshape(COUNT, 4, 3), mask.reshape(COUNT, 4)
+    info = inside(way, lambda *args: f(*args)[1], (None, 0, 0), (None,))(
+        WEIGHTS, x, mask
+    )
+    expected = *by_hand(*device_parts(2)), 1
+    for got, wanted in zip(info.noise_scale, expected, strict=True):
+        np.testing.assert_allclose(np.ravel(got), wanted, rtol=1e-4)
+
+
+@pytest.mark.several_devices
+def test_gradients_in_parts_over_another_axis_are_refused():
+    if COUNT % 2:
+        pytest.skip("needs an even number of devices")
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS, noise_scale=0.9)
+    two_axes = jax.make_mesh(
+        (COUNT // 2, 2), (AXIS, "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    params = jnp.ones(4)
+    state = oa.stack_windows(tx.init(params), COUNT // 2)
+    specs = oa.window_specs(state, AXIS)._replace(acc_grads=P(AXIS, "model"))
+
+    def step(params, state):
+        grads = jax.lax.pcast(params, AXIS, to="varying")
+        return tx.update_params(grads, state, params)
+
+    mapped = jax.shard_map(
+        step, mesh=two_axes, in_specs=(P("model"), specs), out_specs=(P("model"), specs)
+    )
+    with pytest.raises(ValueError, match="differs between the devices of 'model'"):
+        jax.jit(mapped)(params, state)
+
+
+@pytest.mark.several_devices
+@parametrized(INSIDE)
 @pytest.mark.parametrize("every_k", [1, 2])
 def test_windows_over_devices(way, every_k):
     """k·D samples, in the one exchange that there is."""
@@ -735,3 +804,11 @@ def test_it_compiles_once():
 def test_errors(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_what_a_call_is_told_where_it_is_wrong():
+    average = oa.NoiseScale.empty()
+    with pytest.raises(ValueError, match="`decay` is how much of the averages"):
+        average.add(average, 1.0)
+    with pytest.raises(ValueError, match="`multiple` must be positive"):
+        oa.adaptive_k(2, 4, multiple="2")

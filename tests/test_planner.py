@@ -190,10 +190,17 @@ def test_a_step_that_is_lowered_already():
         part = jax.ShapeDtypeStruct((BATCH // k, WIDTH), jnp.float32)
         return jax.jit(micro_step, donate_argnums=(0, 1)).lower(w, state, part)
 
-    found = oa.plan_microbatches(lowered, batch_size=BATCH, memory_limit="300KiB")
+    found = oa.plan_microbatches(lowered, batch_size=BATCH, memory_limit="100KiB")
     assert found.num_microbatches > 1
+    # Those of the whole batch alone would not have fitted.
+    assert found.candidates[0].memory.arguments > 100 * 1024
     memory = found.candidates[-1].memory
     assert memory.arguments < 4 * BATCH * WIDTH
+
+
+def test_a_step_that_is_compiled_already():
+    found = plan(lambda k: make_step(k).lower(*SHAPES).compile())
+    assert found.num_microbatches == plan().num_microbatches
 
 
 @pytest.mark.several_devices
@@ -470,6 +477,9 @@ def test_a_cpu_needs_a_limit():
 def test_a_step_that_is_none():
     with pytest.raises(TypeError, match="`make_step` must return") as error:
         plan(lambda k: k)
+    assert "got int" in str(error.value)
+    with pytest.raises(TypeError, match="`make_step` must be a function") as error:
+        plan(3)
     assert "got int" in str(error.value)
 
 
