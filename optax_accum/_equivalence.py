@@ -151,8 +151,8 @@ def check_equivalence(
       >>> assert report, str(report)
 
     Note:
-      It is for a look or a test, not for a training step: everything is compiled anew,
-      runs eagerly and comes to the host. Use a small model and a few examples.
+      It is for a look or a test, not for a training step: it compiles everything anew,
+      and fetches all gradients. Use a small model and a few examples.
     """
     if tolerance is not None:
         tolerance = _checks.fraction(
@@ -177,8 +177,9 @@ def check_equivalence(
             "batch that counts"
         )
     errors, sizes = _problem.compare(whole, parts), None
+    gradient = problem.raw_gradient()
     if not errors.worst <= tolerance and whole.is_finite() and parts.is_finite():
-        sizes = problem.sizes(whole.weight)
+        sizes = problem.sizes(gradient, whole.weight)
         errors = _problem.compare(whole, parts, sizes)
     report = EquivalenceReport(
         num_microbatches=problem.num_microbatches,
@@ -191,7 +192,7 @@ def check_equivalence(
     )
     if report.equivalent:
         return report
-    seen = _probes.Comparison(problem, whole, parts, sizes, tolerance)
+    seen = _probes.Comparison(problem, gradient, whole, parts, sizes, tolerance)
     return dataclasses.replace(report, cause=_probes.find_cause(seen))
 
 

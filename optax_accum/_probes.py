@@ -13,6 +13,7 @@ even a tiny model tells.
 What randomness, hidden state and a carry do is asked before, by running the same again.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ class Comparison(NamedTuple):
     """A problem on which the whole batch and its micro-batches do not agree."""
 
     problem: Problem
+    gradient: Callable[[Problem], Result]  # of `fun` on a whole batch, not divided
     whole: Result
     parts: Result
     sizes: Sizes | None
@@ -231,14 +233,13 @@ def _weights(seen: Comparison) -> Cause | None:
     if problem.num_microbatches < 2:
         return None
     points = [problem, *map(problem.elsewhere, range(1, 4))]
-    gradient = problem.raw_gradient()
-    wholes = [gradient(point).sample() for point in points]
+    wholes = [seen.gradient(point).sample() for point in points]
 
     def equations(parts: list[list[Problem]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For every point its parts as columns, and what they are to add up to."""
         found = []
         for whole, problems in zip(wholes, parts, strict=True):
-            columns = np.stack([gradient(part).sample() for part in problems], 1)
+            columns = np.stack([seen.gradient(part).sample() for part in problems], 1)
             scale = max(np.linalg.norm(whole), *np.linalg.norm(columns, axis=0))
             found.append((columns / (scale or 1), whole / (scale or 1)))
         return found
@@ -321,9 +322,8 @@ def _constant_term(seen: Comparison) -> Cause | None:
     problem = seen.problem
     if problem.reduction == "mean":
         return None
-    gradient = problem.raw_gradient()
     twice = problem.map_batch(lambda x, axis: jnp.concatenate([x, x], axis))
-    term = 2 * gradient(problem).sample() - gradient(twice).sample()
+    term = 2 * seen.gradient(problem).sample() - seen.gradient(twice).sample()
     whole = seen.whole.sample()
     difference = seen.parts.sample() - whole
     factor = float(term @ difference / (term @ term)) if term @ term else 0.0

@@ -282,10 +282,13 @@ class Problem:
         weight = self.options.get("weight")
         return float(weight(*self.args, **self.kwargs) if weight else self.batch_size)
 
-    def sizes(self, total_weight: float) -> Sizes:
+    def sizes(
+        self, gradient: Callable[["Problem"], Result], total_weight: float
+    ) -> Sizes:
         """Of what the micro-batches add up to with this reduction."""
-        gradient = self.raw_gradient()
         results = [gradient(part) for part in self.microbatches()]
+        # One that is not finite can have weight 0.
+        results = [r for r in results if r.is_finite()] or [self.whole().times(0)]
         by = {"mean": 1 / len(results), "sum": 1.0, "ratio": 1 / total_weight}
         norms = [[np.linalg.norm(_wide(x)) for x in _leaves(r.grads)] for r in results]
         return Sizes(

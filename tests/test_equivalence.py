@@ -432,6 +432,18 @@ def test_a_gradient_that_is_zero():
     assert oa.check_equivalence(fun, w, {"x": X, "y": y}, K)
 
 
+def test_a_nan_of_weight_zero_is_no_cause():
+    def fun(params, batch):
+        counted = batch["mask"].sum().astype(jnp.float32)
+        return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
+
+    batch = BATCH | {"mask": MASK & (jnp.arange(B) % K != 1)}
+    assert check(fun, batch, weight=count)
+    report = check(fun, batch, weight=lambda p, b: count(p, b) ** 2)
+    assert not report
+    assert np.isfinite([leaf.error for leaf in report.leaves]).all()
+
+
 def test_a_value_that_differs_alone():
     def fun(params, x):
         return mean(params, x) + jax.lax.stop_gradient(x.max())
