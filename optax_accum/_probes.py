@@ -280,6 +280,8 @@ def _combination(
     """
     columns = np.concatenate([columns for columns, _ in equations[:-1]])
     wholes = np.concatenate([whole for _, whole in equations[:-1]])
+    if not np.isfinite(columns).all():
+        return None
     coefficients, _, rank, _ = np.linalg.lstsq(columns, wholes, rcond=tolerance)
     if rank < len(coefficients) or coefficients.min() < -tolerance:
         return None
@@ -289,7 +291,7 @@ def _combination(
 def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
     used = np.array([part.weight() for part in problem.microbatches()])
     found = "the micro-batches' gradients add up to the global batch's if they are "
-    if shares is None:  # Too many to be told apart.
+    if shares is None:  # Too many to be told apart, or one without any gradient.
         found += "weighted otherwise"
     else:
         if problem.reduction == "mean" and np.allclose(
