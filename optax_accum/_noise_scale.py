@@ -113,7 +113,8 @@ class NoiseScale(NamedTuple):
         count = self.count + known.astype(self.count.dtype)
         # 1 - decayⁿ in a form that keeps its digits where the decay is nearly 1.
         new = jnp.asarray(1 - decay, self.signal.dtype)
-        everything = -jnp.expm1(count.astype(new.dtype) * jnp.log1p(-new))
+        steps = jnp.maximum(count, 1).astype(new.dtype)
+        everything = -jnp.expm1(steps * jnp.log1p(-new))
 
         def average(mean, x):
             # Selected: what is not known is NaN.
