@@ -353,10 +353,8 @@ def fraction(name: str, value: Any, meaning: str) -> float:
     """A number in [0, 1)."""
     is_number = isinstance(value, Real) and not _is_bool(value)
     if not is_number or not 0 <= value < 1:
-        raise ValueError(
-            f"`{name}` is {meaning}, a number of at least 0 and less than 1; got "
-            f"{value!r}"
-        )
+        message = f"`{name}` is {meaning}, a number of at least 0 and less than 1; got "
+        raise (ValueError if is_number else TypeError)(message + repr(value))
     return float(value)
 
 

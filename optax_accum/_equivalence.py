@@ -1,6 +1,7 @@
 """Whether k micro-batches give what the global batch gives, for one's own loss."""
 
 import dataclasses
+import inspect
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_accum import _checks, _probes, _problem
+from optax_accum._microbatch import value_and_grad
 
 _MOST_LEAVES = 12  # that are printed
+_WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
+_OPTIONS = inspect.signature(value_and_grad).parameters
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,10 +61,13 @@ class EquivalenceReport:
 
     def __str__(self) -> str:
         """Values, leaves with the largest errors first, and causes."""
+        one = self.num_microbatches == 1
+        who = (
+            "1 micro-batch is" if one else f"{self.num_microbatches} micro-batches are"
+        )
         verdict = "the same as" if self.equivalent else "NOT the same as"
         lines = [
-            f"{self.num_microbatches} micro-batches are {verdict} the global batch "
-            f"(tolerance {self.tolerance:.1e})",
+            f"{who} {verdict} the global batch (tolerance {self.tolerance:.1e})",
             f"value: {self.value:.6g} (global batch), {self.microbatched_value:.6g} "
             f"(micro-batches), relative error {self.value_error:.1e}",
             "gradient, relative error per leaf:",
@@ -69,12 +76,19 @@ class EquivalenceReport:
         shown = sorted(
             self.leaves, key=lambda leaf: -np.nan_to_num(leaf.error, nan=np.inf)
         )
-        width = max((len(leaf.path) for leaf in shown[:_MOST_LEAVES]), default=0)
-        for path, error in shown[:_MOST_LEAVES]:
+        shown, rest = shown[:_MOST_LEAVES], shown[_MOST_LEAVES:]
+        width = max((len(leaf.path) for leaf in shown), default=0)
+        for path, error in shown:
             mark = "" if error <= self.tolerance else "  differs"
             lines.append(f"  {path.ljust(width)}  {error:.1e}{mark}")
-        if len(shown) > _MOST_LEAVES:
-            lines.append(f"  and {len(shown) - _MOST_LEAVES} more with smaller errors")
+        if rest:
+            differ = sum(not leaf.error <= self.tolerance for leaf in rest)
+            lines.append(f"  and {len(rest)} more, of which {differ or 'none'} differ")
+        if self.tolerance > _WIDE:
+            lines.append(
+                "A tolerance this wide hides what a little padding does; check in "
+                "float32 as well"
+            )
         if self.cause:
             what = f"{self.cause.name}: {self.cause.message}"
             lines.append("what the probes suggest:")
@@ -100,7 +114,8 @@ def check_equivalence(
     For a loss that is a sum or a weighted mean over examples the two are equal. With
     BatchNorm, contrastive losses, means over masks and dropout they are not, and
     nothing says so. This runs both, and where they differ it asks a few more gradients
-    for the reason.
+    for the reason. Value and gradient are compared, auxiliary outputs and a carry are
+    not.
 
     Args:
       fun: The loss, as `value_and_grad` takes it.
@@ -126,7 +141,8 @@ def check_equivalence(
       what leaves of its size have on average.
 
     Raises:
-      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say.
+      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say. An
+        option that it does not have; a call where there are no values, under `jax.jit`.
       ValueError: As `value_and_grad`; a `tolerance` that is none; a batch of weight 0.
 
     Examples:
@@ -165,12 +181,28 @@ def check_equivalence(
             "`check_equivalence` looks at values, and was called where there are none, "
             "inside jax.jit or another transformation. Call it outside"
         )
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(
+                f"`check_equivalence` got {name!r}, which is no option of "
+                "`value_and_grad`. Arguments of `fun` go into `args` and `kwargs`: "
+                f"args=(key,), or kwargs={{{name!r}: ...}}"
+            )
     options["num_microbatches"] = num_microbatches
     problem = _problem.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
 
-    whole, parts = problem.whole(), problem.in_parts()
+    whole = problem.whole()
+    try:
+        parts = problem.in_parts()
+    except (TypeError, ValueError) as error:
+        for _, name, _ in problem.unsplit():
+            error.add_note(
+                f"`{name}` has as many entries as the batch has examples. If it "
+                "belongs to the batch, name it in `batch_argnums` or `batch_argnames`"
+            )
+        raise
     if whole.weight == 0:
         raise ValueError(
             "`weight` is 0 for this batch, so that there is nothing to compare. Use a "

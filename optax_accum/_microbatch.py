@@ -147,10 +147,10 @@ def value_and_grad(
       `carry_argnum`. With `return_info` the pair of that and a `MicrobatchInfo`.
 
     Raises:
-      TypeError: A size, a position, a name, `batch_axis`, `weight`, `skip` or
-        `accumulator_dtype` of another type. At the call: `fun` does not return a real
-        scalar, or a carry of another type than it took; a random key that is none; a
-        `mesh` that is none.
+      TypeError: A size, a position, a name, `batch_axis`, `weight`, `skip`,
+        `noise_scale` or `accumulator_dtype` of another type. At the call: `fun` does
+        not return a real scalar, or a carry of another type than it took; a random key
+        that is none; a `mesh` that is none.
       ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy;
         float64 sums where JAX has none; a `mesh` without that axis, or `scatter`
         without one.
@@ -215,6 +215,11 @@ def value_and_grad(
             "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
             f"{num_microbatches!r} and {microbatch_size!r}"
         )
+    if not isinstance(noise_scale, bool):
+        raise TypeError(
+            "`noise_scale` must be True or False, because this measures one batch; got "
+            f"{noise_scale!r}. A decay is for averages, in oa.NoiseScale.add"
+        )
     if noise_scale and not return_info:
         raise ValueError(
             "`noise_scale=True` measures what is returned in the `MicrobatchInfo`, but "
@@ -241,7 +246,7 @@ def value_and_grad(
         policies=aux,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
         skip=_checks.predicate(skip),
-        noise_scale=bool(noise_scale),
+        noise_scale=noise_scale,
         devices=_devices.Devices.of(axis_name, mesh, scatter),
     )
 

@@ -104,8 +104,15 @@ class NoiseScale(NamedTuple):
           The averages, of one count more.
 
         Raises:
+          TypeError: `sample` is no `NoiseScale`.
           ValueError: `decay` is a number outside of [0, 1).
         """
+        if not isinstance(sample, NoiseScale):
+            raise TypeError(
+                "`sample` must be an `oa.NoiseScale`, such as the `noise_scale` of the "
+                "`MicrobatchInfo` that value_and_grad(..., noise_scale=True, "
+                f"return_info=True) returns; got {type(sample).__name__}"
+            )
         if not isinstance(decay, jax.Array):
             meaning = "how much of the averages is kept"
             decay = _checks.fraction("decay", decay, meaning)

@@ -56,8 +56,9 @@ class MicrobatchPlan:
     headroom: float
 
     def __str__(self) -> str:
-        """The table."""
-        return _table(self.candidates, self.memory_limit, self.headroom)
+        """The number, and the table."""
+        table = _table(self.candidates, self.memory_limit, self.headroom)
+        return f"{_micro_batches(self.num_microbatches)}: the fewest that fit\n{table}"
 
     def __repr__(self) -> str:
         """As it prints."""
@@ -171,6 +172,11 @@ def plan_microbatches(
         if memory_limit is None
         else _memory.parse_size("memory_limit", memory_limit)
     )
+    if limit < 1024:
+        raise ValueError(
+            f"`memory_limit` is {limit} bytes, less than any step takes. A number "
+            "counts bytes; for more of them pass a text, such as '16GiB'"
+        )
     limit = _memory.agreed(limit)
     usable = limit * (1 - headroom)
 
@@ -192,7 +198,7 @@ def plan_microbatches(
             # The best so far; what fits with more micro-batches is not needed.
             fitting.clear()
             fitting[number] = compiled
-        if memory and memory.arguments > usable and not _is_lowered(step):
+        if memory and memory.arguments > usable and not _has_arguments(step):
             raise ValueError(
                 f"`memory_limit` of {_memory.show_size(limit)}, less `headroom` "
                 f"{headroom:.0%}, is less than the arguments of the step alone take: "
@@ -206,12 +212,9 @@ def plan_microbatches(
     ordered = tuple(sorted(tried))
     if number is None:
         table = _table(ordered, limit, headroom)
-        smallest = min((c.memory.total for c in tried if c.memory), default=None)
-        least = "" if smallest is None else f" The least is {_show(smallest)}."
         raise ValueError(
             f"nothing fits into `memory_limit` of {_show(limit)}, less `headroom` "
-            f"{headroom:.0%}.{least} Give it more memory, or the step a smaller global "
-            f"batch or model:\n{table}"
+            f"{headroom:.0%}. {_remedy(ordered, usable)}:\n{table}"
         )
     return MicrobatchPlan(number, fitting[number], ordered, limit, headroom)
 
@@ -303,16 +306,43 @@ def _candidates(batch_size: Any, given: Iterable[int] | None) -> list[int]:
     return numbers
 
 
-def _is_lowered(step: Any) -> bool:
-    """Whether `step` is lowered already, or compiled: its arguments are its own."""
+def _remedy(candidates: Sequence[Candidate], usable: float) -> str:
+    """What to do where nothing fits."""
+    memories = [c.memory for c in candidates if c.memory is not None]
+    if not memories:
+        return "Give it more memory, or the step a smaller model"
+    least = min(memories, key=lambda m: m.total)
+    kept = least.total - least.temporaries
+    found = f"The least is {_show(least.total)}"
+    if kept > usable:
+        return (
+            f"{found}, of which {_show(kept)} are arguments and outputs, which more "
+            "micro-batches do not change: donate them, shard the parameters or the "
+            "optimizer's state, or keep less of it"
+        )
+    return (
+        f"{found}. Where more micro-batches do not lower the temporaries, these are "
+        "the sum of the gradients and one micro-batch's activations: use "
+        "jax.checkpoint, give it more memory, or the step a smaller model"
+    )
+
+
+def _has_arguments(step: Any) -> bool:
+    """Whether `step` is lowered or compiled already, with arguments of its own."""
     return hasattr(step, "compile") or hasattr(step, "memory_analysis")
 
 
 def _compile(step: Any, args: Any) -> Any:
     """`step` compiled, or ``None`` where the compiler ran out of memory."""
-    if hasattr(step, "memory_analysis"):
-        return step
-    if not _is_lowered(step):
+    if _has_arguments(step):
+        if args:
+            raise TypeError(
+                "`make_step` returned a step that is lowered already, with arguments "
+                f"of its own, and there are {len(args)} more in `args`. Leave these out"
+            )
+        if hasattr(step, "memory_analysis"):
+            return step
+    else:
         if not callable(step):
             raise TypeError(
                 "`make_step` must return the training step for a number of "
@@ -320,7 +350,16 @@ def _compile(step: Any, args: Any) -> Any:
                 f"{type(step).__name__}"
             )
         step = step if hasattr(step, "lower") else jax.jit(step)
-        step = step.lower(*args)
+        try:
+            step = step.lower(*args)
+        except TypeError as error:
+            error.add_note(
+                "plan_microbatches called make_step(num_microbatches), and what it "
+                f"returned with the {len(args)} `args`. `make_step` must return the "
+                "training step; one whose arguments change with the number is returned "
+                "as step.lower(...)"
+            )
+            raise
     try:
         return step.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -368,8 +407,9 @@ def _table(candidates: Sequence[Candidate], limit: int, headroom: float) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    usable = _show(limit * (1 - headroom))
-    title = f"limit: {usable} per device, {_show(limit)} less {headroom:.0%} headroom"
+    title = f"limit: {_show(limit * (1 - headroom))} per device"
+    if headroom:
+        title += f", {_show(limit)} less {headroom:.0%} headroom"
     return "\n".join([title, *lines])
 
 

@@ -169,16 +169,7 @@ def _carry(seen: Comparison) -> Cause | None:
 def _unsplit_argument(seen: Comparison) -> Cause | None:
     """Whether an argument that looks like a batch is one, and was not named."""
     problem = seen.problem
-    axis, examples = problem.batch_axis, problem.batch_size
-    special = {*problem.call.keys, problem.call.carry}
-    special |= set(jax.tree.leaves(problem.call.argnums))
-    for place, name, argument in problem.others():
-        shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(argument)]
-        looks_like_it = shapes and all(
-            -len(s) <= axis < len(s) and s[axis] == examples for s in shapes
-        )
-        if place in special or not looks_like_it:
-            continue
+    for place, name, _ in problem.unsplit():
         role = "batch_argnames" if isinstance(place, str) else "batch_argnums"
         places = (*(p for p in problem.call.places if type(p) is type(place)), place)
         try:
@@ -188,9 +179,10 @@ def _unsplit_argument(seen: Comparison) -> Cause | None:
         if not seen.moved(seen.whole, mended):
             return Cause(
                 "unsplit argument",
-                f"`{name}` has {examples} entries along axis {axis}, as the batch has "
-                "examples, but reaches every micro-batch whole. Split it as well, and "
-                f"the results agree: {role}={places!r}",
+                f"`{name}` has {problem.batch_size} entries along axis "
+                f"{problem.batch_axis}, as many as the batch has examples, but reaches "
+                "every micro-batch whole. Split it as well, and the results agree: "
+                f"{role}={places!r}",
             )
     return None
 
@@ -358,6 +350,7 @@ def _dependence(seen: Comparison) -> Cause | None:
         f"examples depend on each other: {how}, and no weights make up for it. "
         "BatchNorm and losses that compare examples see one micro-batch at a time, and "
         "no accumulation makes that the global batch. Larger micro-batches come "
-        "nearer; LayerNorm, GroupNorm or fixed statistics have no such bond. (It looks "
-        "the same where `fun` draws from a key of its own)",
+        "nearer; LayerNorm, GroupNorm or fixed statistics have no such bond. Or `fun` "
+        "draws from a key that is not among its arguments, for its dropout: make it "
+        "one, and name it in `rng_argnums`",
     )

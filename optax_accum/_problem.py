@@ -189,6 +189,17 @@ class Problem:
         places += [(name, name, x) for name, x in self.kwargs.items()]
         return (other for other in places if other[0] not in self.call.places)
 
+    def unsplit(self) -> Iterator[tuple[int | str, str, Any]]:
+        """Those of them that look like a batch, as `others` gives them."""
+        axis, examples = self.batch_axis, self.batch_size
+        special = {*self.call.keys, self.call.carry}
+        special |= set(jax.tree.leaves(self.call.argnums))
+        for place, name, argument in self.others():
+            shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(argument)]
+            fits = [-len(s) <= axis < len(s) and s[axis] == examples for s in shapes]
+            if fits and all(fits) and place not in special:
+                yield place, name, argument
+
     # --- The same, but for something ---
 
     def with_argument(self, place: int | str, argument: Any) -> "Problem":

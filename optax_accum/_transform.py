@@ -164,6 +164,12 @@ def accumulate(
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
     adaptive_k = every_k if isinstance(every_k, _meter.AdaptiveK) else None
+    given: Any = every_k
+    if given is _meter.adaptive_k:
+        raise TypeError(
+            "`every_k` is the function `adaptive_k` itself; call it with its bounds: "
+            "oa.adaptive_k(2, 64)"
+        )
     if adaptive_k is None:
         every_k = _checks.every_k(every_k)
     axis_name = _checks.axis_name(axis_name)

@@ -162,6 +162,7 @@ def test_the_tolerance_is_that_of_the_narrowest_dtype(dtype):
     report = check(fun)
     assert report, str(report)
     assert report.tolerance == float(np.sqrt(jnp.finfo(dtype).eps))
+    assert ("check in float32 as well" in str(report)) == (dtype != "float32")
 
 
 @pytest.mark.usefixtures("float64")
@@ -530,7 +531,16 @@ def test_it_prints_the_worst_leaves_alone():
     params = [jnp.float32(i + 1) for i in range(30)]
     report = oa.check_equivalence(fun, params, X, K)
     assert report
-    assert "  and 18 more with smaller errors" in str(report)
+    assert "  and 18 more, of which none differ" in str(report)
+
+
+def test_a_note_on_what_looks_like_a_batch_where_shapes_do_not_fit():
+    def fun(params, x, y):
+        return ((jnp.tanh(x @ params["w"]) - y) ** 2).mean()
+
+    with pytest.raises(TypeError, match="shapes") as error:
+        check(fun, args=(jnp.tile(X[:, :1], 6),))
+    assert "`y` has as many entries" in error.value.__notes__[-1]
 
 
 def test_as_an_assertion():
@@ -547,7 +557,7 @@ def test_as_an_assertion():
         (mean, {"k": 5}, ValueError, "`num_microbatches=5` does not divide"),
         (mean, {"tolerance": -1}, ValueError, "`tolerance` is the largest relative"),
         (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
-        (mean, {"wight": count}, TypeError, "unexpected keyword argument 'wight'"),
+        (mean, {"wight": count}, TypeError, "got 'wight', which is no option of"),
         (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),
         (mean, {"weight": lambda *_: 0}, ValueError, "`weight` is 0 for this batch"),
         (mean, {"args": X}, TypeError, "`args` must be a tuple or list"),

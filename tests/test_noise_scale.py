@@ -785,13 +785,30 @@ def test_it_compiles_once():
         ),
         (
             lambda: oa.accumulate(optax.sgd(1), 2, noise_scale=True),
-            ValueError,
+            TypeError,
             "`noise_scale` is the decay.*got True",
         ),
         (
             lambda: oa.value_and_grad(loss, num_microbatches=2, noise_scale=True),
             ValueError,
             "`return_info` is False. Pass return_info=True",
+        ),
+        (
+            lambda: oa.value_and_grad(
+                loss, num_microbatches=2, noise_scale=0.9, return_info=True
+            ),
+            TypeError,
+            "`noise_scale` must be True or False.*got 0.9",
+        ),
+        (
+            lambda: oa.NoiseScale.empty().add((), 0.9),
+            TypeError,
+            "`sample` must be an `oa.NoiseScale`.*got tuple",
+        ),
+        (
+            lambda: oa.accumulate(optax.sgd(1), oa.adaptive_k),
+            TypeError,
+            "call it with its bounds",
         ),
         (
             lambda: oa.noise_scale(oa.accumulate(optax.sgd(1), 2).init(PARAMS)),

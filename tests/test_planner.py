@@ -199,7 +199,12 @@ def test_a_step_that_is_lowered_already():
 
 
 def test_a_step_that_is_compiled_already():
-    found = plan(lambda k: make_step(k).lower(*SHAPES).compile())
+    found = oa.plan_microbatches(
+        lambda k: make_step(k).lower(*SHAPES).compile(),
+        batch_size=BATCH,
+        memory_limit="300KiB",
+        headroom=0,
+    )
     assert found.num_microbatches == plan().num_microbatches
 
 
@@ -256,8 +261,8 @@ def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
     assert found.candidates[0].memory is None
 
     with pytest.raises(ValueError, match="nothing fits") as error:
-        oa.plan_microbatches(lambda _: Refuses(), candidates=[1, 2], memory_limit=1)
-    assert "The least" not in str(error.value)
+        oa.plan_microbatches(lambda _: Refuses(), candidates=[1, 2], memory_limit=4096)
+    assert "Give it more memory" in str(error.value)
 
 
 def test_other_errors_of_the_compiler_are_raised():
@@ -269,7 +274,7 @@ def test_other_errors_of_the_compiler_are_raised():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        oa.plan_microbatches(lambda _: Fails(), candidates=[1], memory_limit=1)
+        oa.plan_microbatches(lambda _: Fails(), candidates=[1], memory_limit=4096)
 
 
 # --- What people see ---
@@ -277,8 +282,11 @@ def test_other_errors_of_the_compiler_are_raised():
 
 def test_it_prints_as_a_table():
     found = plan()
-    title, headings, *rows = str(found).splitlines()
-    assert title == "limit: 300 KiB per device, 300 KiB less 0% headroom"
+    answer, title, headings, *rows = str(found).splitlines()
+    assert answer == f"{found.num_microbatches} micro-batches: the fewest that fit"
+    assert title == "limit: 300 KiB per device"
+    roomy = str(plan(headroom=0.25)).splitlines()[1]
+    assert roomy == "limit: 225 KiB per device, 300 KiB less 25% headroom"
     assert headings.split() == [
         *("micro-batches", "arguments", "outputs", "temporaries", "aliased"),
         *("total", "fits", "compiled", "in"),
@@ -436,7 +444,8 @@ def test_it_asks_the_devices_of_the_arguments():
             ["`candidates` 3, 5 do not divide `batch_size=512`", "leave `batch_size`"],
         ),
         ({"headroom": 1}, ValueError, ["`headroom`", "less than 1", "got 1"]),
-        ({"headroom": "10%"}, ValueError, ["`headroom`", "'10%'"]),
+        ({"headroom": "10%"}, TypeError, ["`headroom`", "'10%'"]),
+        ({"memory_limit": 16}, ValueError, ["is 16 bytes", "such as '16GiB'"]),
         ({"memory_limit": 0}, ValueError, ["at least one byte", "got 0"]),
         ({"memory_limit": math.nan}, ValueError, ["at least one byte", "nan"]),
         ({"memory_limit": [1]}, TypeError, ["`memory_limit`", "[1] of type list"]),
@@ -449,7 +458,12 @@ def test_it_asks_the_devices_of_the_arguments():
         (
             {"memory_limit": "150KiB"},
             ValueError,
-            ["nothing fits", "`memory_limit` of 150 KiB", "The least is", "  total  "],
+            [
+                "nothing fits into `memory_limit` of 150 KiB",
+                "The least is",
+                "use jax.checkpoint",
+                "  total  ",
+            ],
         ),
     ],
 )
@@ -458,6 +472,25 @@ def test_errors(options, error, words):
         plan(**options)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_where_the_arguments_of_lowered_steps_do_not_fit():
+    """Each has its own, so that all are asked."""
+
+    def lowered(k):
+        return make_step(k).lower(*SHAPES)
+
+    with pytest.raises(ValueError, match="are arguments and outputs, which") as error:
+        oa.plan_microbatches(lowered, candidates=[1, 2], memory_limit="100KiB")
+    assert "of which 144 KiB are arguments and outputs" in str(error.value)
+    with pytest.raises(TypeError, match="there are 2 more in `args`"):
+        plan(lowered)
+
+
+def test_what_is_called_how_where_the_arguments_do_not_fit_the_step():
+    with pytest.raises(TypeError) as error:
+        plan(make_step, SHAPES[0])
+    assert "what it returned with the 1 `args`" in "".join(error.value.__notes__)
 
 
 def test_nothing_is_compiled_where_the_arguments_alone_are_too_much():
