@@ -90,6 +90,14 @@ class Errors(NamedTuple):
         """The largest; a NaN is larger than any."""
         return float(np.max([self.value, *(leaf.error for leaf in self.leaves)]))
 
+    def forgiven(self, sized: "Errors", tolerance: float) -> "Errors":
+        """These, but where `sized` is within the tolerance, what that says."""
+        pairs = zip(self.leaves, sized.leaves, strict=True)
+        return Errors(
+            value=sized.value if sized.value <= tolerance else self.value,
+            leaves=tuple(s if s.error <= tolerance else own for own, s in pairs),
+        )
+
 
 def compare(a: Result, b: Result, sizes: Sizes | None = None) -> Errors:
     """The relative errors of value and leaves; `sizes` are the least they are over."""
