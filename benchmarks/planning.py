@@ -70,15 +70,16 @@ def write_markdown(plan: oa.MicrobatchPlan, title: str, path: Path) -> None:
     """The plan as the documentation has it, in GiB on each device."""
     lines = [
         f"{title}. GiB, of which {plan.memory_limit * (1 - plan.headroom) / 2**30:.1f} "
-        "may be used:",
+        "may be used; outputs that do not take the place of an argument count as "
+        "temporaries:",
         "",
-        "| micro-batches | arguments | outputs | temporaries | aliased | total | fits "
-        "| compiled in |",
-        "|---:|---:|---:|---:|---:|---:|---|---:|",
+        "| micro-batches | arguments | temporaries | total | fits | compiled in |",
+        "|---:|---:|---:|---:|---|---:|",
     ]
     for number, memory, fits, seconds in plan.candidates:
         assert memory is not None
-        sizes = [f"{size / 2**30:.2f}" for size in (*memory, memory.total)]
+        rest = memory.total - memory.arguments
+        sizes = [f"{x / 2**30:.2f}" for x in (memory.arguments, rest, memory.total)]
         cells = str(number), *sizes, "yes" if fits else "no", f"{seconds:.1f} s"
         lines.append(f"| {' | '.join(cells)} |")
     write_lines(path, lines)

@@ -93,7 +93,7 @@ class EquivalenceReport:
             what = f"{self.cause.name}: {self.cause.message}"
             lines.append("what the probes suggest:")
             lines += textwrap.wrap(
-                what, 88, initial_indent="  ", subsequent_indent="  "
+                what, 80, initial_indent="  ", subsequent_indent="  "
             )
         return "\n".join(lines)
 
