@@ -169,12 +169,13 @@ class Devices(NamedTuple):
 
     def squared_norm(self, parts: Any, whole: Any, dtype: Any) -> jax.Array:
         """Of gradients as `total_gradients` leaves them; `whole` has their shapes."""
-        pairs = zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True)
-        is_cut = [part.shape != x.shape for part, x in pairs]
-        leaves = list(zip(is_cut, jax.tree.leaves(parts), strict=True))
-        cut = _noise_scale.squared_norm([x for c, x in leaves if c], dtype)
-        rest = _noise_scale.squared_norm([x for c, x in leaves if not c], dtype)
-        return (self.total(cut) if any(is_cut) else cut) + rest
+        pairs = list(zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True))
+        cut = [part for part, x in pairs if part.shape != x.shape]
+        uncut = [part for part, x in pairs if part.shape == x.shape]
+        square = _noise_scale.squared_norm(uncut, dtype)
+        if cut:
+            square += self.total(_noise_scale.squared_norm(cut, dtype))
+        return square
 
     def merge_carry(
         self, carry: Any, before: Any, weight: jax.Array, total: jax.Array

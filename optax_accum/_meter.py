@@ -42,6 +42,32 @@ class Meter:
     decay: float | None
     adaptive_k: "AdaptiveK | None"
 
+    @classmethod
+    def of(cls, noise_scale: float | None, every_k: Any, axis_name: Any) -> "Meter":
+        """Checks them against each other.
+
+        Raises:
+          TypeError: `noise_scale` is no number; `adaptive_k` was not called.
+          ValueError: `noise_scale` is no decay; `adaptive_k` from 1 on one device.
+        """
+        if every_k is adaptive_k:
+            raise TypeError(
+                "`every_k` is the function `adaptive_k` itself; call it with its "
+                "bounds: oa.adaptive_k(2, 64)"
+            )
+        follows = every_k if isinstance(every_k, AdaptiveK) else None
+        if follows is not None and follows.min_k == 1 and axis_name is None:
+            raise ValueError(
+                "`every_k` is an `adaptive_k` with min_k=1, and one micro-batch alone "
+                "shows no noise: k would stay 1 for ever. Use min_k=2"
+            )
+        if noise_scale is not None:
+            meaning = "the decay of the averages with which it is measured"
+            noise_scale = _checks.fraction("noise_scale", noise_scale, meaning)
+        elif follows is not None:
+            noise_scale = 0.99
+        return cls(noise_scale, follows)
+
     def init(self, dtype: Any) -> Any:
         """The `noise_scale` of a new state."""
         if self.decay is None:

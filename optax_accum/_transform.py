@@ -113,9 +113,9 @@ def accumulate(
 
     Raises:
       TypeError: `inner` is no gradient transformation; `every_k` is not an int, a
-        schedule or ``None``; `accumulator_dtype` is an integer dtype, or real for
-        complex parameters.
-      ValueError: `every_k` < 1; a `noise_scale` that is no decay; `oa.adaptive_k` from
+        schedule or ``None``; `noise_scale` is no number; `accumulator_dtype` is an
+        integer dtype, or real for complex parameters.
+      ValueError: `every_k` < 1; a `noise_scale` not in [0, 1); `oa.adaptive_k` from
         1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
         `axis_name`, because devices would disagree on when to meet. At `update`:
         gradients built otherwise than the parameters; a `weight` that is no scalar or
@@ -163,14 +163,7 @@ def accumulate(
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
-    adaptive_k = every_k if isinstance(every_k, _meter.AdaptiveK) else None
-    given: Any = every_k
-    if given is _meter.adaptive_k:
-        raise TypeError(
-            "`every_k` is the function `adaptive_k` itself; call it with its bounds: "
-            "oa.adaptive_k(2, 64)"
-        )
-    if adaptive_k is None:
+    if not isinstance(every_k, _meter.AdaptiveK):
         every_k = _checks.every_k(every_k)
     axis_name = _checks.axis_name(axis_name)
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
@@ -181,16 +174,6 @@ def accumulate(
             "different micro-batches would disagree on when to meet, and wait for each "
             'other for ever. Use on_skip="shrink"'
         )
-    if adaptive_k is not None and adaptive_k.min_k == 1 and axis_name is None:
-        raise ValueError(
-            "`every_k` is an `adaptive_k` with min_k=1, and one micro-batch alone "
-            "shows no noise: k would stay 1 for ever. Use min_k=2"
-        )
-    if noise_scale is not None:
-        meaning = "the decay of the averages with which it is measured"
-        noise_scale = _checks.fraction("noise_scale", noise_scale, meaning)
-    elif adaptive_k is not None:
-        noise_scale = 0.99
     accumulation = _Accumulation(
         inner=optax.with_extra_args_support(_checks.transformation(inner)),
         every_k=every_k,
@@ -199,7 +182,7 @@ def accumulate(
         skip=_checks.predicate(skip),
         on_skip=on_skip,
         axis_name=axis_name,
-        meter=_meter.Meter(noise_scale, adaptive_k),
+        meter=_meter.Meter.of(noise_scale, every_k, axis_name),
     )
     return AccumulateTransformation(
         accumulation.init, accumulation.update, accumulation.update_params
