@@ -62,6 +62,10 @@ def dropout(params, x, key):
     return errors(params, jnp.where(keep, 2 * x, 0)).mean()
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def check(fun, batch=X, k=K, **options):
     return oa.check_equivalence(fun, PARAMS, batch, k, **options)
 
@@ -153,7 +157,7 @@ def test_a_leaf_that_is_zero_but_for_rounding():
     assert report, str(report)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16"), "float32"])
 def test_the_tolerance_is_that_of_the_narrowest_dtype(dtype):
     def fun(params, x):
         params = jax.tree.map(lambda p: p.astype(dtype), params)
@@ -219,7 +223,7 @@ def test_unequal_means_of_a_tiny_model():
     assert_differs(report, "weights")
 
 
-@pytest.mark.parametrize("fun", [normalised, contrastive])
+@pytest.mark.parametrize("fun", [slow(normalised), contrastive])
 def test_examples_that_depend_on_each_other(fun):
     assert_differs(check(fun), "dependence", "exchanging examples", "BatchNorm")
 
@@ -244,7 +248,7 @@ def test_dropout():
     assert_differs(report, "randomness", "draw their own", "with the dropout off")
 
 
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("make", [jax.random.key, slow(jax.random.PRNGKey)])
 def test_dropout_whose_key_is_not_named(make):
     report = check(dropout, args=(make(0),))
     assert_differs(report, "randomness", "another `key` moves", "pass rng_argnums=2")
@@ -259,7 +263,7 @@ def test_randomness_without_a_key():
     assert_differs(check(fun), "hidden state", "numpy.random")
 
 
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [slow(2), 4])
 def test_a_sum_that_is_averaged(k):
     report = check(total, k=k)
     assert_differs(report, "factor", f"is {1 / k:.4g} times", 'Use reduction="sum"')
@@ -381,7 +385,7 @@ def test_two_halves_tell_what_many_micro_batches_cannot():
     assert_differs(report, "weights", "weighted otherwise", "Pass `weight=`")
 
 
-@pytest.mark.parametrize("reduction", ["sum", "ratio"])
+@pytest.mark.parametrize("reduction", ["sum", slow("ratio")])
 def test_a_mean_of_unequal_means_that_is_added_up(reduction):
     report = check(masked, BATCH, reduction=reduction, weight=count)
     assert_differs(report, "weights", 'Use reduction="mean", with `weight=`')
