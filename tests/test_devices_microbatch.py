@@ -91,7 +91,9 @@ X = normal(EXAMPLES, 3)
 
 
 @everywhere
-@pytest.mark.parametrize("reduction", ["mean", "ratio"])
+@pytest.mark.parametrize(
+    "reduction", ["mean", pytest.param("ratio", marks=pytest.mark.slow)]
+)
 def test_training_is_that_of_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
     # With an epsilon, because Adam turns the rounding of a gradient near 0 into a step.

@@ -151,7 +151,9 @@ def test_without_an_accumulator(way, update):
 
 
 @ways
-@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize(
+    "update", ["update_params", pytest.param("update", marks=pytest.mark.slow)]
+)
 def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
     """It sees gradients that are the same everywhere, when shapes are asked as well."""
     x, mask = devices.examples(2 * K)

@@ -80,7 +80,9 @@ def test_complex_gradients_are_weighted_as_any(way):
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["update_params", pytest.param("update", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("grads_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("params_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
