@@ -40,9 +40,8 @@ def shapes(batch_size: int, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
 
 
 def make_plan(
-    batch_size: int, memory_limit: str, sizes: dict[str, int]
+    loss: Any, params: Any, batch: Any, memory_limit: str
 ) -> oa.MicrobatchPlan:
-    loss, params, batch = shapes(batch_size, sizes)
     tx = optax.adamw(1e-3)
 
     def make_step(num_microbatches: int) -> Any:
@@ -61,7 +60,7 @@ def make_plan(
         params,
         state,
         batch,
-        batch_size=batch_size,
+        batch_size=batch.shape[0],
         memory_limit=memory_limit,
     )
 
@@ -102,10 +101,10 @@ def main(arguments: list[str]) -> None:
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("optax_accum").setLevel(logging.INFO)
-    plan = make_plan(options.batch_size, limit, sizes)
+    loss, params, batch = shapes(options.batch_size, sizes)
+    plan = make_plan(loss, params, batch, limit)
     print(plan)
 
-    _, params, _ = shapes(options.batch_size, sizes)
     count = sum(x.size for x in jax.tree.leaves(params))
     title = (
         f"{count / 1e6:.1f}M parameters, AdamW, {options.batch_size} sequences of "

@@ -65,6 +65,20 @@ class Call(NamedTuple):
         return args, kwargs
 
 
+def arrays_in(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays in `tree`, and how to build it from others in their places.
+
+    In the list ``None`` stands for what is no array, and stays what it is.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: list[Any]) -> Any:
+        pairs = zip(arrays, leaves, strict=True)
+        return jax.tree.unflatten(structure, [x if a is None else a for a, x in pairs])
+
+    return [x if isinstance(x, jax.Array) else None for x in leaves], rebuild
+
+
 class Roles(NamedTuple):
     """The roles that `value_and_grad` was told, to be found in each call."""
 
@@ -220,6 +234,8 @@ def is_key(leaf: Any) -> bool:
     dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return shape == ()
+    if dtype != jnp.uint32:
+        return False
     raw = jax.eval_shape(jax.random.PRNGKey, 0)
     return (shape, dtype) == (raw.shape, raw.dtype)
 

@@ -209,11 +209,9 @@ def state(
         )
 
 
-def noise_scale(state: Any, needed: Any) -> None:
+def noise_scale(state: Any, structure: Any) -> None:
     """Raises unless `state` has what the noise scale is measured with."""
-    if not jax.tree.leaves(needed):
-        return
-    if jax.tree.structure(state.noise_scale) != jax.tree.structure(needed):  # type: ignore[operator]
+    if jax.tree.structure(state.noise_scale) != structure:
         raise ValueError(
             "`state` was made without this `noise_scale` or `adaptive_k`, and has "
             "nowhere to measure it. Give it a place: state._replace(noise_scale="
@@ -226,8 +224,6 @@ def whole_gradients(state: Any, grads: Any, axis: Any) -> None:
 
     Their norm is then no one's to tell.
     """
-    if not jax.tree.leaves(state.noise_scale):
-        return
     everywhere = _types.varying(jnp.asarray(state.noise_scale.estimate.signal))
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         others = _types.varying(leaf) - everywhere - {*axis_names(axis)}

@@ -6,6 +6,7 @@ alone.
 """
 
 import dataclasses
+import functools
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _checks
+from optax_accum import _checks, _window
 from optax_accum._noise_scale import NoiseScale, Sums, of_batch, squared_norm
 
 
@@ -74,6 +75,16 @@ class Meter:
             return ()
         k = () if self.adaptive_k is None else jnp.int32(self.adaptive_k.min_k)
         return NoiseScaleState(Sums.empty(dtype), NoiseScale.empty(dtype), k)
+
+    @functools.cached_property
+    def _structure(self) -> Any:
+        return jax.tree.structure(self.init(jnp.float32))
+
+    def check(self, state: Any, grads: Any, axis_name: Any) -> None:
+        """Raises unless this can be measured with an `AccumulateState` like `state`."""
+        if self.decay is not None:
+            _checks.noise_scale(state, self._structure)
+            _checks.whole_gradients(state, _window.keep_inexact(grads), axis_name)
 
     def add(
         self, state: Any, grads: Any, weight: jax.Array, reduction: str, first: Any

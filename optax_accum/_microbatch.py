@@ -365,13 +365,10 @@ class _Microbatched:
             self.devices.check_whole(name, argument)
         carried = None if call.carry is None else call.names[call.carry]
         outputs = _outputs.Outputs(self.has_aux, carried)
-        leaves, structure = jax.tree.flatten((call.args, call.kwargs))
+        arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs))
 
         def run_on_device(batch, arrays):
-            merged = [
-                x if a is None else a for a, x in zip(arrays, leaves, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, merged)
+            args, kwargs = rebuild(arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
             return self._run(mine, split, outputs)
 
@@ -386,9 +383,7 @@ class _Microbatched:
                 run_on_device, batch, arrays, self.batch_axis, (result_specs, P())
             )
 
-        return run(
-            call.batch, [x if isinstance(x, jax.Array) else None for x in leaves]
-        )
+        return run(call.batch, arrays)
 
     def _run(
         self, call: _arguments.Call, split: _split.Split, outputs: _outputs.Outputs

@@ -15,6 +15,7 @@ import jax
 from optax_accum import _checks, _memory
 
 _logger = logging.getLogger("optax_accum")
+_show = _memory.show_size
 
 
 class Candidate(NamedTuple):
@@ -179,6 +180,7 @@ def plan_microbatches(
         )
     limit = _memory.agreed(limit)
     usable = limit * (1 - headroom)
+    budget = f"`memory_limit` of {_show(limit)}, less `headroom` {headroom:.0%}"
 
     tried: list[Candidate] = []
     fitting: dict[int, Any] = {}
@@ -200,11 +202,10 @@ def plan_microbatches(
             fitting[number] = compiled
         if memory and memory.arguments > usable and not _has_arguments(step):
             raise ValueError(
-                f"`memory_limit` of {_memory.show_size(limit)}, less `headroom` "
-                f"{headroom:.0%}, is less than the arguments of the step alone take: "
-                f"{_memory.show_size(memory.arguments)} on each device. No number of "
-                "micro-batches helps; shard the parameters or the optimizer's state, "
-                "or keep less of it"
+                f"{budget}, is less than the arguments of the step alone take: "
+                f"{_show(memory.arguments)} on each device. No number of micro-batches "
+                "helps; shard the parameters or the optimizer's state, or keep less of "
+                "it"
             )
         return size
 
@@ -213,8 +214,7 @@ def plan_microbatches(
     if number is None:
         table = _table(ordered, limit, headroom)
         raise ValueError(
-            f"nothing fits into `memory_limit` of {_show(limit)}, less `headroom` "
-            f"{headroom:.0%}. {_remedy(ordered, usable)}:\n{table}"
+            f"nothing fits into {budget}. {_remedy(ordered, usable)}:\n{table}"
         )
     return MicrobatchPlan(number, fitting[number], ordered, limit, headroom)
 
@@ -369,7 +369,6 @@ def _compile(step: Any, args: Any) -> Any:
         return None
 
 
-_show = _memory.show_size
 _HEADINGS = (
     "micro-batches",
     "arguments",

@@ -227,16 +227,17 @@ def _weights(seen: Comparison) -> Cause | None:
     points = [problem, *map(problem.elsewhere, range(1, 4))]
     wholes = [seen.gradient(point).sample() for point in points]
 
-    def equations(parts: list[list[Problem]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For every point its parts as columns, and what they are to add up to."""
+    def equations(parts: list[list[Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For every point the parts as columns, and what they are to add up to."""
         found = []
-        for whole, problems in zip(wholes, parts, strict=True):
-            columns = np.stack([seen.gradient(part).sample() for part in problems], 1)
+        for point, whole in zip(points, wholes, strict=True):
+            results = [seen.gradient(point.with_batch(part)) for part in parts]
+            columns = np.stack([result.sample() for result in results], 1)
             scale = max(np.linalg.norm(whole), *np.linalg.norm(columns, axis=0))
             found.append((columns / (scale or 1), whole / (scale or 1)))
         return found
 
-    in_halves = equations([point.halves() for point in points])
+    in_halves = equations(problem.halves())
     if not all(np.isfinite(columns).all() for columns, _ in in_halves):
         return Cause(
             "unknown",
@@ -248,7 +249,7 @@ def _weights(seen: Comparison) -> Cause | None:
         return Cause("factor", found + _is_a_sum(problem))
     if _combination(in_halves, seen.tolerance) is None:
         return None
-    in_parts = equations([point.microbatches() for point in points])
+    in_parts = equations(problem.microbatches())
     return _weights_cause(problem, _combination(in_parts, seen.tolerance))
 
 
@@ -281,7 +282,7 @@ def _combination(
 
 
 def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
-    used = np.array([part.weight() for part in problem.microbatches()])
+    used = np.array([problem.with_batch(p).weight() for p in problem.microbatches()])
     found = "the micro-batches' gradients add up to the global batch's if they are "
     if shares is None:  # Too many to be told apart, or one without any gradient.
         found += "weighted otherwise"

@@ -166,7 +166,8 @@ class Problem:
         own = list(args)
         for position in jax.tree.leaves(call.argnums):
             own[position] = jax.tree.map(jnp.asarray, own[position])
-        return cls(fun, tuple(own), kwargs, options, call, split, shards)
+        problem = cls(fun, tuple(own), kwargs, options, call, split, shards)
+        return problem.with_batch(call.batch)
 
     @property
     def num_microbatches(self) -> int:
@@ -265,23 +266,23 @@ class Problem:
             moved = moved.with_argument(position, argument)
         return moved
 
-    def microbatches(self) -> list["Problem"]:
-        """Each micro-batch as a batch by itself."""
+    # --- Parts of the batch, for `with_batch` ---
+
+    def microbatches(self) -> list[list[Any]]:
+        """Each micro-batch."""
         indices = jnp.arange(self.split.whole)
         parts = [self.split.take(self.call.batch, i) for i in indices]
         if self.split.tail:
             parts.append(self.split.take_tail(self.call.batch))
-        return [self.with_batch(part) for part in parts]
+        return parts
 
-    def halves(self) -> list["Problem"]:
+    def halves(self) -> list[list[Any]]:
         """The first half of the micro-batches together, and the other ones."""
-        parts = [part.call.batch for part in self.microbatches()]
+        parts = self.microbatches()
         middle = len(parts) // 2
         return [
-            self.with_batch(
-                jax.tree.map(
-                    lambda *x: jnp.concatenate(x, self.batch_axis % x[0].ndim), *group
-                )
+            jax.tree.map(
+                lambda *x: jnp.concatenate(x, self.batch_axis % x[0].ndim), *group
             )
             for group in (parts[:middle], parts[middle:])
         ]
@@ -305,7 +306,7 @@ class Problem:
         self, gradient: Callable[["Problem"], Result], total_weight: float
     ) -> Sizes:
         """Of what the micro-batches add up to with this reduction."""
-        results = [gradient(part) for part in self.microbatches()]
+        results = [gradient(self.with_batch(part)) for part in self.microbatches()]
         # One that is not finite can have weight 0.
         results = [r for r in results if r.is_finite()] or [self.whole().times(0)]
         by = {"mean": 1 / len(results), "sum": 1.0, "ratio": 1 / total_weight}
@@ -357,17 +358,10 @@ class Problem:
     def _traceable(self, options: dict[str, Any]) -> tuple[list[Any], Callable]:
         """The arrays among the arguments, and the gradient as a function of them."""
         function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
-        leaves, structure = jax.tree.flatten((self.args, self.kwargs))
-        is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
-        arrays = [x for x, array in zip(leaves, is_array, strict=True) if array]
+        arrays, rebuild = _arguments.arrays_in((self.args, self.kwargs))
 
         def of_arrays(arrays):
-            given = iter(arrays)
-            merged = [
-                next(given) if array else x
-                for x, array in zip(leaves, is_array, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, merged)
+            args, kwargs = rebuild(arrays)
             return function(*args, **kwargs)
 
         return arrays, of_arrays

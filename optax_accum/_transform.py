@@ -318,7 +318,7 @@ class _Accumulation:
             grads=grads,
             axis_name=self.axis_name,
         )
-        _checks.noise_scale(state, self.meter.init(state.weight.dtype))
+        self.meter.check(state, grads, self.axis_name)
         is_stacked = _stacked.is_stacked(state)
         if is_stacked:
             state = _stacked.take_row(state)
@@ -335,7 +335,6 @@ class _Accumulation:
             if self.on_skip == "wait":
                 arrived = ~should_skip
 
-        _checks.whole_gradients(state, grads, self.axis_name)
         if self.axis_name is not None:
             _distributed.check_local(self.axis_name, grads)
             _checks.same_on_devices(params, self.axis_name)
