@@ -102,14 +102,16 @@ class Roles(NamedTuple):
         Raises:
           TypeError: A position that is no int, or a name that is no str.
         """
-        positions = _positions("argnums", argnums)
+        differentiated = as_positions("argnums", argnums)
         carry = () if carry_argnum is None else carry_argnum
         return cls(
-            argnums=positions if isinstance(argnums, Iterable) else positions[0],
-            batch_argnums=_positions("batch_argnums", batch_argnums),
+            argnums=differentiated
+            if isinstance(argnums, Iterable)
+            else differentiated[0],
+            batch_argnums=as_positions("batch_argnums", batch_argnums),
             batch_argnames=_names("batch_argnames", batch_argnames),
-            carry_argnum=_positions("carry_argnum", carry),
-            rng_argnums=_positions("rng_argnums", rng_argnums),
+            carry_argnum=as_positions("carry_argnum", carry),
+            rng_argnums=as_positions("rng_argnums", rng_argnums),
         )
 
     def bind(
@@ -158,7 +160,7 @@ class Roles(NamedTuple):
         )
 
 
-def _positions(role: str, value: Any) -> tuple[int, ...]:
+def as_positions(role: str, value: Any) -> tuple[int, ...]:
     try:
         if isinstance(value, Iterable):
             return tuple(operator.index(i) for i in value)

@@ -31,12 +31,12 @@ class Outputs(NamedTuple):
         aux, new_carry = (), None
         if self.has_aux and has_carry:
             needed = "(value, (aux, carry))"
-            result, rest = _pair(result, needed)
-            aux, new_carry = _pair(rest, needed)
+            result, rest = pair(result, needed)
+            aux, new_carry = pair(rest, needed)
         elif self.has_aux:
-            result, aux = _pair(result, "(value, aux)")
+            result, aux = pair(result, "(value, aux)")
         elif has_carry:
-            result, new_carry = _pair(result, "(value, carry)")
+            result, new_carry = pair(result, "(value, carry)")
         value = _real_scalar(result)
         if self.carry_name is not None:
             _check_carry(self.carry_name, carry, new_carry)
@@ -68,7 +68,7 @@ def _real_scalar(value: Any) -> jax.Array:
     return value
 
 
-def _pair(value: Any, needed: str) -> tuple[Any, Any]:
+def pair(value: Any, needed: str) -> tuple[Any, Any]:
     """What `fun` returned, or a part of it, as two things."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]

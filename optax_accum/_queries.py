@@ -39,17 +39,17 @@ def has_updated(opt_state: Any) -> jax.Array:
       False 1
       True 0
     """
-    return jnp.asarray(_find(opt_state).emitted)
+    return jnp.asarray(find(opt_state).emitted)
 
 
 def micro_step(opt_state: Any) -> jax.Array:
     """How many micro-steps the open window has seen, ``i32[]``; see `has_updated`."""
-    return jnp.asarray(_find(opt_state).micro_step)
+    return jnp.asarray(find(opt_state).micro_step)
 
 
 def gradient_step(opt_state: Any) -> jax.Array:
     """How many updates the inner optimizer has made, ``i32[]``; see `has_updated`."""
-    return jnp.asarray(_find(opt_state).gradient_step)
+    return jnp.asarray(find(opt_state).gradient_step)
 
 
 def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any:
@@ -83,7 +83,7 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
       [2. 2.]
     """
     _checks.one_of("reduction", reduction, _window.REDUCTIONS)
-    state = _find(opt_state)
+    state = find(opt_state)
     if isinstance(state.acc_grads, tuple) and state.acc_grads == ():
         raise ValueError(
             "`opt_state` holds no accumulator, because `accumulate` was given "
@@ -130,7 +130,7 @@ def noise_scale(opt_state: Any) -> NoiseScale:
       >>> bool(0.3 < scale.batch_size < 3), int(scale.count)
       (True, 10)
     """
-    state = _find(opt_state)
+    state = find(opt_state)
     if not state.noise_scale:
         raise ValueError(
             "`opt_state` holds no noise scale, because `accumulate` was not asked to "
@@ -139,7 +139,8 @@ def noise_scale(opt_state: Any) -> NoiseScale:
     return jax.tree.map(jnp.asarray, state.noise_scale.estimate)
 
 
-def _find(opt_state: Any) -> AccumulateState:
+def find(opt_state: Any) -> AccumulateState:
+    """The one `AccumulateState` in `opt_state`; raises where there is none or more."""
     if isinstance(opt_state, AccumulateState):
         return opt_state
     found = _nested_states_in(opt_state)

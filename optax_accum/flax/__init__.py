@@ -1,0 +1,11 @@
+"""Gradient accumulation in Flax: a Linen `TrainState`, and for NNX an `Optimizer`.
+
+Nothing at the root of the package imports this, or Flax.
+"""
+
+from optax_accum.flax._batch_stats import combine_batch_stats as combine_batch_stats
+from optax_accum.flax._linen import TrainState as TrainState
+from optax_accum.flax._nnx import Optimizer as Optimizer
+from optax_accum.flax._nnx import value_and_grad as value_and_grad
+
+__all__ = ["Optimizer", "TrainState", "combine_batch_stats", "value_and_grad"]

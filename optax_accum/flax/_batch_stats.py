@@ -1,0 +1,140 @@
+"""The running statistics of BatchNorm, as the global batch would have left them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optax_accum import _checks
+
+
+def combine_batch_stats(
+    before: Any, after: Any, *, momentum: float = 0.99, weights: Any = None
+) -> Any:
+    """One BatchNorm update by the global batch, from those of its K micro-batches.
+
+    A model that sees K micro-batches moves its running statistics K times, by the last
+    one most, by a small one as much as by a large one, and the variance between
+    micro-batches is in none of them. From the statistics after each micro-batch the
+    micro-batch's own follow, and from these the global batch's, with m the `momentum`
+    and wᵢ the `weights`:
+
+        μᵢ = (meanᵢ − m·meanᵢ₋₁) / (1 − m)             σᵢ² = likewise, of var
+        μ = Σ wᵢ·μᵢ / Σ wᵢ               σ² = Σ wᵢ·(σᵢ² + (μᵢ − μ)²) / Σ wᵢ
+        mean = m·mean₀ + (1 − m)·μ          var = m·var₀ + (1 − m)·σ²
+
+    This is exact where the micro-batches give a BatchNorm the inputs that the global
+    batch would, as in the model's first one. Every later one has inputs that were
+    normalised by micro-batch, and its statistics are of these.
+
+    Args:
+      before: The statistics before the first micro-batch: a tree of leaves called
+        ``mean`` and ``var``, as Linen's ``variables["batch_stats"]`` and as
+        ``nnx.as_pure(nnx.state(model, nnx.BatchStat))``. (Without `nnx.as_pure` it
+        would change with the model.)
+      after: The same tree with the statistics after each micro-batch, one after
+        another, on a new first axis of size K, as ``aux="stack"`` has them.
+      momentum: That of the model's BatchNorm.
+      weights: ``[K]``, over how many examples each micro-batch's statistics were taken.
+        By default all alike. One of weight 0 does not count.
+
+    Returns:
+      A tree like `before`, of arrays.
+
+    Raises:
+      ValueError: A `momentum` that is not in [0, 1); trees of another structure; leaves
+        that are no ``mean`` with its ``var``; sizes that are not K.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
+      >>> from flax import nnx
+      >>> norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+      >>> def loss_fn(model, x):
+      ...     value = jnp.mean(model(x) ** 2)
+      ...     return value, nnx.state(model, nnx.BatchStat)
+      >>> x = jnp.arange(16.0).reshape(8, 2)
+      >>> before = nnx.as_pure(nnx.state(norm, nnx.BatchStat))  # values, not variables
+      >>> in_parts = oaf.value_and_grad(loss_fn, has_aux=True, num_microbatches=4)
+      >>> (value, after), grads = nnx.jit(in_parts)(norm, x)
+      >>> nnx.update(norm, oaf.combine_batch_stats(before, after))
+      >>> whole = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+      >>> _ = whole(x)
+      >>> print(norm.var[...].round(4), whole.var[...].round(4))
+      [1.2 1.2] [1.2 1.2]
+    """
+    momentum = _checks.fraction("momentum", momentum, "as BatchNorm has it")
+    before, after = nnx.as_pure(before), nnx.as_pure(after)
+    _checks.same_structure(
+        "after",
+        after,
+        "before",
+        before,
+        "Stack the statistics after each micro-batch on a new first axis",
+    )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(before)
+    names = [
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        for path, _ in leaves
+    ]
+    old = {name: x for name, (_, x) in zip(names, leaves, strict=True)}
+    new = dict(zip(names, jax.tree.leaves(after), strict=True))
+    weights = _weights(weights, old, new)
+    total = weights.sum()
+
+    def of_microbatches(name):
+        """What each micro-batch alone would have moved the statistics to."""
+        x = new[name].astype(weights.dtype)
+        previous = jnp.concatenate([old[name].astype(weights.dtype)[None], x[:-1]])
+        return (x - momentum * previous) / (1 - momentum)
+
+    def average(x):
+        each = weights.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(each != 0, each * x, 0).sum(0) / total
+
+    def moved(name, x):
+        start = old[name]
+        after = momentum * start.astype(x.dtype) + (1 - momentum) * x
+        return jnp.where(total != 0, after, start.astype(x.dtype)).astype(start.dtype)
+
+    combined: dict[Any, jax.Array] = {}
+    for mean, var in _pairs(names):
+        means = of_microbatches(mean)
+        center = average(means)
+        spread = average(of_microbatches(var) + (means - center[None]) ** 2)
+        combined |= {mean: moved(mean, center), var: moved(var, spread)}
+    return jax.tree.unflatten(structure, [combined[name] for name in names])
+
+
+def _weights(weights: Any, old: dict[Any, Any], new: dict[Any, Any]) -> jax.Array:
+    """``[K]`` in floating point, if all statistics are K of what they were before."""
+    count = jnp.shape(weights) if weights is not None else ()
+    for name, x in new.items():
+        shape, one = jnp.shape(x), jnp.shape(old[name])
+        count = count or shape[:1]
+        if len(count) != 1 or shape != count + one:
+            raise ValueError(
+                f"`after` must have K entries of shape {one} at {'.'.join(name)}, and "
+                f"`weights` K numbers; got shape {shape} and "
+                f"{'no weights' if weights is None else jnp.shape(weights)}. Stack the "
+                "statistics after each micro-batch on a new first axis"
+            )
+    given = jnp.ones(count) if weights is None else jnp.asarray(weights)
+    return given.astype(jnp.promote_types(given.dtype, jnp.float32))
+
+
+def _pairs(names: list[tuple[str, ...]]) -> list[tuple[Any, Any]]:
+    """Each ``mean`` with the ``var`` that stands beside it."""
+    means = [name for name in names if "mean" in name]
+    pairs = [
+        (name, tuple("var" if key == "mean" else key for key in name)) for name in means
+    ]
+    unpaired = set(names) ^ {name for pair in pairs for name in pair}
+    if unpaired:
+        raise ValueError(
+            "`before` must hold a `mean` with a `var` beside it for every BatchNorm; "
+            f"missing or neither of them: {', '.join(sorted(map('.'.join, unpaired)))}. "
+            'Pass the statistics alone: variables["batch_stats"], or '
+            "nnx.state(model, nnx.BatchStat)"
+        )
+    return pairs

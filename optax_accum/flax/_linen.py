@@ -1,0 +1,149 @@
+"""Linen's `TrainState`, for windows of micro-batches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+from optax_accum import _queries
+from optax_accum.flax import _accumulating
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` whose `tx` accumulates: `apply_gradients` is a micro-step.
+
+    It goes wherever Flax's does, and is subclassed as Flax's is. `create` makes it.
+
+    Attributes:
+      step: ``i32[]``, how many micro-steps were made, over all windows. It is what to
+        fold into a dropout key; log, evaluate and save by `gradient_step`.
+      apply_fn: As in Flax, usually ``model.apply``.
+      params: The parameters.
+      tx: `oa.accumulate`, or a transformation with one in it.
+      opt_state: Its state, which the queries take: ``oa.accumulated(state.opt_state)``.
+      batch_stats: The collection of that name where the model has one, ``None``
+        otherwise.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_accum as oa
+      >>> from optax_accum.flax import TrainState
+      >>> model = nn.Dense(1)
+      >>> x = jnp.arange(10.0).reshape(5, 2)
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply,
+      ...     params=model.init(jax.random.key(0), x)["params"],
+      ...     tx=oa.accumulate(optax.sgd(0.1), every_k=2),
+      ... )
+      >>> def loss(params, x):
+      ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> for part in (x[:3], x[3:]):  # three examples, and two
+      ...     grads = jax.grad(loss)(state.params, part)
+      ...     state = state.apply_gradients(grads=grads, weight=len(part))
+      ...     print(state.micro_step, state.gradient_step, state.has_updated)
+      1 0 False
+      0 1 True
+    """
+
+    batch_stats: Any = struct.field(default=None, kw_only=True)
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> Any:
+        """A new state at step 0, as Flax's; `tx` must have `oa.accumulate` in it.
+
+        Args:
+          apply_fn: As in Flax.
+          params: The parameters.
+          tx: An Optax gradient transformation.
+          **kwargs: Further fields: `batch_stats`, and those of a subclass.
+
+        Returns:
+          A `TrainState`.
+
+        Raises:
+          ValueError: `tx` does not accumulate.
+        """
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        _accumulating.check(state.opt_state)
+        # A counter that is an array from the start is not compiled for twice.
+        return state.replace(step=jnp.zeros([], jnp.int32))
+
+    def apply_gradients(
+        self,
+        *,
+        grads: Any,
+        weight: Any = 1.0,
+        boundary: Any = None,
+        value: Any = None,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One micro-step: `grads` goes into the window, whose end updates `params`.
+
+        With `tx` an `oa.accumulate` this is `update_params`, which does not touch
+        `params` off the boundary; where that stands inside an `optax.chain`, `update`
+        and `optax.apply_updates`.
+
+        Args:
+          grads: A tree like `params`.
+          weight: As in `oa.accumulate`: over how many examples or tokens this
+            micro-batch's mean was taken.
+          boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
+            for the count to decide.
+          value: The micro-batch's loss, reduced over the window for whatever in `tx`
+            asks for it.
+          extra_args: Further arguments of `tx`, by name.
+          **kwargs: Fields to replace, as in Flax. A micro-batch that does not count,
+            because its weight is 0 or `skip` rejected it, leaves `batch_stats` as
+            they were; all other fields are replaced.
+
+        Returns:
+          The next state.
+
+        Raises:
+          ValueError: As ``update`` of `oa.accumulate`.
+        """
+        has_overwritten = not isinstance(grads, jax.Array) and (
+            OVERWRITE_WITH_GRADIENT in grads
+        )
+        params, opt_state = _accumulating.apply(
+            self.tx,
+            grads["params"] if has_overwritten else grads,
+            self.opt_state,
+            self.params["params"] if has_overwritten else self.params,
+            weight=weight,
+            boundary=boundary,
+            value=value,
+            **(extra_args or {}),
+        )
+        if has_overwritten:
+            overwritten = grads[OVERWRITE_WITH_GRADIENT]
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: overwritten}
+        if kwargs.get("batch_stats") is not None and self.batch_stats is not None:
+            counted = _accumulating.counted(weight, self.opt_state, opt_state)
+            kwargs["batch_stats"] = jax.tree.map(
+                lambda new, old: jnp.where(counted, new, old),
+                kwargs["batch_stats"],
+                self.batch_stats,
+            )
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+        )
+
+    @property
+    def micro_step(self) -> jax.Array:
+        """How many micro-steps the open window has seen, ``i32[]``."""
+        return _queries.micro_step(self.opt_state)
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        """How many updates were made, ``i32[]``."""
+        return _queries.gradient_step(self.opt_state)
+
+    @property
+    def has_updated(self) -> jax.Array:
+        """Whether the last micro-step made an update, ``bool[]``: the time to log."""
+        return _queries.has_updated(self.opt_state)

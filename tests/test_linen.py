@@ -1,0 +1,267 @@
+"""The `TrainState` of `optax_accum.flax`, in the loops that Linen users write."""
+
+import chex
+import flax.linen as nn
+import flax.serialization
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+from training import loosely
+
+import optax_accum as oa
+from optax_accum.flax import TrainState
+
+SIZES = (3, 1, 4, 2, 5, 1)  # examples in six micro-batches: two windows of three
+X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
+PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
+INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
+
+
+class MLP(nn.Module):
+    """Two layers; what makes no sum over examples is left out."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.tanh(nn.Dense(8)(x)))
+
+
+class Normalised(nn.Module):
+    """BatchNorm and dropout."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+@pytest.fixture(autouse=True)
+def _promotion(loose_promotion):
+    """Linen's layers add biases of lower rank."""
+
+
+def create(tx, model=None, cls=TrainState, **kwargs):
+    model = model or MLP()
+    rngs = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    variables = model.init(rngs, X)
+    if "batch_stats" in variables:
+        kwargs["batch_stats"] = variables["batch_stats"]
+    return cls.create(apply_fn=model.apply, params=variables["params"], tx=tx, **kwargs)
+
+
+def loss_fn(params, apply_fn, x):
+    return jnp.mean((apply_fn({"params": params}, x) - 1) ** 2)
+
+
+def step(state, x, weight=None, **kwargs):
+    value, grads = jax.value_and_grad(loss_fn)(state.params, state.apply_fn, x)
+    weight = len(x) if weight is None else weight
+    return state.apply_gradients(grads=grads, weight=weight, value=value, **kwargs)
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def global_batches(inner, *batches):
+    """What Flax's own `TrainState` makes of the global batches."""
+    state = create(inner, cls=train_state.TrainState)
+    for x in batches:
+        grads = jax.grad(loss_fn)(state.params, state.apply_fn, x)
+        state = state.apply_gradients(grads=grads)
+    return state.params
+
+
+WRAPPED = {
+    "alone": lambda inner: oa.accumulate(inner, 3),
+    "in a chain": lambda inner: optax.chain(
+        optax.zero_nans(), oa.accumulate(inner, 3), optax.scale(1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_windows_of_uneven_micro_batches_equal_global_batches(wrap):
+    state = create(wrap(INNER))
+    seen = []
+    for x in PARTS:
+        state = jax.jit(step)(state, x)
+        seen.append(
+            (int(state.micro_step), int(state.gradient_step), bool(state.has_updated))
+        )
+    cut = sum(SIZES[:3])
+    expected = global_batches(INNER, X[:cut], X[cut:])
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-7)
+    once, twice = [(1, 0, False), (2, 0, False)], [(1, 1, False), (2, 1, False)]
+    assert seen == [*once, (0, 1, True), *twice, (0, 2, True)]
+    assert state.step == 6
+
+
+def test_the_caller_closes_the_window_early_and_with_a_python_bool():
+    state = create(oa.accumulate(INNER))
+    program = jax.jit(step, static_argnames="boundary")
+    for i, x in enumerate(PARTS):
+        state = program(state, x, boundary=i in (3, 5))
+    cut = sum(SIZES[:4])
+    expected = global_batches(INNER, X[:cut], X[cut:])
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_flax_passes_no_weight_and_this_does():
+    """The trap: the fields that Flax's `apply_gradients` replaces swallow a weight."""
+    state = create(oa.accumulate(INNER, 3), cls=train_state.TrainState)
+    with pytest.raises(TypeError, match="weight"):
+        step(state, PARTS[0])
+
+
+def test_value_is_that_of_the_global_batch():
+    def record():
+        def update(updates, state, params=None, *, value, scale=1.0):
+            del state, params
+            return updates, value * scale
+
+        return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
+
+    state = create(oa.accumulate(optax.chain(record(), optax.sgd(0.1)), 3))
+    start = state.params
+    for x in PARTS[:3]:
+        state = step(state, x, extra_args={"scale": 2.0})
+    expected = loss_fn(start, state.apply_fn, X[: sum(SIZES[:3])])
+    value = state.opt_state.inner_state[0]
+    np.testing.assert_allclose(value, 2 * expected, rtol=1e-6)
+
+
+def test_a_subclass_adds_fields_without_defaults():
+    class WithKey(TrainState):
+        key: jax.Array
+
+    state = create(oa.accumulate(INNER, 3), cls=WithKey, key=jax.random.key(0))
+    state = step(state, PARTS[0], key=jax.random.key(1))
+    assert jax.random.key_data(state.key)[1] == 1
+    assert state.batch_stats is None
+
+
+def normalised_step(state, x, weight):
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+
+    def loss(params):
+        prediction, changed = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            x,
+            mutable="batch_stats",
+            rngs={"dropout": key},
+        )
+        return jnp.mean(prediction**2), (changed["batch_stats"], prediction)
+
+    (value, (stats, prediction)), grads = jax.value_and_grad(loss, has_aux=True)(
+        state.params
+    )
+    state = state.apply_gradients(
+        grads=grads, weight=weight, value=value, batch_stats=stats
+    )
+    return state, stats, prediction
+
+
+def test_statistics_go_from_micro_batch_to_micro_batch():
+    state = create(oa.accumulate(INNER, 2), Normalised())
+    before = state.batch_stats
+    program = jax.jit(normalised_step)
+    state, stats, first = program(state, PARTS[2], 4.0)
+    same(state.batch_stats, stats)
+    mean = state.batch_stats["BatchNorm_0"]["mean"]
+    assert np.any(mean != before["BatchNorm_0"]["mean"])
+    state, stats, second = program(state, PARTS[2], 4.0)
+    assert np.any(state.batch_stats["BatchNorm_0"]["mean"] != mean)
+    assert np.any(first != second)  # another dropout
+
+
+@pytest.mark.parametrize("how", ["weight 0", "rejected"])
+def test_what_does_not_count_leaves_the_statistics(how):
+    state = create(oa.accumulate(INNER, 2, skip=oa.skip_not_finite), Normalised())
+    state, _, _ = jax.jit(normalised_step)(state, PARTS[2], 4.0)
+    stats = state.batch_stats
+    bad = jnp.full_like(PARTS[2], jnp.nan)
+    weight = 0.0 if how == "weight 0" else 4.0
+    state, new, _ = jax.jit(normalised_step)(state, bad, weight)
+    assert np.all(np.isnan(new["BatchNorm_0"]["mean"]))
+    same(state.batch_stats, stats)
+    assert state.has_updated
+    assert np.all(np.isfinite(jax.tree.leaves(state.params)[0]))
+
+
+def test_what_is_overwritten_with_its_gradient():
+    """Flax's float8 layers keep scales whose `gradient` is their next value."""
+    params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: jnp.zeros(1)}
+    tx = oa.accumulate(optax.sgd(1.0), 2)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    for i in (1.0, 2.0):
+        grads = {
+            "params": {"w": jnp.full(2, i)},
+            OVERWRITE_WITH_GRADIENT: jnp.full(1, i),
+        }
+        state = state.apply_gradients(grads=grads)
+        assert state.params[OVERWRITE_WITH_GRADIENT] == i
+    np.testing.assert_array_equal(state.params["params"]["w"], 1 - 1.5)
+
+
+def test_one_program_without_copies():
+    shapes = {"in": (512, 256), "out": (256, 384)}
+    params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+    state = jax.eval_shape(
+        lambda params: TrainState.create(
+            apply_fn=None, params=params, tx=oa.accumulate(optax.adamw(1e-3), 8)
+        ),
+        params,
+    )
+
+    def apply(state, grads, weight):
+        return state.apply_gradients(grads=grads, weight=weight)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    program = hlo.compiled(apply, state, params, scalar, donate=0)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+    assert hlo.large_copies(program, 256 * 384) == []
+
+
+def test_it_is_traced_once():
+    program = jax.jit(chex.assert_max_traces(step, n=1))
+    state = create(oa.accumulate(INNER, 2))
+    for _ in range(5):
+        state = program(state, PARTS[0])
+    assert state.gradient_step == 2
+
+
+def test_it_is_saved_in_mid_window():
+    states = [create(oa.accumulate(INNER, 3)) for _ in range(2)]
+    for i, x in enumerate(PARTS):
+        states = [jax.jit(step)(state, x) for state in states]
+        if i == 1:
+            blank = create(oa.accumulate(INNER, 3))
+            saved = flax.serialization.to_bytes(states[1])
+            states[1] = flax.serialization.from_bytes(blank, saved)
+    same(states[0].params, states[1].params)
+
+
+@pytest.mark.several_devices
+def test_in_pmap():
+    count = jax.device_count()
+    state = create(oa.accumulate(INNER, 2, axis_name="batch"))
+    program = jax.pmap(step, axis_name="batch")
+    x = jnp.stack([jnp.roll(X[:8], i, 0) for i in range(count)]) * 1.5
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), state)
+    for part in (x[:, :3], x[:, 3:]):  # three examples of every device, and five
+        state = program(state, part)
+    assert state.has_updated.all()
+    expected = global_batches(INNER, x.reshape(-1, 4))
+    one = jax.tree.map(lambda leaf: leaf[0], state.params)
+    chex.assert_trees_all_close(one, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_does_not_accumulate():
+    message = "`tx` must accumulate.*Wrap your optimizer: tx=oa.accumulate"
+    with pytest.raises(ValueError, match=message):
+        create(optax.adam(1e-3))

@@ -1,0 +1,476 @@
+"""`value_and_grad` and `Optimizer` of `optax_accum.flax`, in NNX's own loops."""
+
+import chex
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from training import loosely
+
+import optax_accum as oa
+import optax_accum.flax as oaf
+
+SIZES = (3, 1, 4, 2, 5, 1)  # examples in six micro-batches: two windows of three
+X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
+PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
+INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
+COUNT = jax.device_count()
+
+
+class MLP(nnx.Module):
+    """Two layers; what makes no sum over examples is left out."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.last = nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(jnp.tanh(self.first(x)))
+
+
+class Normalised(nnx.Module):
+    """BatchNorm and dropout."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(self.norm(self.first(x))))
+
+
+@pytest.fixture(autouse=True)
+def _promotion(loose_promotion):
+    """NNX's layers add biases of lower rank."""
+
+
+def loss_fn(model, x):
+    return jnp.mean((model(x) - 1) ** 2)
+
+
+def arrays(node):
+    """The values in a module or a state, keys as numbers."""
+    state = nnx.state(node) if isinstance(node, nnx.Module) else node
+
+    def numbers(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if is_key else x
+
+    return jax.tree.map(numbers, nnx.as_pure(state))
+
+
+def close(tree, other, rtol=1e-5, atol=1e-6):
+    chex.assert_trees_all_close(arrays(tree), arrays(other), rtol=rtol, atol=atol)
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, arrays(tree), arrays(other))
+
+
+class TestValueAndGrad:
+    @pytest.mark.parametrize("size", [4, 5, 16])
+    def test_it_is_that_of_the_whole_batch(self, size):
+        model = MLP()
+        in_parts = oaf.value_and_grad(loss_fn, microbatch_size=size)
+        value, grads = nnx.jit(in_parts)(model, X)
+        expected, expected_grads = nnx.value_and_grad(loss_fn)(model, X)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        close(grads, expected_grads)
+        assert jax.tree.structure(grads) == jax.tree.structure(expected_grads)
+
+    def test_it_is_the_micro_batches_one_after_another(self):
+        """In values, gradients, statistics, random streams and auxiliary output."""
+
+        def with_aux(model, x):
+            prediction = model(x)
+            return jnp.mean(prediction**2), (prediction, model.norm.mean[...])
+
+        model, by_hand = Normalised(), Normalised()
+        in_parts = oaf.value_and_grad(with_aux, has_aux=True, num_microbatches=4)
+        (value, (predictions, means)), grads = nnx.jit(in_parts)(model, X)
+        alone = nnx.jit(nnx.value_and_grad(with_aux, has_aux=True))
+        results = [alone(by_hand, X[i::4]) for i in range(4)]
+        np.testing.assert_allclose(
+            value, np.mean([v for (v, _), _ in results]), rtol=1e-6
+        )
+        close(grads, jax.tree.map(lambda *g: sum(g) / 4, *(g for _, g in results)))
+        for i, ((_, (prediction, mean)), _) in enumerate(results):
+            np.testing.assert_allclose(predictions[i], prediction, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(means[i], mean, rtol=1e-5, atol=1e-7)
+        close(model, by_hand)
+        assert model.dropout.rngs.count[...] == 4
+
+    def test_dropout_is_drawn_anew_for_each(self):
+        def dropped(model, x):
+            kept = model.dropout(jnp.ones_like(x)) != 0
+            return jnp.mean(model(x)), kept
+
+        in_parts = oaf.value_and_grad(dropped, has_aux=True, num_microbatches=4)
+        (_, kept), _ = nnx.jit(in_parts)(Normalised(), X)
+        assert len({row.tobytes() for row in np.asarray(kept)}) == 4
+
+    def test_statistics_go_on_between_calls(self):
+        model = Normalised()
+        in_parts = nnx.jit(oaf.value_and_grad(loss_fn, num_microbatches=2))
+        in_parts(model, X)
+        first = np.asarray(model.norm.mean[...])
+        in_parts(model, X)
+        assert np.all(np.abs(model.norm.mean[...]) > np.abs(first))
+        assert model.dropout.rngs.count[...] == 4
+
+    def test_weight_0_leaves_the_module(self):
+        """And `weight` is called as the loss is: with a module."""
+
+        def masked_loss(model, x, mask):
+            errors = (model(x)[:, 0] - 1) ** 2
+            return jnp.sum(errors * mask) / jnp.maximum(mask.sum(), 1)
+
+        def count(model, x, mask):
+            assert isinstance(model, Normalised)
+            assert x.shape[0] == mask.shape[0]
+            return mask.sum()
+
+        mask = jnp.tile(jnp.array([1.0, 0.0]), 8)  # micro-batch 1 of 2 is padding
+        x = jnp.where(mask[:, None] == 1, X, jnp.nan)
+        model, by_hand = Normalised(), Normalised()
+        in_parts = oaf.value_and_grad(
+            masked_loss, num_microbatches=2, batch_argnums=(1, -1), weight=count
+        )
+        value, grads = nnx.jit(in_parts)(model, x, mask)
+        expected, expected_grads = nnx.value_and_grad(masked_loss)(
+            by_hand, X[::2], mask[::2]
+        )
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        close(grads, expected_grads)
+        close(model, by_hand)
+
+    def test_options_pass_through(self):
+        model = MLP()
+        x = X.at[0].set(jnp.nan)
+        in_parts = oaf.value_and_grad(
+            loss_fn,
+            num_microbatches=8,
+            skip=oa.skip_not_finite,
+            return_info=True,
+            noise_scale=True,
+        )
+        (value, _), info = nnx.jit(in_parts)(model, x)
+        kept = jnp.concatenate([X[i::8] for i in range(1, 8)])
+        np.testing.assert_allclose(value, loss_fn(model, kept), rtol=1e-6)
+        assert (info.skipped, info.weight, info.noise_scale.count) == (1, 14, 1)
+
+    def test_batches_by_name_and_random_keys(self):
+        def noisy(model, key, *, x):
+            return jnp.mean((model(x) + jax.random.normal(key)) ** 2)
+
+        in_parts = oaf.value_and_grad(
+            noisy,
+            num_microbatches=2,
+            batch_argnums=(),
+            batch_argnames="x",
+            rng_argnums=-1,
+        )
+        key, model = jax.random.key(3), MLP()
+        value, _ = nnx.jit(in_parts)(model, key, x=X)
+        each = [noisy(model, jax.random.fold_in(key, i), x=X[i::2]) for i in range(2)]
+        np.testing.assert_allclose(value, np.mean(each), rtol=1e-6)
+
+    def test_only_some_variables(self):
+        model = MLP()
+        only = nnx.All(nnx.Param, nnx.PathContains("last"))
+        _, grads = oaf.value_and_grad(loss_fn, wrt=only, num_microbatches=2)(model, X)
+        expected = nnx.grad(loss_fn, argnums=nnx.DiffState(0, only))(model, X)
+        close(grads, expected)
+        assert list(grads) == ["last"]
+
+    def test_intermediates_have_to_go_out(self):
+        class Keeping(MLP):
+            def __call__(self, x):
+                self.hidden = nnx.Intermediate(jnp.tanh(self.first(x)))
+                return self.last(self.hidden[...])
+
+        with pytest.raises(
+            ValueError, match=r"added hidden.*nnx\.pop\(model, nnx\.Int"
+        ):
+            oaf.value_and_grad(loss_fn, num_microbatches=2)(Keeping(), X)
+
+        def popped(model, x):
+            value = loss_fn(model, x)
+            return value, nnx.pop(model, nnx.Intermediate)["hidden"][...]
+
+        in_parts = oaf.value_and_grad(
+            popped, has_aux=True, aux="concat", num_microbatches=2
+        )
+        model = Keeping()
+        (_, hidden), _ = nnx.jit(in_parts)(model, X)
+        np.testing.assert_allclose(hidden, jnp.tanh(model.first(X)), rtol=1e-5)
+
+    def test_its_mistakes(self):
+        with pytest.raises(
+            ValueError, match="`num_microbatches` and `microbatch_size`"
+        ):
+            oaf.value_and_grad(loss_fn)
+        with pytest.raises(
+            ValueError, match="`carry_argnum=2` cannot be used with a m"
+        ):
+            oaf.value_and_grad(loss_fn, num_microbatches=2, carry_argnum=2)
+        in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
+        with pytest.raises(TypeError, match="must be an NNX module; got a dict"):
+            in_parts({"w": X}, X)
+        with pytest.raises(TypeError, match=r"`fun` must return \(value, aux\)"):
+            oaf.value_and_grad(loss_fn, has_aux=True, num_microbatches=2)(MLP(), X)
+        with pytest.raises(ValueError, match="`batch_argnums` names the positional"):
+            oaf.value_and_grad(loss_fn, num_microbatches=2, batch_argnums=3)(MLP(), X)
+
+    def test_a_scan_over_the_module_loses_what_this_keeps(self):
+        """The trap: `nnx.scan` with the module broadcast drops what it updates."""
+        model = Normalised()
+
+        @nnx.scan(in_axes=(nnx.Carry, None, 0), out_axes=(nnx.Carry, 0))
+        def scan(total, model, x):
+            return total + loss_fn(model, x), None
+
+        scan(jnp.zeros([]), model, X.reshape(4, 4, 4))
+        assert np.all(model.norm.mean[...] == 0)
+        oaf.value_and_grad(loss_fn, num_microbatches=4)(model, X)
+        assert np.all(model.norm.mean[...] != 0)
+
+    def test_the_memory_is_that_of_one_micro_batch(self):
+        model = MLP()
+        x = jnp.ones((4096, 4))
+
+        def temporaries(function):
+            return hlo.temporaries(nnx.jit(function).lower(model, x).compile())
+
+        whole = temporaries(nnx.value_and_grad(loss_fn))
+        parts = temporaries(oaf.value_and_grad(loss_fn, num_microbatches=16))
+        assert parts < whole / 8
+
+
+def step(model, optimizer, x, **kwargs):
+    value, grads = nnx.value_and_grad(loss_fn)(model, x)
+    optimizer.update(model, grads, weight=len(x), value=value, **kwargs)
+
+
+def global_batches(*batches):
+    """What Flax's own `Optimizer` makes of the global batches."""
+    model = MLP()
+    optimizer = nnx.Optimizer(model, INNER, wrt=nnx.Param)
+    for x in batches:
+        optimizer.update(model, nnx.grad(loss_fn)(model, x))
+    return model
+
+
+WRAPPED = {
+    "alone": lambda inner: oa.accumulate(inner, 3),
+    "in a chain": lambda inner: optax.chain(
+        optax.zero_nans(), oa.accumulate(inner, 3), optax.scale(1.0)
+    ),
+}
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+    def test_windows_of_uneven_micro_batches_equal_global_batches(self, wrap):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, wrap(INNER), wrt=nnx.Param)
+        seen = []
+        for x in PARTS:
+            nnx.jit(step)(model, optimizer, x)
+            asked = optimizer.micro_step, optimizer.gradient_step, optimizer.has_updated
+            seen.append(tuple(map(int, asked)))
+            for query in (oa.micro_step, oa.gradient_step, oa.has_updated):
+                expected = getattr(optimizer, query.__name__)
+                assert query(optimizer) == query(optimizer.opt_state) == expected
+        cut = sum(SIZES[:3])
+        close(model, global_batches(X[:cut], X[cut:]))
+        assert seen == [
+            (1, 0, 0),
+            (2, 0, 0),
+            (0, 1, 1),
+            (1, 1, 0),
+            (2, 1, 0),
+            (0, 2, 1),
+        ]
+        assert optimizer.step[...] == 6
+
+    def test_the_caller_closes_the_window_with_a_python_bool(self):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, oa.accumulate(INNER), wrt=nnx.Param)
+        program = nnx.jit(step, static_argnames="boundary")
+        for i, x in enumerate(PARTS):
+            program(model, optimizer, x, boundary=i in (3, 5))
+        cut = sum(SIZES[:4])
+        close(model, global_batches(X[:cut], X[cut:]))
+
+    def test_extra_arguments_reach_the_optimizer(self):
+        def update(updates, state, params=None, *, value, scale):
+            del state, params
+            return updates, value * scale
+
+        record = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
+        tx = oa.accumulate(optax.chain(record, optax.sgd(0.1)), 3)
+        model = MLP()
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        expected = loss_fn(model, X[: sum(SIZES[:3])])
+        for x in PARTS[:3]:
+            nnx.jit(step)(model, optimizer, x, scale=jnp.float32(2))
+        value = optimizer.opt_state.inner_state[0][...]
+        np.testing.assert_allclose(value, 2 * expected, rtol=1e-6)
+
+    def test_what_is_accumulated_can_be_asked(self):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 3), wrt=nnx.Param)
+        grads = nnx.grad(loss_fn)(model, X)
+        optimizer.update(model, grads, weight=2)
+        close(oa.accumulated(optimizer), grads)
+
+    def test_comparing_the_state_itself_raises_and_a_query_does_not(self):
+        """The trap: `nnx.Optimizer` keeps every leaf in a variable."""
+        optimizer = oaf.Optimizer(MLP(), oa.accumulate(INNER, 3), wrt=nnx.Param)
+        with pytest.raises(TypeError):
+            _ = optimizer.opt_state.micro_step > 0
+        assert not optimizer.micro_step > 0
+
+    def test_one_program_without_copies(self):
+        def apply(model, optimizer, grads, weight):
+            optimizer.update(model, grads, weight=weight)
+
+        model = nnx.Linear(512, 384, rngs=nnx.Rngs(0))
+        tx = oa.accumulate(optax.adamw(1e-3), 8)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        grads = nnx.state(model, nnx.Param)
+        program = nnx.jit(apply, donate_argnums=(0, 1))
+        program = program.lower(model, optimizer, grads, jnp.float32(1)).compile()
+        params = jax.tree.leaves(grads)
+        assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+        assert hlo.large_copies(program, 512 * 384) == []
+
+    def test_it_is_traced_once(self):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 2), wrt=nnx.Param)
+        program = nnx.jit(chex.assert_max_traces(step, n=1))
+        for _ in range(5):
+            program(model, optimizer, PARTS[0])
+        assert optimizer.gradient_step == 2
+
+    def test_both_levels(self):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 2), wrt=nnx.Param)
+        in_parts = oaf.value_and_grad(loss_fn, microbatch_size=2, return_info=True)
+
+        @nnx.jit
+        def both(model, optimizer, x):
+            (value, grads), info = in_parts(model, x)
+            optimizer.update(model, grads, weight=info.weight, value=value)
+
+        for x in (X[:5], X[5:]):
+            both(model, optimizer, x)
+        close(model, global_batches(X))
+
+    def test_an_optimizer_that_does_not_accumulate(self):
+        with pytest.raises(ValueError, match="`tx` must accumulate"):
+            oaf.Optimizer(MLP(), optax.adam(1e-3), wrt=nnx.Param)
+
+
+MESH = jax.make_mesh((COUNT,), ("data",), axis_types=(AxisType.Auto,))
+BATCH = jnp.asarray(np.random.default_rng(1).normal(size=(4 * COUNT, 4)), jnp.float32)
+
+
+def in_window(path, variable):
+    """What of an `Optimizer` is each device's own."""
+    del variable
+    return bool({"acc_grads", "weight", "value", "skipped"} & set(path))
+
+
+@pytest.mark.several_devices
+class TestDevices:
+    @pytest.mark.parametrize("way", ["mesh", "shard_map"])
+    def test_value_and_grad(self, way):
+        model = MLP()
+        settings = {"num_microbatches": 2, "axis_name": "data"}
+        if way == "mesh":
+            in_parts = oaf.value_and_grad(loss_fn, mesh=MESH, **settings)
+        else:
+            in_parts = nnx.shard_map(
+                oaf.value_and_grad(loss_fn, **settings),
+                mesh=MESH,
+                in_specs=(P(), P("data")),
+                out_specs=P(),
+            )
+        value, grads = nnx.jit(in_parts)(model, BATCH)
+        expected, expected_grads = nnx.value_and_grad(loss_fn)(model, BATCH)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        close(grads, expected_grads)
+
+    def test_statistics_are_averaged_and_dropout_differs(self):
+        def dropped(model, x):
+            value = loss_fn(model, x)
+            return value, model.dropout(jnp.ones((1, 64))) != 0
+
+        model = Normalised()
+        in_parts = oaf.value_and_grad(
+            dropped, has_aux=True, num_microbatches=2, axis_name="data", mesh=MESH
+        )
+        keys = arrays(nnx.state(model, nnx.RngKey))
+        (_, kept), _ = nnx.jit(in_parts)(model, BATCH)
+        rows = np.asarray(kept).reshape(2 * COUNT, 64)
+        assert len({row.tobytes() for row in rows}) == 2 * COUNT
+        same(nnx.state(model, nnx.RngKey), keys)
+        assert model.dropout.rngs.count[...] == 4
+
+        each = []
+        for x in BATCH.reshape(COUNT, 4, 4):
+            one = Normalised()
+            for i in range(2):
+                one(x[i::2])
+            each.append(one.norm.mean[...])
+        np.testing.assert_allclose(model.norm.mean[...], np.mean(each, 0), rtol=1e-5)
+
+    def test_windows_in_pmap(self):
+        tx = oa.accumulate(INNER, 2, axis_name="data")
+
+        @nnx.vmap(in_axes=0, out_axes=0, axis_size=COUNT)
+        def create(_):
+            model = MLP()
+            return model, oaf.Optimizer(model, tx, wrt=nnx.Param)
+
+        model, optimizer = create(jnp.arange(COUNT))
+        program = nnx.pmap(step, axis_name="data", in_axes=0, out_axes=None)
+        for x in BATCH.reshape(2, COUNT, 2, 4):
+            program(model, optimizer, x)
+        assert optimizer.has_updated.all()
+        expected = global_batches(BATCH)
+        for i in (0, COUNT - 1):
+            state = jax.tree.map(lambda x: x[i], arrays(model))  # noqa: B023
+            close(state, expected)
+
+    def test_windows_in_shard_map(self):
+        model = MLP()
+        tx = oa.accumulate(INNER, 2, axis_name="data")
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, COUNT))
+        sharding = nnx.StateSharding({in_window: P("data"), ...: P()})
+
+        @nnx.jit
+        @nnx.shard_map(mesh=MESH, in_specs=(P(), sharding, P("data")), out_specs=P())
+        def program(model, optimizer, x):
+            local = nnx.clone(model)
+            params = nnx.state(local, nnx.Param)
+            nnx.update(local, jax.lax.pcast(params, "data", to="varying"))
+            grads = nnx.grad(loss_fn)(local, x)
+            optimizer.update(model, grads, weight=len(x))
+
+        for x in BATCH.reshape(2, 2 * COUNT, 4):
+            program(model, optimizer, x)
+        assert optimizer.has_updated
+        close(model, global_batches(BATCH))
