@@ -1,5 +1,6 @@
 """The package from the outside."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import optax
 import pytest
 
 import optax_accum as oa
+import optax_accum.flax as oaf
 
-HEAVY = ("flax", "chex", "orbax", "matplotlib", "sklearn")
+HEAVY = ("flax", "chex", "equinox", "grain", "orbax", "matplotlib", "sklearn")
 
 
 def imported_by(statement):
@@ -29,12 +31,17 @@ def test_the_test_above_can_fail():
     assert "flax" not in imported_by("import jax, optax")
 
 
-def test_every_public_name_is_there_and_documented():
-    assert sorted(oa.__all__) == oa.__all__
-    public = {name for name in vars(oa) if not name.startswith("_")}
-    assert public == set(oa.__all__)
-    for name in oa.__all__:
-        assert len(getattr(oa, name).__doc__) > 50, name
+@pytest.mark.parametrize("module", [oa, oaf], ids=lambda module: module.__name__)
+def test_every_public_name_is_there_and_documented(module):
+    assert sorted(module.__all__) == module.__all__
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(module.__all__)
+    for name in module.__all__:
+        assert len(getattr(module, name).__doc__) > 50, name
 
 
 def test_a_transformation_to_whoever_looks():

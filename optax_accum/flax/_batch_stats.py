@@ -129,11 +129,12 @@ def _pairs(names: list[tuple[str, ...]]) -> list[tuple[Any, Any]]:
     pairs = [
         (name, tuple("var" if key == "mean" else key for key in name)) for name in means
     ]
-    unpaired = set(names) ^ {name for pair in pairs for name in pair}
+    paired = {name for pair in pairs for name in pair}
+    unpaired = sorted(".".join(name) for name in set(names) ^ paired)
     if unpaired:
         raise ValueError(
             "`before` must hold a `mean` with a `var` beside it for every BatchNorm; "
-            f"missing or neither of them: {', '.join(sorted(map('.'.join, unpaired)))}. "
+            f"missing or neither of them: {', '.join(unpaired)}. "
             'Pass the statistics alone: variables["batch_stats"], or '
             "nnx.state(model, nnx.BatchStat)"
         )
