@@ -1,5 +1,11 @@
-"""The Python in the README and in the documentation runs as it stands there."""
+"""The Python in the README and in the documentation runs as it stands there.
 
+Where a block of ``text`` follows, it is what the Python prints.
+"""
+
+import contextlib
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +13,7 @@ from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).parents[1]
+PRINTED = re.compile(r"\s+```text\n(?P<text>.*?)```", re.DOTALL)
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -15,7 +22,11 @@ def run(path):
     document = Document.parse(str(path), PythonCodeBlockParser())
     examples = list(document.examples())
     for example in examples:
-        example.evaluate()
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            example.evaluate()
+        expected = PRINTED.match(document.text, example.region.end)
+        if expected:
+            assert printed.getvalue() == expected["text"]
     return len(examples)
 
 
@@ -28,6 +39,13 @@ def test_its_code_runs(path):
 def test_code_that_fails_is_noticed(tmp_path):
     document = tmp_path / "wrong.md"
     document.write_text("```python\nassert 1 + 1 == 3\n```\n")
+    with pytest.raises(AssertionError):
+        run(document)
+
+
+def test_other_output_is_noticed(tmp_path):
+    document = tmp_path / "wrong.md"
+    document.write_text("```python\nprint(2)\n```\n\n```text\n3\n```\n")
     with pytest.raises(AssertionError):
         run(document)
 
