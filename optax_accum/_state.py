@@ -9,9 +9,10 @@ import jax
 class AccumulateState(NamedTuple):
     """The state of `accumulate`; a pytree that any checkpointer saves as it is.
 
-    `weight`, `value` and `acc_grads` are sums over the open window. They keep what
-    the last window left until the next one's first micro-step overwrites it, so
-    they mean the open window only while ``micro_step > 0``.
+    `weight`, `value` and `acc_grads` are sums over the open window, and mean it only
+    while ``micro_step > 0``. At a boundary `weight` and `value` stay those of the
+    window that it closes, until the next one's first micro-step; what `acc_grads`
+    holds then is left open, because its memory is used for the updates.
 
     Across devices (`axis_name`), `skipped`, `weight`, `value`, `skip_state`,
     `acc_grads` and the sums in `noise_scale` are each device's own; the rest is the

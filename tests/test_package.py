@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import optax
 import pytest
@@ -42,6 +43,11 @@ def test_every_public_name_is_there_and_documented(module):
     assert public == set(module.__all__)
     for name in module.__all__:
         assert len(getattr(module, name).__doc__) > 50, name
+
+
+def test_the_citation_is_of_this_version():
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text()
+    assert f"\nversion: {oa.__version__}\n" in citation
 
 
 def test_a_transformation_to_whoever_looks():
