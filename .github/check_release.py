@@ -25,6 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def main(tag: str) -> None:
+    """Says what does not agree with `tag`."""
     wrong = {name: v for name, v in versions().items() if f"v{v}" != tag}
     for name, version in wrong.items():
         print(f"{name} has version {version}, the tag is {tag}")
