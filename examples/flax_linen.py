@@ -5,9 +5,9 @@
 What a Linen user changes is little: the `TrainState` is that of `optax_accum.flax`, its
 optimizer is wrapped in `oa.accumulate`, and `apply_gradients` is told over how many
 examples the loss was a mean. Four micro-batches of 32 make an update, and the end of
-the epoch closes its last window early. BatchNorm normalises every micro-batch by itself,
-and its running statistics go from one to the next; the dropout key is folded with
-`step`, which counts micro-steps, so that no two micro-batches have the same mask.
+the epoch closes its last window early. BatchNorm normalises every micro-batch by
+itself, and its running statistics go from one to the next; the dropout key is folded
+with `step`, which counts micro-steps, so that no two micro-batches have the same mask.
 
 The data are scikit-learn's scans of handwritten digits, which come with the package.
 """
