@@ -1,0 +1,490 @@
+"""Checkpoints: what was saved inside a window goes on from there, bit for bit."""
+
+import functools
+
+import chex
+import devices
+import flax.jax_utils
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from data import write_checkpoint as first
+from devices import AXIS, COUNT
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from test_windows import NAN, PARAMS, SGD, alone
+from training import loosely, micro_batches, stepper, weighted_mean
+
+import optax_accum as oa
+
+K = 3
+ADAM = loosely(optax.adam(0.1))
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+GRADS, WEIGHTS = micro_batches(PARAMS, 2 * K)
+
+
+def same_bits(got, wanted):
+    """The same tree, of the same arrays: NaN, -0 and random keys included."""
+    chex.assert_trees_all_equal_structs(got, wanted)
+    leaves = map(jax.tree.leaves, (got, wanted))
+    for x, y in zip(*(map(jnp.asarray, xs) for xs in leaves), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert bits(x) == bits(y)
+
+
+def bits(x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x).tobytes()
+
+
+class Orbax:
+    """Checkpoints in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, name, tree):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(self.folder / name, tree)
+
+    def restore(self, name, like):
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.folder / name, like)
+
+
+class Flax:
+    """Bytes, as `flax.serialization` makes them."""
+
+    def __init__(self, folder):
+        del folder
+        self.saved = {}
+
+    def save(self, name, tree):
+        self.saved[name] = flax.serialization.to_bytes(tree)
+
+    def restore(self, name, like):
+        blank = jax.tree.map(jnp.zeros_like, like)
+        restored = flax.serialization.from_bytes(blank, self.saved[name])
+        return jax.device_put(restored, jax.devices()[0])
+
+
+# --- One device ---
+
+
+def accumulated(inner=ADAM, every_k=K, **options):
+    return oa.accumulate(inner, every_k, **options)
+
+
+EVERYTHING = {"skip": oa.skip_not_finite, "noise_scale": 0.9}
+VARIANTS = {
+    "everything": lambda: accumulated(every_k=oa.adaptive_k(2, 4), **EVERYTHING),
+    "chain": lambda: optax.chain(
+        optax.clip(0.5), accumulated(skip=oa.skip_not_finite), optax.scale(0.5)
+    ),
+    "bfloat16": accumulated,
+    "random_keys": lambda: accumulated(
+        loosely(optax.noisy_sgd(0.1, key=jax.random.key(3)))
+    ),
+    "plain": accumulated,
+    "waiting": lambda: accumulated(skip=oa.skip_not_finite, on_skip="wait"),
+    "without_accumulator": lambda: accumulated(every_k=1),
+}
+CASES = [
+    (Orbax, "everything"),
+    (Orbax, "chain"),
+    (Orbax, "bfloat16"),
+    (Orbax, "random_keys"),
+    (Flax, "everything"),
+]
+SLOW = [
+    (Orbax, "plain"),
+    (Orbax, "waiting"),
+    (Orbax, "without_accumulator"),
+    (Flax, "chain"),
+    (Flax, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("saver", "variant"),
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+)
+def test_saved_and_restored_at_every_micro_step(saver, variant, tmp_path):
+    """The bits come back, and lead on to the same bits in the program that is there."""
+    tx, checkpoints = VARIANTS[variant](), saver(tmp_path)
+    params, *grads = PARAMS, *GRADS
+    if variant in ("everything", "chain", "waiting"):
+        grads[1] = NAN
+    if variant == "bfloat16":
+        params, *grads = optax.tree.cast((params, *grads), jnp.bfloat16)
+    # What is restored is committed to its device; what is created is not, and JAX
+    # compiles for either.
+    start = jax.device_put((params, tx.init(params)), jax.devices()[0])
+    chex.clear_trace_counter()
+    way = "update" if variant == "chain" else "update_params"
+    step = jax.jit(chex.assert_max_traces(stepper(tx, way), n=1))
+
+    def micro_step(i, params, state):
+        return step(params, state, grads[i], weight=WEIGHTS[i], value=jnp.float32(i))
+
+    straight = [start]
+    for i in range(2 * K):
+        checkpoints.save(str(i), straight[i])
+        straight.append(micro_step(i, *straight[i]))
+    for i in range(2 * K):
+        resumed = checkpoints.restore(str(i), start)
+        same_bits(resumed, straight[i])
+        for j in range(i, 2 * K):
+            resumed = micro_step(j, *resumed)
+        same_bits(resumed, straight[-1])
+    assert step._cache_size() == 1
+    assert oa.gradient_step(straight[-1][1]) > 0
+
+
+def test_different_bits_are_noticed():
+    same_bits(NAN, NAN)
+    for x, y in [(0.0, -0.0), (0.0, 1e-45), (1.0, 1.0000001)]:
+        with pytest.raises(AssertionError):
+            same_bits(jnp.float32(x), jnp.float32(y))
+    with pytest.raises(AssertionError):
+        same_bits(jnp.float32(0), jnp.int32(0))
+
+
+def test_flax_refuses_typed_keys():
+    state = VARIANTS["random_keys"]().init(PARAMS)
+    with pytest.raises(TypeError, match="key_data"):
+        flax.serialization.to_bytes(state)
+
+
+def test_a_whole_train_state(tmp_path):
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=accumulated(MOMENTUM))
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+    straight = step(state, GRADS[0])
+    checkpoints = Orbax(tmp_path)
+    checkpoints.save("state", straight)
+    resumed = checkpoints.restore("state", state)
+    for g in GRADS[1:K]:
+        straight, resumed = step(straight, g), step(resumed, g)
+    same_bits(resumed, straight)
+    assert oa.has_updated(resumed)
+
+
+def test_a_manager_that_keeps_the_newest(tmp_path):
+    """Numbered by micro-steps; a second one, as in a new process, finds the newest."""
+    tx = accumulated(MOMENTUM)
+    step = jax.jit(stepper(tx))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    straight = start = PARAMS, tx.init(PARAMS)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        for i in range(2 * K):
+            straight = step(*straight, GRADS[i], weight=WEIGHTS[i])
+            if i + 1 < 2 * K:
+                manager.save(i + 1, args=ocp.args.StandardSave(straight))
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        assert manager.all_steps() == [2 * K - 2, 2 * K - 1]
+        taken = manager.latest_step()
+        resumed = manager.restore(taken, args=ocp.args.StandardRestore(start))
+    assert oa.micro_step(resumed[1]) == K - 1
+    for i in range(taken, 2 * K):
+        resumed = step(*resumed, GRADS[i], weight=WEIGHTS[i])
+    same_bits(resumed, straight)
+
+
+def test_donated_steps_overtake_a_save(tmp_path):
+    """`save` returns before the files are written; what they hold is what it was."""
+    tx = oa.accumulate(SGD, K)
+    params = {"w": jnp.ones((512, 1024))}
+    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+    start = params, tx.init(params)
+    params, state = jax.tree.map(jnp.copy, start)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for i in range(2 * K):
+            manager.save(i, args=ocp.args.StandardSave((params, state)))
+            params, state = step(params, state, {"w": jnp.full_like(params["w"], i)})
+        manager.wait_until_finished()
+        for i in range(2 * K):
+            _, saved = manager.restore(i, args=ocp.args.StandardRestore(start))
+            assert (saved.gradient_step, saved.micro_step) == divmod(i, K)
+            if saved.micro_step > 0:
+                np.testing.assert_array_equal(
+                    saved.acc_grads["w"], sum(range(i - i % K, i))
+                )
+
+
+# --- Several devices ---
+
+
+@functools.cache
+def half_a_window(way):
+    """A step, what is left to do, and a state whose windows are open."""
+    x, mask = devices.examples(2 * K)
+    tx = oa.accumulate(MOMENTUM, K, axis_name=AXIS)
+    step, (params, state) = devices.windows(way, tx)
+
+    copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+    def go_on(params, state, micro_steps):
+        params, state = copies((params, state))  # the step overwrites what it gets
+        for i in micro_steps:
+            batch = devices.whole(way, (x[i], mask[i]))
+            params, state = step(params, state, *batch, None)
+        return params, state
+
+    saved = go_on(params, state, range(K + 1))
+    return saved, functools.partial(go_on, micro_steps=range(K + 1, 2 * K))
+
+
+@pytest.mark.several_devices
+@devices.parametrized(devices.INSIDE)
+def test_stacked_windows(way, tmp_path):
+    """Saved as they are: the rows of all devices, and where they lie."""
+    saved, go_on = half_a_window(way)
+    checkpoints = Orbax(tmp_path)
+    checkpoints.save("stacked", saved)
+    resumed = checkpoints.restore("stacked", saved)
+    same_bits(resumed, saved)
+    for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(saved), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    same_bits(go_on(*resumed), go_on(*saved))
+
+
+@pytest.mark.several_devices
+def test_stacked_windows_on_one_device(tmp_path):
+    """Restored where there is one device, and summed there."""
+    saved, go_on = half_a_window("checked")
+    checkpoints = Orbax(tmp_path)
+    checkpoints.save("stacked", saved)
+    here = SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved
+    )
+    params, state = checkpoints.restore("stacked", shapes)
+    assert {x.sharding for x in jax.tree.leaves(state)} == {here}
+    state = oa.sum_windows(state)
+    tx = oa.accumulate(MOMENTUM, K)
+    x, mask = devices.examples(2 * K)
+
+    @jax.jit
+    def step(params, state, x, mask):
+        grads = jax.grad(devices.loss)(params, jnp.nan_to_num(x), mask)
+        return tx.update_params(grads, state, params, weight=mask.sum())
+
+    for i in range(K + 1, 2 * K):
+        params, state = step(params, state, x[i], mask[i])
+    assert oa.gradient_step(state) == 2
+    wanted, _ = jax.device_get(go_on(*saved))
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.several_devices
+def test_unreplicate_loses_the_other_devices_sums():
+    """The trap: what is right for parameters is wrong for an open window."""
+    (params, state), go_on = half_a_window("pmap")
+    one = flax.jax_utils.unreplicate(state)
+    every = oa.sum_windows(state)
+    weights = np.asarray(state.weight)
+    assert float(one.weight) == weights[0]
+    assert float(every.weight) == weights.sum() > weights[0]
+    wanted, _ = go_on(params, state)
+    kept, lost = (
+        go_on(*jax.device_get((params, oa.stack_windows(s, COUNT, all_leaves=True))))[0]
+        for s in (every, one)
+    )
+    chex.assert_trees_all_close(kept, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(lost, wanted, rtol=1e-2)
+
+
+@pytest.mark.several_devices
+def test_on_another_mesh(tmp_path):
+    """Saved in one piece on one device, restored in parts on all, and back."""
+    params = {"w": jnp.arange(2.0 * COUNT).reshape(COUNT, 2)}
+    tx = accumulated(MOMENTUM)
+    step = jax.jit(stepper(tx))
+    grads, weights = micro_batches(params, K)
+    straight = params, tx.init(params)
+    for g, w in zip(grads[:2], weights[:2], strict=True):
+        straight = step(*straight, g, weight=w)
+    mesh = devices.mesh()
+
+    def parts(x):
+        spec = P(AXIS) if x.ndim else P()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    checkpoints = Orbax(tmp_path)
+    checkpoints.save("whole", straight)
+    resumed = checkpoints.restore("whole", jax.tree.map(parts, straight))
+    sums = resumed[1].acc_grads["w"]
+    assert [s.data.shape for s in sums.addressable_shards] == [(1, 2)] * COUNT
+    checkpoints.save("parts", resumed)
+    resumed = step(*resumed, grads[2], weight=weights[2])
+    back = checkpoints.restore("parts", straight)
+    same_bits(back, straight)
+    same_bits(resumed, step(*straight, grads[2], weight=weights[2]))
+
+
+# --- What changes between saving and restoring ---
+
+
+def run(tx, params, state, micro_steps, **kwargs):
+    step = jax.jit(functools.partial(stepper(tx), **kwargs))
+    for i in micro_steps:
+        params, state = step(params, state, GRADS[i], weight=WEIGHTS[i])
+    return params, state
+
+
+@functools.cache
+def two_of_four():
+    tx = oa.accumulate(MOMENTUM, 4)
+    return run(tx, PARAMS, tx.init(PARAMS), range(2))
+
+
+def is_momentum_after(params, *windows):
+    """Compares with the optimizer alone, on the mean gradients of whole windows."""
+    means = [weighted_mean(GRADS[part], WEIGHTS[part]) for part in windows]
+    chex.assert_trees_all_close(
+        params, alone(MOMENTUM, *means)[0], rtol=1e-6, atol=1e-6
+    )
+
+
+class TestChanges:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        """After two micro-steps of four."""
+        checkpoints = Orbax(tmp_path)
+        checkpoints.save("saved", two_of_four())
+        return lambda tx: checkpoints.restore("saved", (PARAMS, tx.init(PARAMS)))
+
+    @pytest.mark.parametrize(("k", "micro_steps"), [(2, 3), (3, 3), (5, 5)])
+    def test_another_k(self, k, micro_steps, saved):
+        """The open window keeps what it has; a smaller k ends it at once."""
+        tx = oa.accumulate(MOMENTUM, k)
+        params, state = run(tx, *saved(tx), range(2, micro_steps))
+        assert oa.has_updated(state)
+        assert oa.gradient_step(state) == 1
+        is_momentum_after(params, slice(micro_steps))
+
+    @pytest.mark.parametrize("every_k", [None, lambda step: 4 + step])
+    def test_another_way_to_say_when(self, every_k, saved):
+        """A count, a schedule and the caller leave the same state."""
+        tx = oa.accumulate(MOMENTUM, every_k)
+        params, state = run(tx, *saved(tx), [2], boundary=True)
+        assert oa.has_updated(state)
+        is_momentum_after(params, slice(3))
+
+    def test_to_no_accumulator_by_closing_the_window(self, saved):
+        old, new = oa.accumulate(MOMENTUM, 4), oa.accumulate(MOMENTUM, 1)
+        with pytest.raises(ValueError, match=r"acc_grads"):
+            saved(new)
+        params, state = saved(old)
+        close = jax.jit(functools.partial(old.update_params, weight=0, boundary=True))
+        params, state = close(jax.tree.map(jnp.zeros_like, PARAMS), state, params)
+        assert oa.has_updated(state)
+        params, state = run(new, params, state._replace(acc_grads=()), [2])
+        is_momentum_after(params, slice(2), slice(2, 3))
+
+    def test_from_no_accumulator(self, tmp_path):
+        old, new = oa.accumulate(MOMENTUM, 1), oa.accumulate(MOMENTUM, 2)
+        checkpoints = Orbax(tmp_path)
+        checkpoints.save("saved", run(old, PARAMS, old.init(PARAMS), [0]))
+        with pytest.raises(ValueError, match=r"acc_grads"):
+            checkpoints.restore("saved", (PARAMS, new.init(PARAMS)))
+        params, state = checkpoints.restore("saved", (PARAMS, old.init(PARAMS)))
+        state = state._replace(acc_grads=new.init(params).acc_grads)
+        params, _ = run(new, params, state, [1, 2])
+        is_momentum_after(params, slice(1), slice(1, 3))
+
+    def test_another_inner_optimizer(self, saved):
+        """Its state is new; the open window and the counts are what they were."""
+        new = oa.accumulate(ADAM, 4)
+        with pytest.raises(ValueError, match=r"inner_state"):
+            saved(new)
+        params, state = saved(oa.accumulate(MOMENTUM, 4))
+        state = state._replace(inner_state=ADAM.init(params))
+        params, _ = run(new, params, state, [2, 3])
+        mean = weighted_mean(GRADS[:4], WEIGHTS[:4])
+        chex.assert_trees_all_close(params, alone(ADAM, mean)[0], rtol=1e-6)
+
+    def test_skipping_and_measuring_from_now_on(self, saved):
+        old, new = oa.accumulate(MOMENTUM, 4), oa.accumulate(MOMENTUM, 4, **EVERYTHING)
+        with pytest.raises(ValueError, match=r"skip_state"):
+            saved(new)
+        # Between two windows: the noise scale is measured over whole ones.
+        params, state = run(old, *saved(old), [2, 3])
+        start = new.init(params)
+        state = state._replace(
+            skip_state=start.skip_state, noise_scale=start.noise_scale
+        )
+        params, state = run(new, params, state, [4, 5], boundary=True)
+        is_momentum_after(params, slice(4), slice(4, 5), slice(5, 6))
+        assert oa.gradient_step(state) == 3
+
+    def test_restored_without_a_target(self, saved, tmp_path):
+        """Orbax then gives lists and dicts, in which nobody finds the state."""
+        del saved
+        params, state = Orbax(tmp_path).restore("saved", None)
+        same_bits(params, PARAMS)
+        assert isinstance(state, dict)
+        with pytest.raises(ValueError, match="found none in a dict"):
+            oa.micro_step(state)
+
+    def test_from_multi_steps(self, tmp_path):
+        old = loosely(optax.MultiSteps(MOMENTUM, K).gradient_transformation())
+        _, state = old.update(GRADS[0], old.init(PARAMS), PARAMS)
+        checkpoints = Orbax(tmp_path)
+        checkpoints.save("saved", state)
+        tx = oa.accumulate(MOMENTUM, K)
+        with pytest.raises(ValueError, match="do not match"):
+            checkpoints.restore("saved", tx.init(PARAMS))
+        old_state = checkpoints.restore("saved", old.init(PARAMS))
+        state = oa.from_multi_steps(old_state)
+        params = PARAMS
+        for g in GRADS[1:K]:
+            params, state = jax.jit(stepper(tx))(params, state, g)
+        mean = weighted_mean(GRADS[:K], [1] * K)
+        chex.assert_trees_all_close(params, alone(MOMENTUM, mean)[0], rtol=1e-6)
+
+
+# --- What an earlier version has saved ---
+
+
+class TestTheFirstVersion:
+    """`data/write_checkpoint.py` wrote this with the first version of the library."""
+
+    @pytest.fixture
+    def stored(self):
+        return dict(np.load(first.FOLDER / "micro_steps.npz"))
+
+    @pytest.fixture
+    def restored(self):
+        params = first.initial_params()
+        like = params, first.transformation().init(params)
+        return Orbax(first.FOLDER).restore("checkpoint", like)
+
+    def test_the_fields_are_the_same(self, stored, restored):
+        same_bits(jax.tree.leaves(restored), leaves_of(stored, "saved"))
+        _, state = restored
+        assert (state.gradient_step, state.micro_step) == (1, first.K - 1)
+        assert state.skipped == 1
+
+    @pytest.mark.usefixtures("loose_promotion")
+    def test_it_goes_on_to_the_same_parameters(self, stored, restored):
+        inputs = {name: stored[name] for name in first.made_up()}
+        micro_steps = range(first.SAVED, first.MICRO_STEPS)
+        params, state = first.run(*restored, inputs, micro_steps)
+        end = jax.tree.leaves((params, state))
+        for x, y in zip(end, leaves_of(stored, "end"), strict=True):
+            # Not to the bit: another JAX may compile another order of operations.
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+        assert oa.gradient_step(state) == 3
+
+
+def leaves_of(stored, name):
+    return [x for key, x in stored.items() if key.startswith(f"{name}_")]
