@@ -207,6 +207,12 @@ def state(
             "new_state._replace(inner_state=state.inner_state, "
             "gradient_step=state.gradient_step) the optimizer goes on where it was"
         )
+    if not has_accumulator and not lacks_sums:
+        raise ValueError(
+            "`state` holds an accumulator, for which `every_k=1` has no use: an open "
+            "window in it would be lost. Close it with the `accumulate` that made it, "
+            "by weight=0 and boundary=True, and go on with state._replace(acc_grads=())"
+        )
 
 
 def noise_scale(state: Any, structure: Any) -> None:
@@ -214,8 +220,9 @@ def noise_scale(state: Any, structure: Any) -> None:
     if jax.tree.structure(state.noise_scale) != structure:
         raise ValueError(
             "`state` was made without this `noise_scale` or `adaptive_k`, and has "
-            "nowhere to measure it. Give it a place: state._replace(noise_scale="
-            "tx.init(params).noise_scale), before oa.stack_windows if it is stacked"
+            "nowhere to measure it. Give it a place, between two windows: "
+            "state._replace(noise_scale=tx.init(params).noise_scale), before "
+            "oa.stack_windows if it is stacked"
         )
 
 

@@ -226,6 +226,13 @@ class TestState:
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
 
+    def test_a_state_with_an_accumulator_that_would_be_lost(self):
+        state = oa.accumulate(SGD, 2).init(PARAMS)
+        words = ("`state` holds an accumulator", "`every_k=1`", "_replace(acc_grads=())")
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(SGD, 1).update(PARAMS, state, PARAMS)
+        oa.accumulate(SGD, 1).update(PARAMS, state._replace(acc_grads=()), PARAMS)
+
     @pytest.mark.parametrize("params", [None, {"layer": {"w": jnp.ones(1)}}])
     def test_parameters_that_are_not_those_of_the_gradients(self, params):
         tx = oa.accumulate(SGD, 2)

@@ -279,6 +279,7 @@ class TestBoundaries:
 
     def test_an_open_window_does_not_leak_into_every_k_1(self):
         _, state = feed(oa.accumulate(SGD, 4), self.batches[:2])
+        state = state._replace(acc_grads=())
         tx = oa.accumulate(SGD, 1, reduction="ratio")
         params, state = feed(tx, self.batches[2:3], state=state)
         gradient = jax.tree.map(lambda g: g / self.weights[2], self.grads[2])
