@@ -14,7 +14,6 @@ The data are scikit-learn's scans of handwritten digits, which come with the pac
 """
 
 import argparse
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +52,14 @@ def loss_fn(model: Network, batch) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@functools.partial(nnx.jit, static_argnames="boundary")
-def micro_step(model: Network, optimizer: oaf.Optimizer, batch, *, boundary: bool):
+@nnx.jit(static_argnames="boundary")
+def micro_step(model: Network, optimizer: nnx.Optimizer, batch, *, boundary: bool):
     """One micro-batch per call."""
     loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
     optimizer.update(model, grads, weight=len(batch[1]), value=loss, boundary=boundary)
 
 
-@functools.partial(nnx.jit, static_argnames="size")
+@nnx.jit(static_argnames="size")
 def whole_step(model: Network, optimizer: nnx.Optimizer, batch, *, size: int):
     """The whole batch in one call, `size` examples at a time."""
     in_parts = oaf.value_and_grad(loss_fn, microbatch_size=min(size, len(batch[1])))

@@ -1,6 +1,7 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
 from optax_accum._devices import scatter_specs as scatter_specs
+from optax_accum._epochs import with_boundaries as with_boundaries
 from optax_accum._equivalence import EquivalenceReport as EquivalenceReport
 from optax_accum._equivalence import check_equivalence as check_equivalence
 from optax_accum._meter import adaptive_k as adaptive_k
@@ -47,4 +48,5 @@ __all__ = [
     "sum_windows",
     "value_and_grad",
     "window_specs",
+    "with_boundaries",
 ]

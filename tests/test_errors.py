@@ -228,7 +228,11 @@ class TestState:
 
     def test_a_state_with_an_accumulator_that_would_be_lost(self):
         state = oa.accumulate(SGD, 2).init(PARAMS)
-        words = ("`state` holds an accumulator", "`every_k=1`", "_replace(acc_grads=())")
+        words = (
+            "`state` holds an accumulator",
+            "`every_k=1`",
+            "_replace(acc_grads=())",
+        )
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 1).update(PARAMS, state, PARAMS)
         oa.accumulate(SGD, 1).update(PARAMS, state._replace(acc_grads=()), PARAMS)

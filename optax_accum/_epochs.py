@@ -1,0 +1,123 @@
+"""Boundaries for data that end."""
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from optax_accum import _checks, _meter
+
+Batch = TypeVar("Batch")
+
+
+def with_boundaries(
+    batches: Iterable[Batch],
+    every_k: int | None = None,
+    *,
+    micro_step: int = 0,
+) -> Iterator[tuple[Batch, bool]]:
+    """Pairs every micro-batch with its `boundary`, which the last one always is.
+
+    The boundary is True on every `every_k`-th micro-batch and on the last one, so that
+    an epoch that ends inside a window updates on what that window holds: `accumulate`
+    divides by the weights that it saw, not by `every_k`.
+
+    The booleans are Python's. Declared static, they make two programs, one that
+    accumulates and one that applies, without a `lax.cond` in either.
+
+    Args:
+      batches: An iterable of micro-batches, whatever they are: a generator, a data
+        loader, one epoch of it. It is read once, and one micro-batch ahead: only who
+        looks ahead knows which one is the last.
+      every_k: How many micro-batches make a window, an int >= 1, or ``None`` where all
+        of `batches` is one window. `accumulate` needs none beside it: the `boundary`
+        that it is given stands.
+      micro_step: How many micro-steps the open window has seen already, an int >= 0 and
+        < `every_k`: ``int(oa.micro_step(state))`` after a restart in mid-window.
+
+    Returns:
+      An iterator of pairs ``(batch, boundary)``; of none where `batches` is empty. It
+      takes nothing from `batches` before its first pair is asked for.
+
+    Raises:
+      TypeError: `batches` cannot be iterated over; `every_k` or `micro_step` is not an
+        int, or `every_k` is a schedule.
+      ValueError: `every_k` < 1; a `micro_step` < 0, or one that `every_k` has closed
+        already.
+
+    Examples:
+      >>> import optax_accum as oa
+      >>> list(oa.with_boundaries("abcde", every_k=2))
+      [('a', False), ('b', True), ('c', False), ('d', True), ('e', True)]
+
+      In training, an epoch of five examples in micro-batches of two:
+
+      >>> import functools, jax, jax.numpy as jnp, optax
+      >>> tx = oa.accumulate(optax.sgd(1.0))
+      >>> @functools.partial(jax.jit, static_argnames="boundary")
+      ... def step(params, state, batch, boundary):
+      ...     grads = jax.grad(lambda p: ((p - batch) ** 2).mean() / 2)(params)
+      ...     return tx.update_params(
+      ...         grads, state, params, weight=len(batch), boundary=boundary
+      ...     )
+      >>> params = jnp.zeros([])
+      >>> state = tx.init(params)
+      >>> epoch = [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.array([5.0])]
+      >>> for batch, boundary in oa.with_boundaries(epoch, every_k=2):
+      ...     params, state = step(params, state, batch, boundary)
+      ...     print(params)
+      0.0
+      2.5
+      5.0
+    """
+    if callable(every_k) or isinstance(every_k, _meter.AdaptiveK):
+        raise TypeError(
+            "`every_k` must be an int >= 1 or None; got the schedule "
+            f"{every_k!r}. A schedule needs the gradient step, which is in the "
+            "optimizer's state: give it to `accumulate`, leave it out here, and pass "
+            "boundary=True on the epoch's last micro-batch and None on the others"
+        )
+    every_k = _checks.size("every_k", every_k)
+    micro_step = _open_micro_steps(micro_step, every_k)
+    try:
+        iterator = iter(batches)
+    except TypeError as error:
+        raise TypeError(
+            "`batches` must be an iterable of micro-batches; got "
+            f"{batches!r} of type {type(batches).__name__}"
+        ) from error
+    return _look_ahead(iterator, every_k, micro_step)
+
+
+def _look_ahead(
+    batches: Iterator[Any], every_k: int | None, micro_step: int
+) -> Iterator[tuple[Any, bool]]:
+    end = object()
+    pairs = itertools.pairwise(itertools.chain(batches, [end]))
+    for count, (batch, following) in enumerate(pairs, start=micro_step + 1):
+        fills_window = every_k is not None and count % every_k == 0
+        yield batch, fills_window or following is end
+
+
+def _open_micro_steps(value: Any, every_k: int | None) -> int:
+    """How many micro-steps the open window has seen, an int >= 0 and < `every_k`."""
+    needed = "an int >= 0, how many micro-steps the open window has seen"
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(
+            f"`micro_step` must be {needed}; got {value!r} of type "
+            f"{type(value).__name__}. Of a state: int(oa.micro_step(state))"
+        )
+    if number < 0:
+        raise ValueError(f"`micro_step` must be {needed}; got {number}")
+    if every_k is not None and number >= every_k:
+        raise ValueError(
+            f"`micro_step` must be less than `every_k={every_k}`, because that many "
+            f"micro-steps close a window; got {number}. Pass the `every_k` of the run "
+            "that left the window open, or close it first, with weight=0 and "
+            "boundary=True"
+        )
+    return number
