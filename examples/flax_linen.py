@@ -102,6 +102,7 @@ def main() -> None:
     random = np.random.default_rng(0)
 
     state = create_state(options.every_k)
+    print(f"{options.every_k} micro-batches of {options.size} per update")
     for epoch in range(2 if options.quick else options.epochs):
         order = random.permutation(TRAINING_EXAMPLES)
         parts = np.split(order, range(options.size, len(order), options.size))
@@ -113,7 +114,7 @@ def main() -> None:
         print(
             f"epoch {epoch + 1}: {int(state.step)} micro-steps, "
             f"{int(state.gradient_step)} updates, "
-            f"loss {float(losses[0]):.3f} to {float(losses[-1]):.3f}, "
+            f"loss from {float(losses[0]):.3f} to {float(losses[-1]):.3f}, "
             f"test accuracy {float(accuracy(state, *test)):.3f}"
         )
     assert accuracy(state, *test) > 0.8

@@ -96,6 +96,8 @@ def main() -> None:
         tx = oa.accumulate(optax.adamw(2e-3), options.every_k)
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
 
+    where = "inside one step" if options.inside else "across steps"
+    print(f"{where}: {options.every_k} micro-batches of {options.size} per update")
     for epoch in range(2 if options.quick else options.epochs):
         order = random.permutation(TRAINING_EXAMPLES)
         size = options.size * (options.every_k if options.inside else 1)
@@ -115,7 +117,7 @@ def main() -> None:
         )
         print(
             f"epoch {epoch + 1}: {len(losses)} updates, "
-            f"loss {float(losses[0]):.3f} to {float(losses[-1]):.3f}, "
+            f"loss from {float(losses[0]):.3f} to {float(losses[-1]):.3f}, "
             f"test accuracy {float(correct):.3f}"
         )
     assert correct > 0.8

@@ -167,7 +167,8 @@ def main(arguments: list[str]) -> int:
     if status != -signal.SIGKILL:
         console.print(f"[red]FAILED: the exit status should be {-signal.SIGKILL}")
         return 1
-    console.print("[bold]started again")
+    every = f"there is a checkpoint at every {SAVE_EVERY}th micro-step"
+    console.print(f"[bold]started again[/bold], from the newest: {every}")
     interrupted = train(out / "interrupted", data)
     console.print("[bold]uninterrupted")
     uninterrupted = train(out / "uninterrupted", data)

@@ -125,7 +125,7 @@ class Roles(NamedTuple):
         """
         one = isinstance(self.argnums, int)
         positions = {
-            role: _from_the_front(role, given, len(args))
+            role: from_the_front(role, given, len(args))
             for role, given in {
                 "argnums": (self.argnums,) if one else self.argnums,
                 "batch_argnums": self.batch_argnums,
@@ -133,7 +133,7 @@ class Roles(NamedTuple):
                 "rng_argnums": self.rng_argnums,
             }.items()
         }
-        names = _parameter_names(fun, len(args))
+        names = parameter_names(fun, len(args))
         _check_disjoint(positions, names)
         for name in self.batch_argnames:
             if name not in kwargs:
@@ -146,6 +146,8 @@ class Roles(NamedTuple):
         batch += [kwargs[name] for name in self.batch_argnames]
         for i in positions["rng_argnums"]:
             _check_keys(names[i], args[i])
+        for i in positions["argnums"]:
+            _checks.no_module(names[i], args[i])
         argnums = positions["argnums"]
         is_batch = positions["batch_argnums"]
         return Call(
@@ -183,7 +185,7 @@ def _names(role: str, value: Any) -> tuple[str, ...]:
     )
 
 
-def _from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
+def from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
     """Positions of which the negative ones were counted from the end."""
     for i in given:
         if not -count <= i < count:
@@ -200,7 +202,7 @@ def _from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
     return tuple(i % count for i in given)
 
 
-def _parameter_names(fun: Callable[..., Any], count: int) -> list[str]:
+def parameter_names(fun: Callable[..., Any], count: int) -> list[str]:
     """What `fun` calls its positional arguments, or ``args[i]``."""
     positional = (
         inspect.Parameter.POSITIONAL_ONLY,

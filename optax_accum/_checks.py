@@ -6,6 +6,7 @@ what to do. Nothing here computes; whatever passes comes back normalised.
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -381,6 +382,22 @@ def weight_function(value: Any) -> Any:
         f"weight of a micro-batch, or None for its number of examples; got {value!r} "
         f"of type {type(value).__name__}"
     )
+
+
+def no_module(name: str, value: Any) -> None:
+    """Raises for an NNX module of which not all is to be differentiated.
+
+    To JAX it is a tree, whose statistics and counts are leaves like its parameters.
+    """
+    nnx = sys.modules.get("flax.nnx")  # which nobody has imported who has a module
+    if nnx is None or not isinstance(value, nnx.Module):
+        return
+    if nnx.state(value, nnx.Not(nnx.Param)):
+        raise TypeError(
+            f"`{name}` is an NNX module, a {type(value).__name__}, with variables that "
+            "are no parameters. optax_accum.flax.value_and_grad takes it as it is; "
+            "elsewhere split it first, with nnx.split(model, nnx.Param, ...)"
+        )
 
 
 def same_structure(

@@ -51,6 +51,12 @@ class Outputs(NamedTuple):
 
 def _real_scalar(value: Any) -> jax.Array:
     """What `fun` returned as its value."""
+    if isinstance(value, tuple | list):
+        raise TypeError(
+            "`fun` must return a real floating scalar to differentiate; got "
+            f"a {type(value).__name__} of {len(value)}. If it returns (value, aux), "
+            "pass has_aux=True"
+        )
     try:
         value = jnp.asarray(value)
     except (TypeError, ValueError):

@@ -101,7 +101,7 @@ def accumulated(opt_state: Any, *, reduction: _window.Reduction = "mean") -> Any
     def gradient(s):
         return jnp.where(is_open, s, jnp.zeros([], s.dtype))
 
-    sums = jax.tree.map(jnp.asarray, state.acc_grads)
+    sums = _arrays(state.acc_grads)
     result = _window.close(sums, jnp.asarray(state.weight), reduction)
     return jax.tree.map(gradient, result)
 
@@ -136,7 +136,17 @@ def noise_scale(opt_state: Any) -> NoiseScale:
             "`opt_state` holds no noise scale, because `accumulate` was not asked to "
             "measure it. Pass the decay of its averages: noise_scale=0.99"
         )
-    return jax.tree.map(jnp.asarray, state.noise_scale.estimate)
+    return _arrays(state.noise_scale.estimate)
+
+
+def _arrays(tree: Any) -> Any:
+    """The arrays in `tree`, also out of what holds one and is a tree itself.
+
+    Such are the variables in which NNX keeps an optimizer's state.
+    """
+    return jax.tree.map(
+        jnp.asarray, tree, is_leaf=lambda x: hasattr(x, "__jax_array__")
+    )
 
 
 def find(opt_state: Any) -> AccumulateState:

@@ -113,7 +113,8 @@ def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, in
     if size > own * shards:
         raise ValueError(
             f"`microbatch_size={size}` is more than the batch has: {holds}. Use at "
-            f"most {own * shards}, which is the whole batch at once"
+            f"most {own * shards}, which is the whole batch at once; where the last "
+            f"batch of an epoch is smaller, microbatch_size=min({size}, len(x))"
         )
     if size % shards:
         raise ValueError(

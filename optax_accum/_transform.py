@@ -163,6 +163,7 @@ def accumulate(
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
+    inner = optax.with_extra_args_support(_checks.transformation(inner))
     if not isinstance(every_k, _meter.AdaptiveK):
         every_k = _checks.every_k(every_k)
     axis_name = _checks.axis_name(axis_name)
@@ -175,7 +176,7 @@ def accumulate(
             'other for ever. Use on_skip="shrink"'
         )
     accumulation = _Accumulation(
-        inner=optax.with_extra_args_support(_checks.transformation(inner)),
+        inner=inner,
         every_k=every_k,
         reduction=reduction,
         accumulator_dtype=_checks.accumulator_dtype(accumulator_dtype),
@@ -293,6 +294,7 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
+        self._check_state(state, grads)
         _checks.gradients(grads, params, narrow=True)
         step = self._add(grads, state, params, weight, boundary, value)
         shapes, collect, run = self._inner_over_window(
@@ -312,12 +314,7 @@ class _Accumulation:
         """Adds one micro-batch to the window."""
         boundary = _checks.boundary(boundary, self.every_k)
         _checks.bound_axis(self.axis_name)
-        _checks.state(
-            state,
-            has_accumulator=self.has_accumulator,
-            grads=grads,
-            axis_name=self.axis_name,
-        )
+        self._check_state(state, grads)
         self.meter.check(state, grads, self.axis_name)
         is_stacked = _stacked.is_stacked(state)
         if is_stacked:
@@ -495,6 +492,14 @@ class _Accumulation:
             inner_state=inner_state,
         )
         return _stacked.put_row(state) if step.is_stacked else state
+
+    def _check_state(self, state, grads):
+        _checks.state(
+            state,
+            has_accumulator=self.has_accumulator,
+            grads=grads,
+            axis_name=self.axis_name,
+        )
 
     def _check_gradients(self, grads, state, params):
         if self.has_accumulator:

@@ -84,13 +84,12 @@ def test_micro_batches_of_uneven_size_have_weights():
     assert np.all(alike["BatchNorm_0"]["mean"] > whole["BatchNorm_0"]["mean"])
 
 
-def test_weight_0_does_not_count_even_if_it_is_not_finite():
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_weight_0_does_not_count_even_if_it_is_not_finite(place):
     before, after, whole = linen_statistics(X, 5)
-    spoilt = jax.tree.map(
-        lambda x: jnp.concatenate([x, jnp.full_like(x[:1], jnp.nan)]), after
-    )
+    spoilt = jax.tree.map(lambda x: jnp.insert(x, place, jnp.nan, axis=0), after)
     combine = jax.jit(oaf.combine_batch_stats, static_argnames="momentum")
-    weights = jnp.array([1.0, 1.0, 0.0])
+    weights = jnp.insert(jnp.ones(2), place, 0)
     close(combine(before, spoilt, momentum=MOMENTUM, weights=weights), whole)
     nothing = combine(before, spoilt, momentum=MOMENTUM, weights=jnp.zeros(3))
     jax.tree.map(np.testing.assert_array_equal, nothing, before)
@@ -134,7 +133,51 @@ def test_in_nnx():
     close(nnx.state(norm), nnx.state(whole))
 
 
+def test_what_value_and_grad_skips_has_weight_0():
+    norm, whole = (nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0)) for _ in "ab")
+    x = jnp.where(jnp.arange(12)[:, None] % 3 == 1, jnp.nan, jnp.tile(X[:6], (2, 1)))
+
+    def loss_fn(model, x):
+        value = jnp.mean(model(x) ** 3)
+        return value, (nnx.state(model, nnx.BatchStat), jnp.isfinite(value))
+
+    before = nnx.as_pure(nnx.state(norm, nnx.BatchStat))
+    in_parts = oaf.value_and_grad(
+        loss_fn, has_aux=True, num_microbatches=3, skip=oa.skip_not_finite
+    )
+    (_, (after, weights)), _ = nnx.jit(in_parts)(norm, x)
+    stats = oaf.combine_batch_stats(before, after, momentum=MOMENTUM, weights=weights)
+    whole(jnp.concatenate([x[0::3], x[2::3]]))
+    close(stats, nnx.state(whole, nnx.BatchStat))
+
+
+def test_modules_that_are_called_mean_and_var():
+    class Heads(nnx.Module):
+        def __init__(self):
+            for name in ("mean", "var"):
+                norm = nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0))
+                setattr(self, name, norm)
+
+        def __call__(self, x):
+            return self.mean(x) + self.var(2 * x + 1)
+
+    model, whole = Heads(), Heads()
+
+    def loss_fn(model, x):
+        return jnp.mean(model(x) ** 3), nnx.state(model, nnx.BatchStat)
+
+    before = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    in_parts = oaf.value_and_grad(loss_fn, has_aux=True, num_microbatches=2)
+    (_, after), _ = nnx.jit(in_parts)(model, X)
+    whole(X)
+    stats = oaf.combine_batch_stats(before, after, momentum=MOMENTUM)
+    close(stats, nnx.state(whole, nnx.BatchStat))
+
+
 def test_its_mistakes():
+    moving = nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat)
+    with pytest.raises(ValueError, match=r"moved on with it.*nnx\.as_pure\(nnx\.state"):
+        oaf.combine_batch_stats(moving, moving)
     before, after, _ = linen_statistics(X, 5)
     with pytest.raises(ValueError, match=r"`momentum` is .*BatchNorm.* got 1"):
         oaf.combine_batch_stats(before, after, momentum=1)

@@ -21,9 +21,14 @@ def loss(params):
 
 
 def slow_parts(names):
-    """What optimizers are made of is slow: they are there themselves."""
+    """What optimizers are made of is slow, and most of what is contributed."""
+
+    def is_slow(name):
+        contributed = ".contrib." in name and name != "optax.contrib.muon"
+        return contributed or ".scale_by_" in name
+
     return [
-        pytest.param(name, marks=pytest.mark.slow) if ".scale_by_" in name else name
+        pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name
         for name in names
     ]
 

@@ -206,6 +206,11 @@ class TestGradients:
 
 
 class TestState:
+    def test_state_and_parameters_in_the_wrong_order(self):
+        tx = oa.accumulate(SGD, 2)
+        with pytest.raises(TypeError, match=saying("update_params(grads, state, par")):
+            tx.update_params(PARAMS, PARAMS, tx.init(PARAMS))
+
     def test_the_state_of_multi_steps(self):
         state = optax.MultiSteps(SGD, 2).init(PARAMS)
         with pytest.raises(TypeError, match=saying("`state`", "oa.from_multi_steps")):

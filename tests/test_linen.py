@@ -1,6 +1,9 @@
 """The `TrainState` of `optax_accum.flax`, in the loops that Linen users write."""
 
+from typing import Any
+
 import chex
+import flax.core
 import flax.linen as nn
 import flax.serialization
 import hlo
@@ -11,12 +14,14 @@ import optax
 import pytest
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from training import loosely
 
 import optax_accum as oa
 from optax_accum.flax import TrainState
 
-SIZES = (3, 1, 4, 2, 5, 1)  # examples in six micro-batches: two windows of three
+SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
 PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
 INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
@@ -88,8 +93,9 @@ WRAPPED = {
 def test_windows_of_uneven_micro_batches_equal_global_batches(wrap):
     state = create(wrap(INNER))
     seen = []
+    program = jax.jit(step)
     for x in PARTS:
-        state = jax.jit(step)(state, x)
+        state = program(state, x)
         seen.append(
             (int(state.micro_step), int(state.gradient_step), bool(state.has_updated))
         )
@@ -137,12 +143,15 @@ def test_value_is_that_of_the_global_batch():
 
 def test_a_subclass_adds_fields_without_defaults():
     class WithKey(TrainState):
+        batch_stats: Any  # as many declare it
         key: jax.Array
 
-    state = create(oa.accumulate(INNER, 3), cls=WithKey, key=jax.random.key(0))
+    state = create(
+        oa.accumulate(INNER, 3), cls=WithKey, key=jax.random.key(0), batch_stats=None
+    )
     state = step(state, PARTS[0], key=jax.random.key(1))
     assert jax.random.key_data(state.key)[1] == 1
-    assert state.batch_stats is None
+    assert create(oa.accumulate(INNER, 3)).batch_stats is None
 
 
 def normalised_step(state, x, weight):
@@ -193,6 +202,45 @@ def test_what_does_not_count_leaves_the_statistics(how):
     assert np.all(np.isfinite(jax.tree.leaves(state.params)[0]))
 
 
+def test_statistics_may_be_frozen_and_keep_their_structure():
+    tx = oa.accumulate(optax.sgd(0.1), 2)
+    stats = {"norm": {"mean": jnp.zeros(2)}}
+    params = {"w": jnp.ones(2)}
+    state = TrainState.create(
+        apply_fn=None, params=params, tx=tx, batch_stats=flax.core.freeze(stats)
+    )
+    new = {"norm": {"mean": jnp.ones(2)}}
+    state = state.apply_gradients(grads=params, batch_stats=new)
+    same(state.batch_stats, new)
+    with pytest.raises(ValueError, match="`batch_stats` must have the tree structure"):
+        state.apply_gradients(grads=params, batch_stats=new["norm"])
+
+
+@pytest.mark.several_devices
+def test_scalar_statistics_in_shard_map():
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="data")
+    state = TrainState.create(
+        apply_fn=None,
+        params={"w": jnp.ones(3)},
+        tx=tx,
+        batch_stats={"sigma": jnp.zeros([])},
+    )
+    count = jax.device_count()
+    state = state.replace(opt_state=oa.stack_windows(state.opt_state, count))
+    specs = jax.tree.map(lambda _: P(), state)
+    specs = specs.replace(opt_state=oa.window_specs(state.opt_state, "data"))
+
+    def apply(state, grads):
+        return state.apply_gradients(grads=grads, batch_stats={"sigma": jnp.ones([])})
+
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        apply, mesh=mesh, in_specs=(specs, P()), out_specs=specs, check_vma=False
+    )
+    state = jax.jit(mapped)(state, state.params)
+    assert state.batch_stats["sigma"].shape == ()
+
+
 def test_what_is_overwritten_with_its_gradient():
     """Flax's float8 layers keep scales whose `gradient` is their next value."""
     params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: jnp.zeros(1)}
@@ -237,8 +285,9 @@ def test_it_is_traced_once():
 
 def test_it_is_saved_in_mid_window():
     states = [create(oa.accumulate(INNER, 3)) for _ in range(2)]
+    program = jax.jit(step)
     for i, x in enumerate(PARTS):
-        states = [jax.jit(step)(state, x) for state in states]
+        states = [program(state, x) for state in states]
         if i == 1:
             blank = create(oa.accumulate(INNER, 3))
             saved = flax.serialization.to_bytes(states[1])
@@ -265,3 +314,7 @@ def test_an_optimizer_that_does_not_accumulate():
     message = "`tx` must accumulate.*Wrap your optimizer: tx=oa.accumulate"
     with pytest.raises(ValueError, match=message):
         create(optax.adam(1e-3))
+    parts = {"a": oa.accumulate(optax.adam(1e-3), 2), "b": oa.accumulate(INNER, 2)}
+    tx = optax.partition(parts, {"Dense_0": "a", "Dense_1": "b"})
+    with pytest.raises(ValueError, match=r"`tx` must accumulate in one place.*holds 2"):
+        create(tx)

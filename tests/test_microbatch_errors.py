@@ -219,7 +219,7 @@ def test_a_key_that_is_none():
         (lambda x: x.sum().astype(int), ("got shape () and dtype int32",)),
         (lambda x: x.sum() > 0, ("dtype bool",)),
         (lambda x: x.sum() + 1j, ("dtype complex64",)),
-        (lambda x: (x.sum(), x), ("got tuple", "has_aux=True")),
+        (lambda x: (x.sum(), x), ("got a tuple of 2", "has_aux=True")),
         (lambda x: {"loss": x.sum()}, ("got dict",)),
         (lambda _: None, ("got NoneType",)),
     ],

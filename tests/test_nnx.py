@@ -15,7 +15,7 @@ from training import loosely
 import optax_accum as oa
 import optax_accum.flax as oaf
 
-SIZES = (3, 1, 4, 2, 5, 1)  # examples in six micro-batches: two windows of three
+SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
 PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
 INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
@@ -214,7 +214,70 @@ class TestValueAndGrad:
         (_, hidden), _ = nnx.jit(in_parts)(model, X)
         np.testing.assert_allclose(hidden, jnp.tanh(model.first(X)), rtol=1e-5)
 
+    def test_what_would_be_lost_is_refused(self):
+        class Codebook(nnx.Module):
+            def __init__(self, kind):
+                self.w, self.calls = nnx.Param(jnp.ones(4)), 0
+                self.code = kind(jnp.zeros(4))
+
+            def __call__(self, x, *, count=False):
+                self.code[...] = 0.5 * self.code[...] + 0.5 * x.mean(0)
+                self.calls += count
+                return x * self.w[...]
+
+        in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
+        with pytest.raises(ValueError, match=r"only read .* wrote to code"):
+            in_parts(Codebook(nnx.Param), X)
+        model = Codebook(nnx.Variable)
+        in_parts(model, X)
+        expected = 0.25 * X[::2].mean(0) + 0.5 * X[1::2].mean(0)
+        np.testing.assert_allclose(model.code[...], expected, rtol=1e-5)
+
+        def counting(model, x):
+            return jnp.mean(model(x, count=True) ** 2)
+
+        with pytest.raises(ValueError, match=r"what is no variable.*an attribute"):
+            oaf.value_and_grad(counting, num_microbatches=2)(model, X)
+
+        def narrowing(model, x):
+            model.code = nnx.Variable(jnp.zeros(3))
+            return jnp.mean(x * model.w[...])
+
+        with pytest.raises(ValueError, match=r"of code from .*\[4\] to .*\[3\]"):
+            oaf.value_and_grad(narrowing, num_microbatches=2)(model, X)
+
+    def test_the_one_for_trees_refuses_a_module(self):
+        with pytest.raises(
+            TypeError, match=r"`model` is an NNX module.*flax\.value_and"
+        ):
+            oa.value_and_grad(loss_fn, num_microbatches=2)(Normalised(), X)
+        in_parts = oa.value_and_grad(loss_fn, num_microbatches=2)
+        value, _ = in_parts(MLP(), X)  # of which all is parameters
+        np.testing.assert_allclose(value, loss_fn(MLP(), X), rtol=1e-6)
+
+    def test_streams_belong_into_the_module(self):
+        def with_streams(model, x, rngs):
+            return jnp.mean(model(x)) + jax.random.normal(rngs.noise())
+
+        in_parts = oaf.value_and_grad(with_streams, num_microbatches=2)
+        with pytest.raises(
+            TypeError, match=r"`rngs` has random streams.*`rng_argnums`"
+        ):
+            in_parts(MLP(), X, nnx.Rngs(0))
+
+        def with_teacher(model, x, teacher):
+            return jnp.mean((model(x) - teacher(x)) ** 2)
+
+        value, _ = oaf.value_and_grad(with_teacher, num_microbatches=2)(MLP(), X, MLP())
+        assert value == 0
+
     def test_its_mistakes(self):
+        with pytest.raises(TypeError, match=r"`argnums` cannot be .*Say with `wrt`"):
+            oaf.value_and_grad(loss_fn, argnums=0, num_microbatches=2)
+        with pytest.raises(
+            ValueError, match=r"`batch_argnums` names .*`batch_argnames`"
+        ):
+            oaf.value_and_grad(loss_fn, num_microbatches=2)(MLP(), x=X)
         with pytest.raises(
             ValueError, match="`num_microbatches` and `microbatch_size`"
         ):
@@ -284,8 +347,9 @@ class TestOptimizer:
         model = MLP()
         optimizer = oaf.Optimizer(model, wrap(INNER), wrt=nnx.Param)
         seen = []
+        program = nnx.jit(step)
         for x in PARTS:
-            nnx.jit(step)(model, optimizer, x)
+            program(model, optimizer, x)
             asked = optimizer.micro_step, optimizer.gradient_step, optimizer.has_updated
             seen.append(tuple(map(int, asked)))
             for query in (oa.micro_step, oa.gradient_step, oa.has_updated):
@@ -333,6 +397,15 @@ class TestOptimizer:
         grads = nnx.grad(loss_fn)(model, X)
         optimizer.update(model, grads, weight=2)
         close(oa.accumulated(optimizer), grads)
+        assert oa.accumulated(optimizer)["last"]["bias"] > -jnp.inf
+
+    def test_the_noise_scale_is_numbers(self):
+        model = MLP()
+        tx = oa.accumulate(INNER, 2, noise_scale=0.9)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        for x in PARTS[2:4]:
+            step(model, optimizer, x)
+        assert oa.noise_scale(optimizer).count > 0
 
     def test_comparing_the_state_itself_raises_and_a_query_does_not(self):
         """The trap: `nnx.Optimizer` keeps every leaf in a variable."""
@@ -377,6 +450,19 @@ class TestOptimizer:
             both(model, optimizer, x)
         close(model, global_batches(X))
 
+    def test_arguments_in_the_wrong_order(self):
+        model = MLP()
+        optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 3), wrt=nnx.Param)
+        grads = nnx.grad(loss_fn)(model, X)
+        with pytest.raises(
+            TypeError, match=r"`model` must be .* update\(model, grads\)"
+        ):
+            optimizer.update(grads, model)
+
+    def test_multi_steps_is_to_be_replaced(self):
+        with pytest.raises(ValueError, match=r"Replace optax\.MultiSteps\(opt"):
+            oaf.Optimizer(MLP(), optax.MultiSteps(INNER, 2), wrt=nnx.Param)
+
     def test_an_optimizer_that_does_not_accumulate(self):
         with pytest.raises(ValueError, match="`tx` must accumulate"):
             oaf.Optimizer(MLP(), optax.adam(1e-3), wrt=nnx.Param)
@@ -384,12 +470,6 @@ class TestOptimizer:
 
 MESH = jax.make_mesh((COUNT,), ("data",), axis_types=(AxisType.Auto,))
 BATCH = jnp.asarray(np.random.default_rng(1).normal(size=(4 * COUNT, 4)), jnp.float32)
-
-
-def in_window(path, variable):
-    """What of an `Optimizer` is each device's own."""
-    del variable
-    return bool({"acc_grads", "weight", "value", "skipped"} & set(path))
 
 
 @pytest.mark.several_devices
@@ -454,12 +534,24 @@ class TestDevices:
             state = jax.tree.map(lambda x: x[i], arrays(model))  # noqa: B023
             close(state, expected)
 
-    def test_windows_in_shard_map(self):
-        model = MLP()
-        tx = oa.accumulate(INNER, 2, axis_name="data")
+    @pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain], ids=["", "chain"])
+    def test_windows_in_shard_map(self, wrap):
+        class Named(MLP):
+            """With parameters that are called as fields of the state are."""
+
+            def __init__(self):
+                super().__init__()
+                self.weight = nnx.Param(jnp.ones([]))
+                self.value = nnx.Param(jnp.ones([]))
+
+        model, expected = Named(), Named()
+        own = nnx.Optimizer(expected, INNER, wrt=nnx.Param)
+        own.update(expected, nnx.grad(loss_fn)(expected, BATCH))
+        options = {"skip": oa.skip_not_finite, "noise_scale": 0.9}
+        tx = wrap(oa.accumulate(INNER, 2, axis_name="data", **options))
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
         optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, COUNT))
-        sharding = nnx.StateSharding({in_window: P("data"), ...: P()})
+        sharding = oaf.window_sharding(optimizer, "data")
 
         @nnx.jit
         @nnx.shard_map(mesh=MESH, in_specs=(P(), sharding, P("data")), out_specs=P())
@@ -473,4 +565,4 @@ class TestDevices:
         for x in BATCH.reshape(2, 2 * COUNT, 4):
             program(model, optimizer, x)
         assert optimizer.has_updated
-        close(model, global_batches(BATCH))
+        close(model, expected)

@@ -7,5 +7,12 @@ from optax_accum.flax._batch_stats import combine_batch_stats as combine_batch_s
 from optax_accum.flax._linen import TrainState as TrainState
 from optax_accum.flax._nnx import Optimizer as Optimizer
 from optax_accum.flax._nnx import value_and_grad as value_and_grad
+from optax_accum.flax._nnx import window_sharding as window_sharding
 
-__all__ = ["Optimizer", "TrainState", "combine_batch_stats", "value_and_grad"]
+__all__ = [
+    "Optimizer",
+    "TrainState",
+    "combine_batch_stats",
+    "value_and_grad",
+    "window_sharding",
+]

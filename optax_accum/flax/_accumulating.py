@@ -9,12 +9,45 @@ import optax
 from optax_accum import _queries, _state
 
 
+class Counts:
+    """The answers of whatever has an `opt_state`."""
+
+    opt_state: Any
+
+    @property
+    def micro_step(self) -> jax.Array:
+        """How many micro-steps the open window has seen, ``i32[]``."""
+        return _queries.micro_step(self.opt_state)
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        """How many updates were made, ``i32[]``."""
+        return _queries.gradient_step(self.opt_state)
+
+    @property
+    def has_updated(self) -> jax.Array:
+        """Whether the last micro-step made an update, ``bool[]``: the time to log."""
+        return _queries.has_updated(self.opt_state)
+
+
 def check(opt_state: Any) -> None:
-    """Raises unless there is an `AccumulateState` in what `tx` made."""
-    if not _state.states_in(opt_state):
+    """Raises unless there is one `AccumulateState` in what `tx` made."""
+    found = len(_state.states_in(opt_state))
+    if found == 0 and hasattr(opt_state, "mini_step"):
+        raise ValueError(
+            "`tx` must accumulate with `oa.accumulate`; got optax.MultiSteps. Replace "
+            "optax.MultiSteps(optimizer, k) by oa.accumulate(optimizer, every_k=k)"
+        )
+    if found == 0:
         raise ValueError(
             "`tx` must accumulate, but its state holds no `AccumulateState`. Wrap your "
             "optimizer: tx=oa.accumulate(optimizer, every_k=4)"
+        )
+    if found > 1:
+        raise ValueError(
+            f"`tx` must accumulate in one place, but its state holds {found} "
+            "`AccumulateState`s. Put one `oa.accumulate` around optax.partition, or "
+            "whatever joins your optimizers, instead of one into each"
         )
 
 
@@ -27,8 +60,10 @@ def apply(
     """
     if hasattr(tx, "update_params"):
         return tx.update_params(grads, opt_state, params, **arguments)
-    # A `value` of None would be given to the transformations around it as well.
-    arguments = {name: x for name, x in arguments.items() if x is not None}
+    # What was not given is not to be given to the transformations around it either.
+    for name in ("boundary", "value"):
+        if arguments[name] is None:
+            del arguments[name]
     updates, opt_state = tx.update(grads, opt_state, params, **arguments)
     return optax.apply_updates(params, updates), opt_state
 
@@ -36,4 +71,5 @@ def apply(
 def counted(weight: Any, before: Any, after: Any) -> jax.Array:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     rejected = _queries.find(after).skipped > _queries.find(before).skipped
-    return (jnp.asarray(weight) != 0) & ~rejected
+    # Of a stacked state there is one row here.
+    return (jnp.asarray(weight) != 0) & ~rejected.reshape(())

@@ -25,8 +25,8 @@ def combine_batch_stats(
         mean = m·mean₀ + (1 − m)·μ          var = m·var₀ + (1 − m)·σ²
 
     This is exact where the micro-batches give a BatchNorm the inputs that the global
-    batch would, as in the model's first one. Every later one has inputs that were
-    normalised by micro-batch, and its statistics are of these.
+    batch would, as in the model's first one, if it is called once. Every later one has
+    inputs that were normalised by micro-batch, and its statistics are of these.
 
     Args:
       before: The statistics before the first micro-batch: a tree of leaves called
@@ -35,16 +35,19 @@ def combine_batch_stats(
         would change with the model.)
       after: The same tree with the statistics after each micro-batch, one after
         another, on a new first axis of size K, as ``aux="stack"`` has them.
-      momentum: That of the model's BatchNorm.
+      momentum: That of the model's BatchNorm, the same for all. Where they differ, give
+        each its part of the trees in a call of its own.
       weights: ``[K]``, over how many examples each micro-batch's statistics were taken.
-        By default all alike. One of weight 0 does not count.
+        By default all alike. One of weight 0 does not count, and the next one is taken
+        to go on from the statistics before it, as `value_and_grad` makes it do.
 
     Returns:
       A tree like `before`, of arrays.
 
     Raises:
       ValueError: A `momentum` that is not in [0, 1); trees of another structure; leaves
-        that are no ``mean`` with its ``var``; sizes that are not K.
+        that are no ``mean`` with its ``var``; sizes that are not K; a `before` that
+        moves on with its module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -64,7 +67,12 @@ def combine_batch_stats(
       [1.2 1.2] [1.2 1.2]
     """
     momentum = _checks.fraction("momentum", momentum, "as BatchNorm has it")
-    before, after = nnx.as_pure(before), nnx.as_pure(after)
+    if any(isinstance(x, nnx.Variable) for x in _leaves(before)):
+        raise ValueError(
+            "`before` holds the module's own variables, which have moved on with it. "
+            "Take their values before: nnx.as_pure(nnx.state(model, nnx.BatchStat))"
+        )
+    after = nnx.as_pure(after)
     _checks.same_structure(
         "after",
         after,
@@ -81,16 +89,20 @@ def combine_batch_stats(
     new = dict(zip(names, jax.tree.leaves(after), strict=True))
     weights = _weights(weights, old, new)
     total = weights.sum()
+    number = jnp.arange(1, len(weights) + 1)
+    counted = jax.lax.cummax(jnp.where(weights != 0, number, 0))  # the last one so far
+    previous = jnp.concatenate([jnp.zeros_like(counted[:1]), counted[:-1]])
 
     def of_microbatches(name):
         """What each micro-batch alone would have moved the statistics to."""
-        x = new[name].astype(weights.dtype)
-        previous = jnp.concatenate([old[name].astype(weights.dtype)[None], x[:-1]])
-        return (x - momentum * previous) / (1 - momentum)
+        dtype = jnp.promote_types(new[name].dtype, jnp.float32)
+        x = jnp.concatenate([old[name][None], new[name]]).astype(dtype)
+        return (x[1:] - momentum * x[previous]) / (1 - momentum)
 
     def average(x):
-        each = weights.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(each != 0, each * x, 0).sum(0) / total
+        each = weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        summed = jnp.where(each != 0, each * x, jnp.zeros([], x.dtype)).sum(0)
+        return summed / total.astype(x.dtype)
 
     def moved(name, x):
         start = old[name]
@@ -104,6 +116,10 @@ def combine_batch_stats(
         spread = average(of_microbatches(var) + (means - center[None]) ** 2)
         combined |= {mean: moved(mean, center), var: moved(var, spread)}
     return jax.tree.unflatten(structure, [combined[name] for name in names])
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _weights(weights: Any, old: dict[Any, Any], new: dict[Any, Any]) -> jax.Array:
@@ -125,10 +141,8 @@ def _weights(weights: Any, old: dict[Any, Any], new: dict[Any, Any]) -> jax.Arra
 
 def _pairs(names: list[tuple[str, ...]]) -> list[tuple[Any, Any]]:
     """Each ``mean`` with the ``var`` that stands beside it."""
-    means = [name for name in names if "mean" in name]
-    pairs = [
-        (name, tuple("var" if key == "mean" else key for key in name)) for name in means
-    ]
+    means = [name for name in names if name[-1] == "mean"]
+    pairs = [(name, (*name[:-1], "var")) for name in means]
     paired = {name for pair in pairs for name in pair}
     unpaired = sorted(".".join(name) for name in set(names) ^ paired)
     if unpaired:

@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import serialization, struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from optax_accum import _queries
+from optax_accum import _checks
 from optax_accum.flax import _accumulating
 
 
-class TrainState(train_state.TrainState):
+class TrainState(_accumulating.Counts, train_state.TrainState):
     """Flax's `TrainState` whose `tx` accumulates: `apply_gradients` is a micro-step.
 
     It goes wherever Flax's does, and is subclassed as Flax's is. `create` makes it.
@@ -48,7 +48,8 @@ class TrainState(train_state.TrainState):
       0 1 True
     """
 
-    batch_stats: Any = struct.field(default=None, kw_only=True)
+    # No plain default: a subclass that declares it again could have none after it.
+    batch_stats: Any = struct.field(default_factory=lambda: None, kw_only=True)
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> Any:
@@ -93,18 +94,22 @@ class TrainState(train_state.TrainState):
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
-          value: The micro-batch's loss, reduced over the window for whatever in `tx`
-            asks for it.
+          value: The micro-batch's loss. At the boundary its mean over the window is
+            ``opt_state.value / opt_state.weight``. Give it on every micro-step of a
+            window or on none.
           extra_args: Further arguments of `tx`, by name.
           **kwargs: Fields to replace, as in Flax. A micro-batch that does not count,
             because its weight is 0 or `skip` rejected it, leaves `batch_stats` as
-            they were; all other fields are replaced.
+            they were; all other fields are replaced. (Statistics that devices have
+            agreed on: ``state.replace(batch_stats=...)``, because what counts is each
+            device's own.)
 
         Returns:
           The next state.
 
         Raises:
-          ValueError: As ``update`` of `oa.accumulate`.
+          ValueError: As ``update`` of `oa.accumulate`; `batch_stats` of another
+            structure.
         """
         has_overwritten = not isinstance(grads, jax.Array) and (
             OVERWRITE_WITH_GRADIENT in grads
@@ -124,26 +129,26 @@ class TrainState(train_state.TrainState):
             params = {"params": params, OVERWRITE_WITH_GRADIENT: overwritten}
         if kwargs.get("batch_stats") is not None and self.batch_stats is not None:
             counted = _accumulating.counted(weight, self.opt_state, opt_state)
-            kwargs["batch_stats"] = jax.tree.map(
-                lambda new, old: jnp.where(counted, new, old),
-                kwargs["batch_stats"],
-                self.batch_stats,
+            kwargs["batch_stats"] = _select(
+                counted, kwargs["batch_stats"], self.batch_stats
             )
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
 
-    @property
-    def micro_step(self) -> jax.Array:
-        """How many micro-steps the open window has seen, ``i32[]``."""
-        return _queries.micro_step(self.opt_state)
 
-    @property
-    def gradient_step(self) -> jax.Array:
-        """How many updates were made, ``i32[]``."""
-        return _queries.gradient_step(self.opt_state)
-
-    @property
-    def has_updated(self) -> jax.Array:
-        """Whether the last micro-step made an update, ``bool[]``: the time to log."""
-        return _queries.has_updated(self.opt_state)
+def _select(counted: jax.Array, new: Any, old: Any) -> Any:
+    """The statistics that go on, in the containers of the new ones, frozen or not."""
+    as_dicts = [serialization.to_state_dict(stats) for stats in (new, old)]
+    _checks.same_structure(
+        "batch_stats",
+        as_dicts[0],
+        "state.batch_stats",
+        as_dicts[1],
+        'Pass the whole collection, as `mutable="batch_stats"` returns it',
+    )
+    leaves = [
+        jnp.where(counted, x, y)
+        for x, y in zip(*map(jax.tree.leaves, as_dicts), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(new), leaves)

@@ -5,14 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from optax_accum import _arguments, _microbatch, _outputs, _queries
+from optax_accum import _arguments, _microbatch, _outputs, _stacked, _window
 from optax_accum.flax import _accumulating
 
 
-class Optimizer(nnx.Optimizer):
+class Optimizer(_accumulating.Counts, nnx.Optimizer):
     """`nnx.Optimizer` whose `tx` accumulates: `update` is a micro-step.
 
     Args:
@@ -76,40 +78,79 @@ class Optimizer(nnx.Optimizer):
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
-          value: The micro-batch's loss, reduced over the window for whatever in `tx`
-            asks for it.
+          value: The micro-batch's loss. At the boundary its mean over the window is
+            ``opt_state.value / opt_state.weight``. Give it on every micro-step of a
+            window or on none.
           **extra_args: Further arguments of `tx`.
 
         Raises:
+          TypeError: `model` is no module.
           ValueError: As ``update`` of `oa.accumulate`.
         """
+        if isinstance(model, nnx.State) or not isinstance(model, nnx.Pytree):
+            raise TypeError(
+                f"`model` must be the module and `grads` its gradients; got a "
+                f"{type(model).__name__} and a {type(grads).__name__}. The order is "
+                "update(model, grads)"
+            )
+        mode = {"graph": self.graph} if hasattr(self, "graph") else {}  # Flax 0.12.8 on
         params, opt_state = _accumulating.apply(
             self.tx,
-            nnx.as_pure(nnx.state(grads, self.wrt)),
+            nnx.as_pure(nnx.state(grads, self.wrt, **mode)),
             nnx.as_pure(self.opt_state),
-            nnx.as_pure(nnx.state(model, self.wrt)),
+            nnx.as_pure(nnx.state(model, self.wrt, **mode)),
             **nnx.as_pure(
                 dict(weight=weight, boundary=boundary, value=value, **extra_args)
             ),
         )
         nnx.update(model, params)
-        nnx.update(self.opt_state, nnx.state(opt_state))
+        nnx.update(self.opt_state, nnx.state(opt_state, **mode))
         self.step[...] += 1
 
-    @property
-    def micro_step(self) -> jax.Array:
-        """How many micro-steps the open window has seen, ``i32[]``."""
-        return _queries.micro_step(self.opt_state)
 
-    @property
-    def gradient_step(self) -> jax.Array:
-        """How many updates were made, ``i32[]``."""
-        return _queries.gradient_step(self.opt_state)
+def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
+    """What of an `Optimizer` is each device's own: for ``in_specs`` of `nnx.shard_map`.
 
-    @property
-    def has_updated(self) -> jax.Array:
-        """Whether the last micro-step made an update, ``bool[]``: the time to log."""
-        return _queries.has_updated(self.opt_state)
+    Args:
+      optimizer: An `Optimizer`, or an `nnx.Optimizer` whose `tx` accumulates; its
+        `opt_state` went through `oa.stack_windows`.
+      axis_name: The axis, or several, of `oa.accumulate`.
+
+    Returns:
+      An `nnx.StateSharding`: the open windows' rows over `axis_name`, and all else the
+      same on all devices, as `oa.window_specs` has them.
+
+    Raises:
+      ValueError: As `oa.window_specs`.
+
+    Examples:
+      >>> import jax, optax, optax_accum as oa, optax_accum.flax as oaf
+      >>> from flax import nnx
+      >>> from jax.sharding import PartitionSpec as P
+      >>> D = jax.device_count()
+      >>> mesh = jax.make_mesh((D,), ("data",))
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2, axis_name="data")
+      >>> optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+      >>> optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, D))
+      >>> in_specs = (P(), oaf.window_sharding(optimizer, "data"), P("data"))
+    """
+    specs = _stacked.window_specs(nnx.as_pure(optimizer.opt_state), axis_name)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    local = {_names(path) for path, spec in leaves if spec != PartitionSpec()}
+
+    def is_local(path, variable):
+        del variable
+        return path[0] == "opt_state" and tuple(map(str, path[1:])) in local
+
+    filters: dict[Any, Any] = {is_local: PartitionSpec(axis_name)}
+    return nnx.StateSharding({**filters, ...: PartitionSpec()})
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def value_and_grad(
@@ -124,6 +165,8 @@ def value_and_grad(
     What in the module is no parameter goes from micro-batch to micro-batch, as if they
     were run one after another, and is in the module in the end: the running statistics
     of BatchNorm, the counts of random streams. Dropout is drawn anew for each.
+    Micro-batch i holds the examples i, i + K, i + 2K, ... (with a smaller last one
+    they are contiguous).
 
     Args:
       loss_fn: ``loss_fn(model, batch, ...)`` returns a real scalar, or with `has_aux` a
@@ -141,10 +184,11 @@ def value_and_grad(
       `oa.MicrobatchInfo`. `grads` is an `nnx.State`, as `nnx.value_and_grad` returns.
 
     Raises:
-      TypeError: As `oa.value_and_grad`; at the call, a first argument that is no
-        module.
+      TypeError: As `oa.value_and_grad`; an `argnums`; at the call, a first argument
+        that is no module, or another one that has random streams.
       ValueError: As `oa.value_and_grad`; a `carry_argnum`; at the call, a `loss_fn`
-        that adds variables to the module, or takes some away.
+        that adds variables to the module, takes some away or changes their types, or
+        writes to what it is differentiated with respect to, or to what is no variable.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -168,7 +212,14 @@ def value_and_grad(
       A micro-batch of weight 0 leaves the module as it was. Over several devices
       (`axis_name`), floating variables are averaged over them, by weight, and the
       module's random keys are folded with the device's index.
+
+      Modules among the other arguments are only read.
     """
+    if "argnums" in options:
+        raise TypeError(
+            "`argnums` cannot be used with a module, which is argument 0. Say with "
+            "`wrt` which of its variables to differentiate with respect to"
+        )
     if options.get("carry_argnum") is not None:
         raise ValueError(
             f"`carry_argnum={options['carry_argnum']!r}` cannot be used with a module, "
@@ -184,6 +235,16 @@ def value_and_grad(
     def value_and_grad_of_batch(model, *args, **kwargs):
         graphdef, params, state = _split(model, wrt)
 
+        count = 1 + len(args)
+        settings: dict[str, Any] = {"batch_argnums": 1} | options
+        for role in ("batch_argnums", "rng_argnums"):
+            given = _arguments.as_positions(role, settings.get(role, ()))
+            settings[role] = _arguments.from_the_front(role, given, count)
+        settings["carry_argnum"] = count
+        names = _arguments.parameter_names(loss_fn, count)
+        for name, argument in [*zip(names[1:], args, strict=True), *kwargs.items()]:
+            _check_no_streams(name, argument)
+
         def merge(params, state):
             if axis_name is not None:
                 state = _of_this_device(state, axis_name)
@@ -194,7 +255,7 @@ def value_and_grad(
             *args, state = args_and_state
             model = merge(params, state)
             result = loss_fn(model, *args, **kwargs)
-            after = _state_after(model, wrt, params, state)
+            after = _state_after(model, wrt, graphdef, params, state)
             if axis_name is not None:
                 after = state[0], after[1]
             if not has_aux:
@@ -202,10 +263,6 @@ def value_and_grad(
             value, aux = _outputs.pair(result, "(value, aux)")
             return value, (aux, after)
 
-        settings = dict(options, carry_argnum=len(args) + 1)
-        for role in ("batch_argnums", "rng_argnums"):
-            if role in options:
-                settings[role] = _from_the_front(role, options[role], len(args) + 1)
         if options.get("weight") is not None:
 
             def weight(params, *args_and_state, **kwargs):
@@ -235,30 +292,92 @@ def _split(model: Any, wrt: Any) -> tuple[Any, Any, tuple[Any, Any]]:
             f"{type(model).__name__}. For a tree of parameters there is "
             "optax_accum.value_and_grad; several modules go into one"
         )
-    graphdef, *states = nnx.split(model, wrt, nnx.RngKey, ...)
+    graphdef, *states = nnx.split(model, wrt, nnx.Any(nnx.RngKey, _is_key), ...)
     params, keys, rest = states
     return graphdef, params, (keys, rest)
 
 
-def _state_after(model: Any, wrt: Any, params: Any, state: Any) -> tuple[Any, Any]:
-    """The state of `model` after `loss_fn`; raises if it is made of other variables."""
-    _, params_after, after = _split(model, wrt)
-    old, new = _paths(params, *state), _paths(params_after, *after)
-    if old != new:
-        changes = [f"added {path}" for path in sorted(new - old)]
-        changes += [f"took away {path}" for path in sorted(old - new)]
+def _is_key(path: Any, value: Any) -> bool:
+    del path
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _check_no_streams(name: str, argument: Any) -> None:
+    """Raises where an argument is to be changed, by drawing from it."""
+    for node in jax.tree.leaves(argument, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
+        if isinstance(node, nnx.Pytree) and nnx.state(node, nnx.RngState):
+            raise TypeError(
+                f"`{name}` has random streams of its own, whose counts would be lost. "
+                "Put it into the module; or pass a key, named in `rng_argnums`, and "
+                "make nnx.Rngs of it in the loss"
+            )
+
+
+def _state_after(
+    model: Any, wrt: Any, graphdef: Any, params: Any, state: Any
+) -> tuple[Any, Any]:
+    """The state of `model` after `loss_fn`; raises if anything else has changed."""
+    graphdef_after, params_after, after = _split(model, wrt)
+    old, new = _types_of(params, *state), _types_of(params_after, *after)
+    changes = [f"added {path}" for path in sorted(new.keys() - old.keys())]
+    changes += [f"took away {path}" for path in sorted(old.keys() - new.keys())]
+    changes += [
+        f"changed the type of {path} from {old[path][0]} to {new[path][0]}"
+        for path in sorted(old.keys() & new.keys())
+        if old[path] != new[path]
+    ]
+    if changes:
         raise ValueError(
             "`loss_fn` must leave the module with the variables that it had, but it "
             f"{', '.join(changes)}. Take what is for one call alone out again, by "
             "nnx.capture or nnx.pop(model, nnx.Intermediate), and return it as "
             "auxiliary output"
         )
+    pairs = zip(_flat(params).items(), _flat(params_after).values(), strict=True)
+    written = [path for (path, x), y in pairs if _value(x) is not _value(y)]
+    if written:
+        raise ValueError(
+            "`loss_fn` must only read what it is differentiated with respect to, but "
+            f"it wrote to {', '.join(written)}. Make it a variable of another kind "
+            "than `wrt`, an nnx.Variable say"
+        )
+    if graphdef != graphdef_after:
+        raise ValueError(
+            "`loss_fn` must leave what is no variable in the module as it was, but it "
+            "has changed an attribute. Keep what changes in an nnx.Variable, and take "
+            "another view of the module before: nnx.view(model, deterministic=True)"
+        )
     return after
 
 
-def _paths(*states: Any) -> set[str]:
-    flat = [path for state in states for path, _ in nnx.to_flat_state(state)]
-    return {".".join(map(str, path)) for path in flat}
+def _flat(*states: Any) -> dict[str, Any]:
+    """The variables by their paths."""
+    return {
+        ".".join(map(str, path)): variable
+        for state in states
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+def _types_of(*states: Any) -> dict[str, tuple[str, Any]]:
+    """For each variable what to call its type, and what its type is."""
+
+    def type_of(variable):
+        leaves, structure = jax.tree.flatten(_value(variable))
+        shapes = [
+            jax.ShapeDtypeStruct(jnp.shape(x), _window.dtype_of(x)) for x in leaves
+        ]
+        shown = ", ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in shapes)
+        name = type(variable).__name__
+        return f"{name} {shown}", (name, structure, shapes)
+
+    return {path: type_of(variable) for path, variable in _flat(*states).items()}
+
+
+def _value(variable: Any) -> Any:
+    is_variable = isinstance(variable, nnx.Variable)
+    return variable.get_raw_value() if is_variable else variable
 
 
 def _of_this_device(state: tuple[Any, Any], axis_name: Any) -> tuple[Any, Any]:
@@ -267,15 +386,7 @@ def _of_this_device(state: tuple[Any, Any], axis_name: Any) -> tuple[Any, Any]:
     index = lax.axis_index(axis_name)
 
     def fold(key):
-        each = jax.numpy.ravel(key)
+        each = jnp.ravel(key)
         return jax.vmap(jax.random.fold_in, (0, None))(each, index).reshape(key.shape)
 
     return jax.tree.map(fold, keys), rest
-
-
-def _from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
-    """Positions that stay what they are with one argument more at the end."""
-    return tuple(
-        i + count if -count <= i < 0 else i
-        for i in _arguments.as_positions(role, given)
-    )
