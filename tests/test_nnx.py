@@ -261,7 +261,7 @@ class TestValueAndGrad:
 
         in_parts = oaf.value_and_grad(with_streams, num_microbatches=2)
         with pytest.raises(
-            TypeError, match=r"`rngs` has random streams.*`rng_argnums`"
+            TypeError, match=r"`rngs` holds random streams.*`rng_argnums`"
         ):
             in_parts(MLP(), X, nnx.Rngs(0))
 
@@ -270,6 +270,22 @@ class TestValueAndGrad:
 
         value, _ = oaf.value_and_grad(with_teacher, num_microbatches=2)(MLP(), X, MLP())
         assert value == 0
+        teacher = nnx.view(Normalised(), deterministic=True, use_running_average=True)
+        in_parts = oaf.value_and_grad(with_teacher, num_microbatches=2)
+        value, _ = in_parts(MLP(), X, teacher)  # whose dropout is off
+        np.testing.assert_allclose(value, with_teacher(MLP(), X, teacher), rtol=1e-6)
+
+    def test_a_variable_may_hold_a_tree(self):
+        class Tree(nnx.Module):
+            def __init__(self):
+                self.both = nnx.Param({"w": jnp.ones(4), "b": jnp.zeros([])})
+
+            def __call__(self, x):
+                return x @ self.both["w"] + self.both["b"]
+
+        value, grads = oaf.value_and_grad(loss_fn, num_microbatches=2)(Tree(), X)
+        np.testing.assert_allclose(value, loss_fn(Tree(), X), rtol=1e-6)
+        close(grads, nnx.grad(loss_fn)(Tree(), X))
 
     def test_its_mistakes(self):
         with pytest.raises(TypeError, match=r"`argnums` cannot be .*Say with `wrt`"):

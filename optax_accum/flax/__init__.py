@@ -4,10 +4,10 @@ Nothing at the root of the package imports this, or Flax.
 """
 
 from optax_accum.flax._batch_stats import combine_batch_stats as combine_batch_stats
-from optax_accum.flax._linen import TrainState as TrainState
-from optax_accum.flax._nnx import Optimizer as Optimizer
-from optax_accum.flax._nnx import value_and_grad as value_and_grad
-from optax_accum.flax._nnx import window_sharding as window_sharding
+from optax_accum.flax._optimizer import Optimizer as Optimizer
+from optax_accum.flax._optimizer import window_sharding as window_sharding
+from optax_accum.flax._train_state import TrainState as TrainState
+from optax_accum.flax._value_and_grad import value_and_grad as value_and_grad
 
 __all__ = [
     "Optimizer",

@@ -1,0 +1,149 @@
+"""NNX's `Optimizer`, for windows of micro-batches."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from optax_accum import _stacked
+from optax_accum.flax import _accumulating
+
+
+class Optimizer(_accumulating.Counts, nnx.Optimizer):
+    """`nnx.Optimizer` whose `tx` accumulates: `update` is a micro-step.
+
+    Args:
+      model: An NNX module.
+      tx: `oa.accumulate`, or a transformation with one in it.
+      wrt: Which of the module's variables to train, e.g. ``nnx.Param``.
+
+    Attributes:
+      step: ``u32[]``, how many micro-steps were made, over all windows.
+      opt_state: The state of `tx`, which the queries take, as they take the
+        `Optimizer` itself: ``oa.accumulated(optimizer)``.
+
+    Raises:
+      ValueError: `tx` does not accumulate.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
+      >>> from flax import nnx
+      >>> from optax_accum.flax import Optimizer
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2)
+      >>> optimizer = Optimizer(model, tx, wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2))(model)
+      ...     optimizer.update(model, grads, weight=len(x), value=loss)
+      >>> x = jnp.arange(10.0).reshape(5, 2)
+      >>> for part in (x[:3], x[3:]):  # three examples, and two
+      ...     step(model, optimizer, part)
+      ...     print(optimizer.micro_step, optimizer.has_updated)
+      1 False
+      0 True
+    """
+
+    def __init__(self, model: Any, tx: Any, *, wrt: Any, **kwargs: Any):
+        """Makes the state of `tx`."""
+        super().__init__(model, tx, wrt=wrt, **kwargs)
+        _accumulating.check(self.opt_state)
+
+    def update(
+        self,
+        model: Any,
+        grads: Any,
+        /,
+        *,
+        weight: Any = 1.0,
+        boundary: Any = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> None:
+        """One micro-step: `grads` goes into the window, whose end updates `model`.
+
+        With `tx` an `oa.accumulate` this is `update_params`, which does not touch the
+        parameters off the boundary. (Unlike Flax's it returns no updates: there are
+        none.)
+
+        Args:
+          model: The module.
+          grads: As `nnx.grad` and `value_and_grad` return them.
+          weight: As in `oa.accumulate`: over how many examples or tokens this
+            micro-batch's mean was taken.
+          boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
+            for the count to decide.
+          value: The micro-batch's loss. At the boundary its mean over the window is
+            ``opt_state.value / opt_state.weight``. Give it on every micro-step of a
+            window or on none.
+          **extra_args: Further arguments of `tx`.
+
+        Raises:
+          TypeError: `model` is no module.
+          ValueError: As ``update`` of `oa.accumulate`.
+        """
+        if isinstance(model, nnx.State) or not isinstance(model, nnx.Pytree):
+            raise TypeError(
+                f"`model` must be the module and `grads` its gradients; got a "
+                f"{type(model).__name__} and a {type(grads).__name__}. The order is "
+                "update(model, grads)"
+            )
+        mode = {"graph": self.graph} if hasattr(self, "graph") else {}  # Flax 0.12.8 on
+        params, opt_state = _accumulating.apply(
+            self.tx,
+            nnx.as_pure(nnx.state(grads, self.wrt, **mode)),
+            nnx.as_pure(self.opt_state),
+            nnx.as_pure(nnx.state(model, self.wrt, **mode)),
+            **nnx.as_pure(
+                dict(weight=weight, boundary=boundary, value=value, **extra_args)
+            ),
+        )
+        nnx.update(model, params)
+        nnx.update(self.opt_state, nnx.state(opt_state, **mode))
+        self.step[...] += 1
+
+
+def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
+    """What of an `Optimizer` is each device's own: for ``in_specs`` of `nnx.shard_map`.
+
+    Args:
+      optimizer: An `Optimizer`, or an `nnx.Optimizer` whose `tx` accumulates; its
+        `opt_state` went through `oa.stack_windows`.
+      axis_name: The axis, or several, of `oa.accumulate`.
+
+    Returns:
+      An `nnx.StateSharding`: the open windows' rows over `axis_name`, and all else the
+      same on all devices, as `oa.window_specs` has them.
+
+    Raises:
+      ValueError: As `oa.window_specs`.
+
+    Examples:
+      >>> import jax, optax, optax_accum as oa, optax_accum.flax as oaf
+      >>> from flax import nnx
+      >>> from jax.sharding import PartitionSpec as P
+      >>> D = jax.device_count()
+      >>> mesh = jax.make_mesh((D,), ("data",))
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2, axis_name="data")
+      >>> optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+      >>> optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, D))
+      >>> in_specs = (P(), oaf.window_sharding(optimizer, "data"), P("data"))
+    """
+    specs = _stacked.window_specs(nnx.as_pure(optimizer.opt_state), axis_name)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    local = {_names(path) for path, spec in leaves if spec != PartitionSpec()}
+
+    def is_local(path, variable):
+        del variable
+        return path[0] == "opt_state" and tuple(map(str, path[1:])) in local
+
+    filters: dict[Any, Any] = {is_local: PartitionSpec(axis_name)}
+    return nnx.StateSharding({**filters, ...: PartitionSpec()})
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
