@@ -163,6 +163,7 @@ class Roles(NamedTuple):
 
 
 def as_positions(role: str, value: Any) -> tuple[int, ...]:
+    """One position or several, as a tuple of ints."""
     try:
         if isinstance(value, Iterable):
             return tuple(operator.index(i) for i in value)

@@ -389,7 +389,7 @@ def no_module(name: str, value: Any) -> None:
 
     To JAX it is a tree, whose statistics and counts are leaves like its parameters.
     """
-    nnx = sys.modules.get("flax.nnx")  # which nobody has imported who has a module
+    nnx = sys.modules.get("flax.nnx")  # loaded wherever there is a module
     if nnx is None or not isinstance(value, nnx.Module):
         return
     if nnx.state(value, nnx.Not(nnx.Param)):

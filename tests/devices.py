@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from training import stepper
+from training import slow, stepper
 
 import optax_accum as oa
 
@@ -20,10 +20,7 @@ def parametrized(ways):
     """A test in each of the ways; what is like another of them is slow."""
     return pytest.mark.parametrize(
         "way",
-        [
-            pytest.param(way, marks=pytest.mark.slow) if way == "unchecked" else way
-            for way in ways
-        ],
+        [slow(way) if way == "unchecked" else way for way in ways],
     )
 
 

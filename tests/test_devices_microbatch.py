@@ -11,7 +11,7 @@ import pytest
 from devices import AXIS, COUNT
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training import loosely
+from training import loosely, slow
 
 import optax_accum as oa
 
@@ -91,9 +91,7 @@ X = normal(EXAMPLES, 3)
 
 
 @everywhere
-@pytest.mark.parametrize(
-    "reduction", ["mean", pytest.param("ratio", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("reduction", ["mean", slow("ratio")])
 def test_training_is_that_of_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
     # With an epsilon, because Adam turns the rounding of a gradient near 0 into a step.

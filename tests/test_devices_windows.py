@@ -11,7 +11,7 @@ import pytest
 from devices import AXIS, COUNT, PARAMS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training import WAYS, loosely, stepper
+from training import WAYS, loosely, slow, stepper
 
 import optax_accum as oa
 from optax_accum import _stacked
@@ -151,9 +151,7 @@ def test_without_an_accumulator(way, update):
 
 
 @ways
-@pytest.mark.parametrize(
-    "update", ["update_params", pytest.param("update", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("update", ["update_params", slow("update")])
 def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
     """It sees gradients that are the same everywhere, when shapes are asked as well."""
     x, mask = devices.examples(2 * K)

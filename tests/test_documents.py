@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
+from training import slow
 
 ROOT = Path(__file__).parents[1]
 PRINTED = re.compile(r"\s+```text\n(?P<text>.*?)```", re.DOTALL)
@@ -33,10 +34,7 @@ def run(path):
 def slow_guides(paths):
     """What a newcomer reads first is in the usual run."""
     first = ("README.md", "index.md", "five-minutes.md", "choosing.md", "faq.md")
-    return [
-        path if path.name in first else pytest.param(path, marks=pytest.mark.slow)
-        for path in paths
-    ]
+    return [path if path.name in first else slow(path) for path in paths]
 
 
 @pytest.mark.usefixtures("loose_promotion")

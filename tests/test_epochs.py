@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_errors import saying
-from training import loosely
+from training import loosely, slow
 
 import optax_accum as oa
 
@@ -172,7 +172,7 @@ class TestTraining:
         return params
 
     # 50: windows of 3, 3, 3, 3 and 1 micro-batches, the last of them of 2 examples.
-    @pytest.mark.parametrize("count", [50, 48, 5, 13])
+    @pytest.mark.parametrize("count", [50, slow(48), slow(5), slow(13)])
     def test_an_epoch_of_any_length_trains_as_in_global_batches(self, count):
         tx = oa.accumulate(INNER)
         step = stepper(tx)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+from training import WAYS, loosely, micro_batches, slow, stepper, weighted_mean
 
 import optax_accum as oa
 
@@ -27,10 +27,7 @@ def slow_parts(names):
         contributed = ".contrib." in name and name != "optax.contrib.muon"
         return contributed or ".scale_by_" in name
 
-    return [
-        pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name
-        for name in names
-    ]
+    return [slow(name) if is_slow(name) else name for name in names]
 
 
 @pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))

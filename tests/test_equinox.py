@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import slow
 
 import optax_accum as oa
 
@@ -144,7 +145,9 @@ def test_the_boundary_may_be_counted_or_traced(model):
         chex.assert_trees_all_close(trained(now[0]), trained(expected), rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"num_microbatches": 7}, {"microbatch_size": 3}])
+@pytest.mark.parametrize(
+    "options", [slow({"num_microbatches": 7}), {"microbatch_size": 3}]
+)
 def test_inside_one_step_it_trains_as_in_global_batches(model, options):
     @eqx.filter_jit
     def step(model, state, batch):
@@ -203,7 +206,7 @@ def test_a_part_of_the_model_can_be_trained(model):
     chex.assert_trees_all_close(now, eqx.apply_updates(params, updates), rtol=2e-5)
 
 
-@pytest.mark.parametrize("boundary", [None, False])
+@pytest.mark.parametrize("boundary", [None, slow(False)])
 def test_a_donated_window_is_free_of_temporaries_and_copies(boundary):
     params = trained(Network(jax.random.key(0), width=4096))
     tx = oa.accumulate(optax.adamw(1e-3), None if boundary is False else 4)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import COUNT, mesh
+from training import slow
 
 import optax_accum as oa
 
@@ -60,10 +61,6 @@ def contrastive(params, x):
 def dropout(params, x, key):
     keep = jax.random.bernoulli(key, 0.5, x.shape)
     return errors(params, jnp.where(keep, 2 * x, 0)).mean()
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def check(fun, batch=X, k=K, **options):

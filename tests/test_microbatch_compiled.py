@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from optax import microbatching
+from training import slow
 
 import optax_accum as oa
 
@@ -60,7 +61,7 @@ def program(fun, params, batch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("k", [2, 8, 32])
+@pytest.mark.parametrize("k", [slow(2), 8, slow(32)])
 def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
     params = make_params(dtype)
     ours = program(oa.value_and_grad(loss, num_microbatches=k), params, make_batch())
@@ -72,7 +73,7 @@ def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
     assert flops <= by_scan + 64
 
 
-@pytest.mark.parametrize("k", [2, 8, 32])
+@pytest.mark.parametrize("k", [slow(2), 8, slow(32)])
 def test_it_holds_less_than_optax_microbatch(k):
     params, batch = make_params(), make_batch()
     theirs = microbatching.microbatch(

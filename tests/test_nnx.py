@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from training import loosely
+from training import loosely, slow
 
 import optax_accum as oa
 import optax_accum.flax as oaf
@@ -77,7 +77,7 @@ def same(tree, other):
 
 
 class TestValueAndGrad:
-    @pytest.mark.parametrize("size", [4, 5, 16])
+    @pytest.mark.parametrize("size", [slow(4), 5, slow(16)])
     def test_it_is_that_of_the_whole_batch(self, size):
         model = MLP()
         in_parts = oaf.value_and_grad(loss_fn, microbatch_size=size)
@@ -358,7 +358,9 @@ WRAPPED = {
 
 
 class TestOptimizer:
-    @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+    @pytest.mark.parametrize(
+        "wrap", [WRAPPED["alone"], slow(WRAPPED["in a chain"], id="in a chain")]
+    )
     def test_windows_of_uneven_micro_batches_equal_global_batches(self, wrap):
         model = MLP()
         optimizer = oaf.Optimizer(model, wrap(INNER), wrt=nnx.Param)
@@ -490,7 +492,7 @@ BATCH = jnp.asarray(np.random.default_rng(1).normal(size=(4 * COUNT, 4)), jnp.fl
 
 @pytest.mark.several_devices
 class TestDevices:
-    @pytest.mark.parametrize("way", ["mesh", "shard_map"])
+    @pytest.mark.parametrize("way", ["mesh", slow("shard_map")])
     def test_value_and_grad(self, way):
         model = MLP()
         settings = {"num_microbatches": 2, "axis_name": "data"}
@@ -550,7 +552,7 @@ class TestDevices:
             state = jax.tree.map(lambda x: x[i], arrays(model))  # noqa: B023
             close(state, expected)
 
-    @pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain], ids=["", "chain"])
+    @pytest.mark.parametrize("wrap", [lambda tx: tx, slow(optax.chain)])
     def test_windows_in_shard_map(self, wrap):
         class Named(MLP):
             """With parameters that are called as fields of the state are."""

@@ -8,7 +8,7 @@ import pytest
 from devices import AXIS, COUNT, INSIDE, inside, mesh, parametrized, stacked
 from hlo import compiled, exchanges, large_copies, nbytes, temporaries
 from jax.sharding import PartitionSpec as P
-from training import WAYS, loosely, micro_batches, stepper
+from training import WAYS, loosely, micro_batches, slow, stepper
 
 import optax_accum as oa
 from optax_accum import _noise_scale
@@ -186,7 +186,7 @@ def run(tx, grads, weights, way="update_params", params=PARAMS, **options):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "ratio", slow("sum")])
 def test_windows_are_averaged(way, reduction):
     decay, k, windows = 0.7, 4, 3
     grads, weights = micro_batches(PARAMS, k * windows)
@@ -393,7 +393,7 @@ def in_step(k, **options):
     )
 
 
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [slow(2), 4])
 def test_in_one_step(k):
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
     np.testing.assert_allclose(info.noise_scale[:2], by_hand(*parts(k)), rtol=1e-4)
@@ -610,7 +610,7 @@ def test_windows_of_several_devices_can_be_stacked_and_summed():
     ]
 
 
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [slow(2), 4])
 def test_the_three_ways_agree(k):
     """Streaming, in one step, and by hand, on the same micro-batches."""
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)

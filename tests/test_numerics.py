@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from test_windows import ADAM, PARAMS, feed
-from training import micro_batches
+from training import micro_batches, slow
 
 import optax_accum as oa
 
@@ -113,7 +113,7 @@ class TestBfloat16Gradients:
 
 class TestBfloat16Sums:
     @pytest.mark.parametrize("mean", [0, 1])
-    @pytest.mark.parametrize("k", [4, 64, 256])
+    @pytest.mark.parametrize("k", [slow(4), slow(64), 256])
     def test_the_root_of_k_up_to_256(self, k, mean):
         grads = normal(mean, k)
         narrow = given(grads, accumulator_dtype=jnp.bfloat16)

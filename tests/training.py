@@ -4,8 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 WAYS = ("update", "update_params")
+
+
+def slow(value, **kwargs):
+    """A parameter that is left out of the usual run, being like another."""
+    return pytest.param(value, marks=pytest.mark.slow, **kwargs)
 
 
 def micro_batches(params, count, seed=0, dtype=None):
