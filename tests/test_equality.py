@@ -21,13 +21,10 @@ def loss(params):
 
 
 def slow_parts(names):
-    """What optimizers are made of is slow, and most of what is contributed."""
-
-    def is_slow(name):
-        contributed = ".contrib." in name and name != "optax.contrib.muon"
-        return contributed or ".scale_by_" in name
-
-    return [slow(name) if is_slow(name) else name for name in names]
+    """What is no optimizer of Optax's own is slow: their parts, what is contributed."""
+    usual = {name for name in catalogue.optimizers() if ".contrib." not in name}
+    usual |= {"optax.contrib.muon", "optax.clip_by_global_norm"}
+    return [name if name in usual else slow(name) for name in names]
 
 
 @pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))

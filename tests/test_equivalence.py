@@ -225,6 +225,7 @@ def test_examples_that_depend_on_each_other(fun):
     assert_differs(check(fun), "dependence", "exchanging examples", "BatchNorm")
 
 
+@pytest.mark.slow
 def test_dependence_in_a_tiny_model():
     """A fit could explain three numbers by four, but not at other parameters."""
 
@@ -497,6 +498,7 @@ def test_a_batch_argument_by_keyword_that_is_not_named():
     assert_differs(report, "unsplit argument", "batch_argnames=('y',)")
 
 
+@pytest.mark.slow
 def test_arguments_that_are_no_arrays():
     def fun(params, batch, kind, activation):
         assert kind == "mean"
@@ -544,6 +546,7 @@ def test_a_note_on_what_looks_like_a_batch_where_shapes_do_not_fit():
     assert "`y` has as many entries" in error.value.__notes__[-1]
 
 
+@pytest.mark.slow
 def test_as_an_assertion():
     report = check(normalised)
     with pytest.raises(AssertionError, match="NOT the same as"):

@@ -337,6 +337,7 @@ def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
 # --- Flax ---
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_of_flax():
     """Statistics and keys go from micro-batch to micro-batch as by hand."""
     # Imported here, because Flax warns about JAX's strict promotion when it is.

@@ -400,6 +400,7 @@ def test_in_one_step(k):
     assert int(info.noise_scale.count) == 1
 
 
+@pytest.mark.slow
 def test_in_one_step_with_equal_weights_and_sums():
     def total(params, x):
         return len(x) * loss(params, x, jnp.ones(len(x), bool))
@@ -550,7 +551,7 @@ def test_gradients_in_parts_over_another_axis_are_refused():
 
 @pytest.mark.several_devices
 @parametrized(INSIDE)
-@pytest.mark.parametrize("every_k", [1, 2])
+@pytest.mark.parametrize("every_k", [slow(1), 2])
 def test_windows_over_devices(way, every_k):
     """k·D samples, in the one exchange that there is."""
     tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_scale=0.9)
@@ -677,6 +678,7 @@ def test_it_settles_while_it_trains():
     assert 0.5 <= np.median(ratio) <= 2
 
 
+@pytest.mark.slow
 def test_k_has_bounds():
     def last_k(every_k, true_k):
         tx = oa.accumulate(optax.sgd(0.0), every_k, noise_scale=0.9)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from devices import PARAMS, examples, loss
 from training import loosely
 
@@ -22,6 +23,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """Windows and micro-batches, uneven data: the same bits, and the right ones."""
     address = f"localhost:{free_port()}"

@@ -63,8 +63,10 @@ def combine_batch_stats(
       >>> nnx.update(norm, oaf.combine_batch_stats(before, after))
       >>> whole = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
       >>> _ = whole(x)
-      >>> print(norm.var[...].round(4), whole.var[...].round(4))
-      [1.2 1.2] [1.2 1.2]
+      >>> print(jnp.allclose(norm.mean[...], whole.mean[...], rtol=1e-6))
+      True
+      >>> print(jnp.allclose(norm.var[...], whole.var[...], rtol=1e-6))
+      True
     """
     momentum = _checks.fraction("momentum", momentum, "as BatchNorm has it")
     if any(isinstance(x, nnx.Variable) for x in _leaves(before)):
