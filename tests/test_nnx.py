@@ -269,7 +269,7 @@ class TestValueAndGrad:
             return jnp.mean((model(x) - teacher(x)) ** 2)
 
         value, _ = oaf.value_and_grad(with_teacher, num_microbatches=2)(MLP(), X, MLP())
-        assert value == 0
+        assert value < 1e-12
         teacher = nnx.view(Normalised(), deterministic=True, use_running_average=True)
         in_parts = oaf.value_and_grad(with_teacher, num_microbatches=2)
         value, _ = in_parts(MLP(), X, teacher)  # whose dropout is off
