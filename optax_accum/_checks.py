@@ -364,7 +364,7 @@ def fraction(name: str, value: Any, meaning: str) -> float:
 
 def axis(value: Any) -> int:
     """An int, negative ones included."""
-    number = _as_int(value)
+    number = as_int(value)
     if number is None:
         raise TypeError(
             "`batch_axis` must be an int, the same for all batch arguments; got "
@@ -474,7 +474,7 @@ def named(tree: str, path: Any) -> str:
 
 
 def _at_least_one(name: str, value: Any, needed: str, advice: str = "") -> int:
-    number = _as_int(value)
+    number = as_int(value)
     if number is None:
         raise TypeError(
             f"`{name}` must be {needed}; got {value!r} of type {type(value).__name__}"
@@ -484,7 +484,12 @@ def _at_least_one(name: str, value: Any, needed: str, advice: str = "") -> int:
     return number
 
 
-def _as_int(value: Any) -> int | None:
+def shown_type(x: Any) -> str:
+    """The type of an array for a message, ``float32[8,4]``."""
+    return f"{_window.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
+
+
+def as_int(value: Any) -> int | None:
     """A whole number as an int; a bool, which is an int to Python, is a mistake."""
     try:
         return None if _is_bool(value) else operator.index(value)

@@ -1,7 +1,6 @@
 """Boundaries for data that end."""
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -102,10 +101,7 @@ def _look_ahead(
 def _open_micro_steps(value: Any, every_k: int | None) -> int:
     """How many micro-steps the open window has seen, an int >= 0 and < `every_k`."""
     needed = "an int >= 0, how many micro-steps the open window has seen"
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = _checks.as_int(value)
     if number is None:
         raise TypeError(
             f"`micro_step` must be {needed}; got {value!r} of type "

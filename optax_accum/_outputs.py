@@ -100,10 +100,7 @@ def _check_carry(name: str, carry: Any, new_carry: Any) -> None:
         strict=True,
     )
     for (path, old), new in pairs:
-        types = [
-            f"{_window.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
-            for x in (old, new)
-        ]
+        types = [_checks.shown_type(x) for x in (old, new)]
         if types[0] != types[1]:
             raise TypeError(
                 f"{_checks.named(name, path)} is carried from micro-batch to "

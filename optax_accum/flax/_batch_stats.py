@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optax_accum import _checks
+from optax_accum.flax import _module
 
 
 def combine_batch_stats(
@@ -83,10 +84,7 @@ def combine_batch_stats(
         "Stack the statistics after each micro-batch on a new first axis",
     )
     leaves, structure = jax.tree_util.tree_flatten_with_path(before)
-    names = [
-        tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        for path, _ in leaves
-    ]
+    names = [_module.names_of(path) for path, _ in leaves]
     old = {name: x for name, (_, x) in zip(names, leaves, strict=True)}
     new = dict(zip(names, jax.tree.leaves(after), strict=True))
     weights = _weights(weights, old, new)

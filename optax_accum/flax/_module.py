@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from optax_accum import _window
+from optax_accum import _checks
+
+
+def names_of(path: Any) -> tuple[str, ...]:
+    """A path in a tree, as the names of its keys."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def split(model: Any, wrt: Any) -> tuple[Any, Any, tuple[Any, Any]]:
@@ -91,12 +96,8 @@ def _types_of(*states: Any) -> dict[str, tuple[str, Any]]:
 
     def type_of(variable):
         leaves, structure = jax.tree.flatten(_value(variable))
-        shapes = [
-            jax.ShapeDtypeStruct(jnp.shape(x), _window.dtype_of(x)) for x in leaves
-        ]
-        shown = ", ".join(f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in shapes)
-        name = type(variable).__name__
-        return f"{name} {shown}", (name, structure, shapes)
+        name, types = type(variable).__name__, list(map(_checks.shown_type, leaves))
+        return f"{name} {', '.join(types)}", (name, structure, types)
 
     return {path: type_of(variable) for path, variable in _flat(*states).items()}
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from optax_accum import _stacked
-from optax_accum.flax import _accumulating
+from optax_accum.flax import _accumulating, _module
 
 
 class Optimizer(_accumulating.Counts, nnx.Optimizer):
@@ -135,7 +135,7 @@ def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
     leaves = jax.tree_util.tree_leaves_with_path(
         specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
-    local = {_names(path) for path, spec in leaves if spec != PartitionSpec()}
+    local = {_module.names_of(path) for path, spec in leaves if spec != PartitionSpec()}
 
     def is_local(path, variable):
         del variable
@@ -143,7 +143,3 @@ def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
 
     filters: dict[Any, Any] = {is_local: PartitionSpec(axis_name)}
     return nnx.StateSharding({**filters, ...: PartitionSpec()})
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
