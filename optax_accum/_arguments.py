@@ -2,52 +2,72 @@
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _checks, _window
+from optax_accum import _tree, _validate
+from optax_accum._types import Batch, Params, Scalar, Tree
+
+Place = int | str  # a position or a keyword
 
 
 class Call(NamedTuple):
     """One call's arguments, taken apart by their roles.
 
+    Parameters that have a position are among `args`, however they were passed.
+
     Attributes:
-      args: All positional arguments, with ``None`` for the batch arguments.
-      kwargs: All keyword arguments but the batch arguments.
-      names: The name of each positional argument, for messages.
+      args: The arguments with a position, with ``None`` for the batch arguments.
+      kwargs: All others but the batch arguments.
+      names: The name of each of `args`.
+      num_positional: How many of `args` were passed by position.
       argnums: What to differentiate with respect to, counted from the front.
       batch: The batch arguments, all leaves arrays.
-      places: Where each of them stands: its position or its keyword.
-      carry: The position of the carried argument, or ``None``.
-      keys: The positions of the random keys.
+      places: Where each of them stands.
+      carry_place: The position of the carried argument, or ``None``.
+      key_places: The positions of the random keys.
     """
 
     args: list[Any]
     kwargs: dict[str, Any]
     names: list[str]
+    num_positional: int
     argnums: int | tuple[int, ...]
-    batch: list[Any]
-    places: list[int | str]
-    carry: int | None
-    keys: tuple[int, ...]
+    batch: list[Batch]
+    places: list[Place]
+    carry_place: int | None
+    key_places: tuple[int, ...]
 
+    @property
     def batch_names(self) -> list[str]:
         """The names of the batch arguments, for messages."""
         return [p if isinstance(p, str) else self.names[p] for p in self.places]
+
+    @property
+    def carry(self) -> Tree:
+        """The carried argument, or ``None``."""
+        return None if self.carry_place is None else self.args[self.carry_place]
+
+    @property
+    def carry_name(self) -> str | None:
+        """Its name, if there is one."""
+        return None if self.carry_place is None else self.names[self.carry_place]
+
+    @property
+    def params(self) -> Params:
+        """The arguments in `argnums`: one, or a tuple of them."""
+        return jax.tree.map(lambda i: self.args[i], self.argnums)
 
     def named(self) -> list[tuple[str, Any]]:
         """All arguments but the batch arguments, with their names."""
         return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
 
-    def differentiated(self) -> Any:
-        """The arguments in `argnums`: one, or a tuple of them."""
-        return jax.tree.map(lambda i: self.args[i], self.argnums)
-
     def for_microbatch(
-        self, part: list[Any], carry: Any, number: Any
+        self, part: list[Batch], carry: Tree, number: Scalar
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with which the micro-batch with this `number` is run."""
         args, kwargs = list(self.args), dict(self.kwargs)
@@ -56,27 +76,20 @@ class Call(NamedTuple):
                 kwargs[place] = argument
             else:
                 args[place] = argument
-        if self.carry is not None:
-            args[self.carry] = carry
-        for position in self.keys:
-            args[position] = jax.tree.map(
-                lambda key: jax.random.fold_in(key, number), args[position]
+        if self.carry_place is not None:
+            args[self.carry_place] = carry
+        for place in self.key_places:
+            args[place] = jax.tree.map(
+                lambda key: jax.random.fold_in(key, number), args[place]
             )
         return args, kwargs
 
-
-def arrays_in(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays in `tree`, and how to build it from others in their places.
-
-    In the list ``None`` stands for what is no array, and stays what it is.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-
-    def rebuild(arrays: list[Any]) -> Any:
-        pairs = zip(arrays, leaves, strict=True)
-        return jax.tree.unflatten(structure, [x if a is None else a for a, x in pairs])
-
-    return [x if isinstance(x, jax.Array) else None for x in leaves], rebuild
+    def apply(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`function` of these arguments, passed as the call passed them."""
+        by_name = dict(zip(self.names, args, strict=True))
+        for name in self.names[: self.num_positional]:
+            del by_name[name]
+        return function(*args[: self.num_positional], **by_name, **kwargs)
 
 
 class Roles(NamedTuple):
@@ -100,14 +113,12 @@ class Roles(NamedTuple):
         """Checks their types.
 
         Raises:
-          TypeError: A position that is no int, or a name that is no str.
+          TypeError: A position that is not an int, or a name that is not a str.
         """
-        differentiated = as_positions("argnums", argnums)
+        several = as_positions("argnums", argnums)
         carry = () if carry_argnum is None else carry_argnum
         return cls(
-            argnums=differentiated
-            if isinstance(argnums, Iterable)
-            else differentiated[0],
+            argnums=several if isinstance(argnums, Iterable) else several[0],
             batch_argnums=as_positions("batch_argnums", batch_argnums),
             batch_argnames=_names("batch_argnames", batch_argnames),
             carry_argnum=as_positions("carry_argnum", carry),
@@ -120,46 +131,83 @@ class Roles(NamedTuple):
         """Takes a call of `fun` apart.
 
         Raises:
-          TypeError: A key that is none.
+          TypeError: What is named as a key and is not one; an NNX module.
           ValueError: An argument that the call does not have, or with two roles.
         """
-        one = isinstance(self.argnums, int)
-        positions = {
-            role: from_the_front(role, given, len(args))
+        num_positional = len(args)
+        args, kwargs, names = bind_positions(fun, args, kwargs)
+        is_one = isinstance(self.argnums, int)
+        places: dict[str, list[Place]] = {
+            role: list(from_the_front(role, given, len(args), num_positional))
             for role, given in {
-                "argnums": (self.argnums,) if one else self.argnums,
+                "argnums": (self.argnums,) if is_one else self.argnums,
                 "batch_argnums": self.batch_argnums,
                 "carry_argnum": self.carry_argnum,
                 "rng_argnums": self.rng_argnums,
             }.items()
         }
-        names = parameter_names(fun, len(args))
-        _check_disjoint(positions, names)
-        for name in self.batch_argnames:
-            if name not in kwargs:
-                raise ValueError(
-                    f"`batch_argnames` names the keyword argument {name!r}, but the "
-                    f"function was called with {sorted(kwargs) or 'none'}. Pass it by "
-                    "keyword, or give its position in `batch_argnums`"
-                )
-        batch = [args[i] for i in positions["batch_argnums"]]
-        batch += [kwargs[name] for name in self.batch_argnames]
-        for i in positions["rng_argnums"]:
+        by_name = [_place_of(name, names, kwargs) for name in self.batch_argnames]
+        # Naming the default position as well is no mistake.
+        batch = places["batch_argnums"]
+        batch += [place for place in by_name if place not in batch]
+        _check_disjoint(places, names)
+        argnums: Any = tuple(places["argnums"])
+        for i in places["rng_argnums"]:
             _check_keys(names[i], args[i])
-        for i in positions["argnums"]:
-            _checks.no_module(names[i], args[i])
-        argnums = positions["argnums"]
-        is_batch = positions["batch_argnums"]
+        for i in argnums:
+            _check_no_nnx_module(names[i], args[i])
+        arguments = {**dict(enumerate(args)), **kwargs}
         return Call(
-            args=[None if i in is_batch else x for i, x in enumerate(args)],
-            kwargs={k: x for k, x in kwargs.items() if k not in self.batch_argnames},
+            args=[None if i in batch else x for i, x in enumerate(args)],
+            kwargs={name: x for name, x in kwargs.items() if name not in batch},
             names=names,
-            argnums=argnums[0] if one else argnums,
-            batch=jax.tree.map(jnp.asarray, batch),
-            places=[*positions["batch_argnums"], *self.batch_argnames],
-            carry=next(iter(positions["carry_argnum"]), None),
-            keys=positions["rng_argnums"],
+            num_positional=num_positional,
+            argnums=argnums[0] if is_one else argnums,
+            batch=[jax.tree.map(jnp.asarray, arguments[place]) for place in batch],
+            places=batch,
+            carry_place=next(iter(places["carry_argnum"]), None),
+            key_places=tuple(places["rng_argnums"]),
         )
+
+
+def bind_positions(
+    fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any], list[str]]:
+    """``(args, kwargs, names)`` with all parameters in place that have a position.
+
+    What was passed by name moves to its position, so that a role finds it either way.
+    """
+    kinds = inspect.Parameter
+    try:
+        signature = inspect.signature(fun)
+        bound = signature.bind(*args, **kwargs)
+        known = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        # Not every callable tells, and a wrong call is `fun`'s to refuse.
+        known, in_place, others = [], list(args), dict(kwargs)
+    else:
+        in_place, others = list(bound.args), dict(bound.kwargs)
+    names = known[: len(in_place)]
+    names += [f"args[{i}]" for i in range(len(names), len(in_place))]
+    return in_place, others, names
+
+
+def arrays_in(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
+    """The arrays in `tree`, and how to build it from others in their places.
+
+    In the list ``None`` stands for what is not an array, and stays what it is.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def rebuild(arrays: list[Any]) -> Tree:
+        pairs = zip(arrays, leaves, strict=True)
+        return jax.tree.unflatten(structure, [x if a is None else a for a, x in pairs])
+
+    return [x if isinstance(x, jax.Array) else None for x in leaves], rebuild
 
 
 def as_positions(role: str, value: Any) -> tuple[int, ...]:
@@ -186,10 +234,21 @@ def _names(role: str, value: Any) -> tuple[str, ...]:
     )
 
 
-def from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
-    """Positions of which the negative ones were counted from the end."""
+def from_the_front(
+    role: str, given: Iterable[int], count: int, num_positional: int
+) -> tuple[int, ...]:
+    """Positions of which the negative ones were counted from the end.
+
+    Args:
+      role: What to call them in a message.
+      given: The positions.
+      count: How many arguments have a position.
+      num_positional: How many of them were passed by position.
+    """
+    found = []
     for i in given:
-        if not -count <= i < count:
+        position = i + num_positional if i < 0 else i
+        if not 0 <= position < count:
             hint = ""
             if role == "batch_argnums":
                 hint = (
@@ -200,27 +259,28 @@ def from_the_front(role: str, given: Any, count: int) -> tuple[int, ...]:
                 f"`{role}` names the positional argument {i}, but the function was "
                 f"called with {count}{hint}"
             )
-    return tuple(i % count for i in given)
+        found.append(position)
+    return tuple(found)
 
 
-def parameter_names(fun: Callable[..., Any], count: int) -> list[str]:
-    """What `fun` calls its positional arguments, or ``args[i]``."""
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+def _place_of(name: str, names: list[str], kwargs: dict[str, Any]) -> Place:
+    """Where the argument called `name` stands."""
+    if name in names:
+        return names.index(name)
+    if name in kwargs:
+        return name
+    called = sorted({*names, *kwargs})
+    raise ValueError(
+        f"`batch_argnames` names the argument {name!r}, but the function was called "
+        f"with {called or 'none'}. Pass it by keyword, or give its position in "
+        "`batch_argnums`"
     )
-    try:
-        parameters = list(inspect.signature(fun).parameters.values())
-    except (TypeError, ValueError):  # Not everything that is callable tells.
-        parameters = []
-    names = [p.name for p in parameters if p.kind in positional][:count]
-    return names + [f"args[{i}]" for i in range(len(names), count)]
 
 
-def _check_disjoint(positions: dict[str, tuple[int, ...]], names: list[str]) -> None:
+def _check_disjoint(places: dict[str, list[Any]], names: list[str]) -> None:
     """Raises where one argument has two roles, or one role twice."""
-    seen: dict[int, str] = {}
-    for role, given in positions.items():
+    seen: dict[Place, str] = {}
+    for role, given in places.items():
         for i in given:
             if i in seen:
                 who = f"`{seen[i]}` and `{role}` both name"
@@ -236,7 +296,7 @@ def is_key(leaf: Any) -> bool:
     """Whether `leaf` is one random key, typed, or looks like one of the raw kind."""
     if not hasattr(leaf, "dtype"):
         return False
-    dtype, shape = _window.dtype_of(leaf), jnp.shape(leaf)
+    dtype, shape = _tree.dtype_of(leaf), jnp.shape(leaf)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return shape == ()
     if dtype != jnp.uint32:
@@ -250,7 +310,23 @@ def _check_keys(name: str, keys: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(keys):
         if not is_key(leaf):
             raise TypeError(
-                f"{_checks.named(name, path)} is in `rng_argnums` and must be "
+                f"{_validate.named(name, path)} is in `rng_argnums` and must be "
                 "one random key, from jax.random.key or jax.random.PRNGKey; got shape "
-                f"{jnp.shape(leaf)} and dtype {_window.dtype_of(leaf)}"
+                f"{jnp.shape(leaf)} and dtype {_tree.dtype_of(leaf)}"
             )
+
+
+def _check_no_nnx_module(name: str, value: Any) -> None:
+    """Raises for an NNX module of which not all is to be differentiated.
+
+    To JAX it is a tree, whose statistics and counts are leaves like its parameters.
+    """
+    nnx = sys.modules.get("flax.nnx")  # loaded if there is a module
+    if nnx is None or not isinstance(value, nnx.Module):
+        return
+    if nnx.state(value, nnx.Not(nnx.Param)):
+        raise TypeError(
+            f"`{name}` is an NNX module, a {type(value).__name__}, with variables that "
+            "are not parameters. optax_accum.flax.value_and_grad takes it as it is; "
+            "elsewhere split it first, with nnx.split(model, nnx.Param, ...)"
+        )

@@ -1,4 +1,4 @@
-"""How the boundary stays free of copies.
+"""The boundary: the inner optimizer in a branch, without copies.
 
 `lax.cond` runs the optimizer at the boundary alone, but XLA copies whatever its two
 branches cannot share. What keeps the compiled program free of copies, found by
@@ -7,15 +7,15 @@ reading its HLO:
 * Doing nothing is the false branch, so that it becomes XLA's first. The other way
   around everything is copied (https://github.com/jax-ml/jax/issues/39449).
 * A branch returns only buffers that it was given, leaf by leaf in the same shape and
-  dtype, so that both branches write in place. The updates therefore leave in the
-  accumulator's buffers, which the next window overwrites anyway: its *slots*.
+  dtype, so that both branches write in place. `update`'s updates therefore leave in the
+  accumulator's buffers, which the next window overwrites anyway.
 * No branch writes a buffer twice. The accumulator is not zeroed in the branch; the
   next window's first micro-step selects (see `_window.add`).
+* What is rounded to be kept is computed last (see `rounds`).
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,198 +23,223 @@ import numpy as np
 import optax
 from jax import dtypes, lax
 
-from optax_accum import _types, _window
+from optax_accum import _tree
+from optax_accum._types import Grads, Params, Reduction, Scalar, Tree, Updates
+from optax_accum._window import Devices, Window
+
+Inner = Callable[[Grads, Tree, Scalar], tuple[Updates, Tree]]
 
 
-class Totals(NamedTuple):
-    """A whole window, before it is divided.
+class Buffers(NamedTuple):
+    """What the boundary may write to. Off the boundary all of it stays the same.
 
     Attributes:
-      sums: S.
-      value: The sum of the values, or ``None`` where there are none.
-      weight: W.
-      noise: The sums that the noise scale is estimated from, or ``None``.
-      square: ‖S‖², or ``None`` where it is not needed.
+      has_updated: ``bool[]``, False before.
+      sums: S. Updates may leave in it.
+      out: The parameters, or the updates that do not leave in `sums`.
+      inner_state: The inner optimizer's.
+      noise: The averages of the noise scale.
     """
 
-    sums: Any
-    value: jax.Array | None
-    weight: jax.Array
-    noise: Any
-    square: jax.Array | None
+    has_updated: Scalar
+    sums: Grads
+    out: Tree
+    inner_state: Tree
+    noise: Tree
 
 
-Collect = Callable[[Any], Totals]
-Run = Callable[[Totals, Any], tuple[Any, Any]]
-Write = Callable[[Any, Any], Any]
+class Tracker(Protocol):
+    """What measures the noise scale."""
+
+    def close(
+        self, noise: Tree, total: Window, micro_steps: Scalar
+    ) -> tuple[Tree, Window]:
+        """What a window of these totals changes, and the window to go on with."""
 
 
-def run_at(
-    boundary: bool | jax.Array,
-    collect: Collect,
-    run: Run,
-    write: Write,
-    target: Any,
-    inner_state: Any,
+class Closing(NamedTuple):
+    """A window at what may be its boundary.
+
+    Attributes:
+      boundary: Whether it is; a Python bool builds no `lax.cond`.
+      window: Its sums, each device's own.
+      micro_steps: How many there were.
+      may_be_empty: Whether W, over all devices, may be 0 at the boundary. Then
+        everything stays as it is.
+      reduction: How the sums are divided.
+      devices: Those that share the window.
+      tracker: What measures the noise scale.
+    """
+
+    boundary: bool | jax.Array
+    window: Window
+    micro_steps: Scalar
+    may_be_empty: bool
+    reduction: Reduction
+    devices: Devices
+    tracker: Tracker
+
+
+def run_inner(
+    closing: Closing,
+    inner: Inner,
+    write: Callable[[Updates, Buffers], Buffers],
+    buffers: Buffers,
     *,
-    guard: bool,
-) -> tuple[jax.Array, Any, Any]:
+    two_phase: bool,
+) -> Buffers:
     """Runs the inner optimizer at the boundary, and there alone.
 
     Args:
-      boundary: A Python bool builds no `lax.cond`.
-      collect: ``target -> Totals``: the window, over all devices.
-      run: ``(Totals, inner_state) -> (updates, inner_state)``.
-      write: ``(updates, target) -> target``: puts the updates where they go.
-      target: A tree of arrays; `write` keeps its type.
-      inner_state: A tree of arrays; `run` keeps its type.
-      guard: Whether only `collect` knows that the window is not empty. If it is empty,
-        everything stays as it is.
+      closing: The window, and whether it ends.
+      inner: ``(grads, inner_state, value) -> (updates, inner_state)``.
+      write: Puts the updates where they go.
+      buffers: What may be written to, with S in it.
+      two_phase: Whether to compute the state in a second branch, after the updates.
+        XLA removes from each branch what it does not return, but what updates and
+        state have in common is computed twice, once per window.
 
     Returns:
-      ``(updated, target, inner_state)``.
+      The buffers, in the same types.
     """
 
-    def apply(totals, no, target, inner_state):
-        updates, new_state = run(totals, inner_state)
-        return ~no, write(updates, target), new_state
+    def do_update(buffers: Buffers) -> Buffers:
+        window = closing.window._replace(grads=buffers.sums)
+        total = window.over_devices(closing.devices)
 
-    def close(*buffers):
-        totals = collect(buffers[1])
-        if not guard:
-            return apply(totals, *buffers)
-        nonempty = totals.weight != 0
-        if isinstance(boundary, bool):
-            new = apply(totals, *buffers)
-            return jax.tree.map(lambda n, o: jnp.where(nonempty, n, o), new, buffers)
+        def apply(buffers: Buffers) -> Buffers:
+            noise, divided = closing.tracker.close(
+                buffers.noise, total, closing.micro_steps
+            )
+            value, grads = divided.result(closing.reduction)
+            updates, inner_state = inner(grads, buffers.inner_state, value)
+            return write(updates, buffers)._replace(
+                has_updated=~buffers.has_updated, inner_state=inner_state, noise=noise
+            )
+
+        if not closing.may_be_empty:
+            return apply(buffers)
+        if isinstance(closing.boundary, bool):
+            return jax.tree.map(
+                lambda new, old: jnp.where(total.weight != 0, new, old),
+                apply(buffers),
+                buffers,
+            )
         # A second branch, because a select reads and copies what it keeps.
-        return lax.cond(
-            nonempty, functools.partial(apply, totals), lambda *same: same, *buffers
+        return lax.cond(total.weight != 0, apply, same, buffers)
+
+    def same(buffers: Buffers) -> Buffers:
+        return buffers
+
+    if isinstance(closing.boundary, bool):
+        return do_update(buffers) if closing.boundary else buffers
+    if not two_phase:
+        return lax.cond(closing.boundary, do_update, same, buffers)
+
+    def write_updates(buffers: Buffers) -> Buffers:
+        return do_update(buffers)._replace(
+            inner_state=buffers.inner_state, noise=buffers.noise
         )
 
-    buffers = jnp.zeros([], bool), target, inner_state
-    if isinstance(boundary, bool):
-        return close(*buffers) if boundary else buffers
-    return lax.cond(boundary, close, lambda *same: same, *buffers)
+    def write_state(buffers: Buffers) -> Buffers:
+        new = do_update(buffers)
+        return buffers._replace(inner_state=new.inner_state, noise=new.noise)
+
+    updated = lax.cond(closing.boundary, write_updates, same, buffers)
+    # It asks the first one's flag, and so waits for it.
+    after = lax.cond(updated.has_updated, write_state, same, buffers)
+    return updated._replace(inner_state=after.inner_state, noise=after.noise)
 
 
-def run_in_turn(
-    boundary: jax.Array,
-    collect: Collect,
-    run: Run,
-    write: Write,
-    target: Any,
-    inner_state: Any,
-) -> tuple[jax.Array, Any, Any]:
-    """As `run_at`, but the inner state is computed after the updates.
-
-    There are two branches, and the second waits for the first, whose flag it asks. The
-    inner optimizer is traced in both; XLA removes from each what it does not return,
-    but what updates and state have in common is computed twice, once per window.
-    """
-
-    def updates_only(no, target):
-        updates, _ = run(collect(target), inner_state)
-        return ~no, write(updates, target)
-
-    def state_only(inner_state):
-        _, new_state = run(collect(target), inner_state)
-        return new_state
-
-    updated, new_target = lax.cond(
-        boundary, updates_only, lambda *same: same, jnp.zeros([], bool), target
-    )
-    inner_state = lax.cond(updated, state_only, lambda same: same, inner_state)
-    return updated, new_target, inner_state
-
-
-def rounds(accumulator: Any, updates: Any, inner_state: Any) -> bool:
+def rounds(accumulator: Grads, updates: Updates, inner_state: Tree) -> bool:
     """Whether what the inner optimizer computed is rounded to be kept.
 
     Then a rounded moment and the unrounded one that the updates are computed from are
     live together, and XLA copies every moment unless the updates come first.
     """
 
-    def bits(tree):
-        leaves = jax.tree.leaves(_window.keep_inexact(tree))
+    def bits(tree: Tree) -> list[int]:
+        leaves = jax.tree.leaves(_tree.keep_inexact(tree))
         return [jnp.finfo(x.dtype).bits for x in leaves if x.ndim]
 
     widest = max(bits(accumulator), default=0)
     return any(kept < widest for kept in bits((updates, inner_state)))
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: Params, updates: Updates) -> Params:
     """`optax.apply_updates`, but a parameter without an update stays as it is."""
 
-    def apply(p, u):
-        has_update = u is not None and not _window.is_float0(u)
+    def apply(p: Any, u: Any) -> Any:
+        has_update = u is not None and not _tree.is_float0(u)
         return optax.apply_updates(p, u) if has_update else p
 
     return jax.tree.map(apply, params, updates, is_leaf=lambda x: x is None)
 
 
-class Slots(NamedTuple):
-    """Which update leaves in which accumulator's buffer.
+class Reused(NamedTuple):
+    """Which update leaves in which of the accumulator's buffers.
 
     Attributes:
       shapes: The updates, as a tree of `jax.ShapeDtypeStruct`.
-      homes: For each leaf of `shapes` the index of its slot, or ``None`` where no
-        slot has its path, shape and dtype; it goes out by itself.
+      indices: For each leaf of `shapes` the index of its buffer, or ``None`` where no
+        buffer has its path, shape and dtype; it goes out by itself.
     """
 
-    shapes: Any
-    homes: list[int | None]
+    shapes: Updates
+    indices: list[int | None]
 
     @classmethod
-    def plan(cls, shapes: Any, accumulator: Any) -> "Slots":
-        """Finds a slot in `accumulator` for each leaf of the updates."""
-        slots = {
-            path: (index, slot)
-            for index, (path, slot) in enumerate(
-                jax.tree_util.tree_leaves_with_path(accumulator)
-            )
-        }
+    def plan(cls, shapes: Updates, accumulator: Grads) -> "Reused":
+        """Finds a buffer of `accumulator` for each leaf of the updates."""
+        leaves = jax.tree_util.tree_leaves_with_path(accumulator)
+        buffers = {path: (i, buffer) for i, (path, buffer) in enumerate(leaves)}
 
-        def home(path, update):
-            index, slot = slots.get(path, (None, None))
-            if slot is None or slot.shape != update.shape:
+        def index(path: Any, update: Any) -> int | None:
+            i, buffer = buffers.get(path, (None, None))
+            if buffer is None or buffer.shape != update.shape:
                 return None
-            return index if update.dtype == slot.dtype else None
+            return i if update.dtype == buffer.dtype else None
 
-        leaves = jax.tree_util.tree_leaves_with_path(shapes)
-        return cls(shapes, [home(path, update) for path, update in leaves])
+        updates = jax.tree_util.tree_leaves_with_path(shapes)
+        return cls(shapes, [index(path, update) for path, update in updates])
 
-    def loose(self) -> list[Any]:
-        """Zeros for the updates that have no slot."""
-        pairs = zip(jax.tree.leaves(self.shapes), self.homes, strict=True)
-        return [_zeros(shape) for shape, home in pairs if home is None]
+    def others(self) -> list[jax.Array]:
+        """Zeros for the updates that go out by themselves."""
+        pairs = zip(jax.tree.leaves(self.shapes), self.indices, strict=True)
+        return [_zeros(shape) for shape, index in pairs if index is None]
 
-    def pack(self, updates: Any, accumulator: Any) -> tuple[Any, list[Any]]:
-        """The accumulator with the updates in its slots, and those without one."""
-        slots, structure = jax.tree.flatten(accumulator)
-        loose = []
-        for update, home in zip(jax.tree.leaves(updates), self.homes, strict=True):
-            if home is None:
-                loose.append(update)
+    def write(self, updates: Updates, buffers: Buffers) -> Buffers:
+        """The buffers with the updates in them."""
+        sums, structure = jax.tree.flatten(buffers.sums)
+        others = []
+        for update, index in zip(jax.tree.leaves(updates), self.indices, strict=True):
+            if index is None:
+                others.append(update)
             else:
-                slots[home] = update
-        return jax.tree.unflatten(structure, slots), loose
+                sums[index] = update
+        return buffers._replace(sums=jax.tree.unflatten(structure, sums), out=others)
 
-    def unpack(self, accumulator: Any, loose: list[Any], updated: jax.Array) -> Any:
-        """The updates, or zeros where nothing was `updated`."""
-        slots, rest = jax.tree.leaves(accumulator), iter(loose)
+    def read(self, buffers: Buffers) -> Updates:
+        """The updates, or zeros where nothing was updated."""
+        sums, others = jax.tree.leaves(buffers.sums), iter(buffers.out)
 
-        def take(shape, home):
-            if home is None:
-                return next(rest)
-            return jnp.where(updated, slots[home], jnp.zeros([], shape.dtype))
+        def take(shape: Any, index: int | None) -> jax.Array:
+            if index is None:
+                return next(others)
+            zero = jnp.zeros([], shape.dtype)
+            return jnp.where(buffers.has_updated, sums[index], zero)
 
         shapes, structure = jax.tree.flatten(self.shapes)
-        leaves = [take(*pair) for pair in zip(shapes, self.homes, strict=True)]
+        leaves = [take(*pair) for pair in zip(shapes, self.indices, strict=True)]
         return jax.tree.unflatten(structure, leaves)
 
 
+def write_params(updates: Updates, buffers: Buffers) -> Buffers:
+    """The buffers with the updates added to the parameters."""
+    return buffers._replace(out=apply_updates(buffers.out, updates))
+
+
 def _zeros(shape: Any) -> Any:
-    if _window.is_float0(shape):
+    if _tree.is_float0(shape):
         return np.zeros(shape.shape, dtypes.float0)
-    return _types.zeros_like(shape)
+    return _tree.zeros_like(shape)

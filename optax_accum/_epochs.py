@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from optax_accum import _checks, _meter
+from optax_accum import _validate
+from optax_accum.noise._adaptive_k import AdaptiveK
 
 Batch = TypeVar("Batch")
 
@@ -69,14 +70,15 @@ def with_boundaries(
       2.5
       5.0
     """
-    if callable(every_k) or isinstance(every_k, _meter.AdaptiveK):
+    if callable(every_k) or isinstance(every_k, AdaptiveK):
         raise TypeError(
             "`every_k` must be an int >= 1 or None; got the schedule "
             f"{every_k!r}. A schedule needs the gradient step, which is in the "
             "optimizer's state: give it to `accumulate`, leave it out here, and pass "
             "boundary=True on the epoch's last micro-batch and None on the others"
         )
-    every_k = _checks.size("every_k", every_k)
+    if every_k is not None:
+        every_k = _validate.whole_number("every_k", every_k)
     micro_step = _open_micro_steps(micro_step, every_k)
     try:
         iterator = iter(batches)
@@ -101,7 +103,7 @@ def _look_ahead(
 def _open_micro_steps(value: Any, every_k: int | None) -> int:
     """How many micro-steps the open window has seen, an int >= 0 and < `every_k`."""
     needed = "an int >= 0, how many micro-steps the open window has seen"
-    number = _checks.as_int(value)
+    number = _validate.as_int(value)
     if number is None:
         raise TypeError(
             f"`micro_step` must be {needed}; got {value!r} of type "

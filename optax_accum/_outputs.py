@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _checks, _window
+from optax_accum import _tree, _validate
+from optax_accum._types import Scalar, Tree
 
 
 class Outputs(NamedTuple):
@@ -19,7 +20,7 @@ class Outputs(NamedTuple):
     has_aux: bool
     carry_name: str | None
 
-    def unpack(self, result: Any, carry: Any) -> tuple[jax.Array, Any, Any]:
+    def unpack(self, result: Any, carry: Tree) -> tuple[Scalar, Tree, Tree]:
         """``(value, aux, carry)`` from what `fun` returned for this `carry`.
 
         Raises:
@@ -40,16 +41,16 @@ class Outputs(NamedTuple):
         value = _real_scalar(result)
         if self.carry_name is not None:
             _check_carry(self.carry_name, carry, new_carry)
-        return value, _window.as_arrays(aux), _window.cast_like(new_carry, carry)
+        return value, _tree.as_arrays(aux), _tree.cast_like(new_carry, carry)
 
-    def pack(self, value: Any, aux: Any, carry: Any) -> Any:
+    def pack(self, value: Any, aux: Tree, carry: Tree) -> Any:
         """The reverse of `unpack`."""
         if self.carry_name is None:
             return (value, aux) if self.has_aux else value
         return value, (aux, carry) if self.has_aux else carry
 
 
-def _real_scalar(value: Any) -> jax.Array:
+def _real_scalar(value: Any) -> Scalar:
     """What `fun` returned as its value."""
     if isinstance(value, tuple | list):
         raise TypeError(
@@ -85,9 +86,9 @@ def pair(value: Any, needed: str) -> tuple[Any, Any]:
     )
 
 
-def _check_carry(name: str, carry: Any, new_carry: Any) -> None:
+def _check_carry(name: str, carry: Tree, new_carry: Tree) -> None:
     """Raises where a carry comes out of `fun` in another type than it went in."""
-    _checks.same_structure(
+    _validate.same_structure(
         "carry",
         new_carry,
         name,
@@ -100,10 +101,10 @@ def _check_carry(name: str, carry: Any, new_carry: Any) -> None:
         strict=True,
     )
     for (path, old), new in pairs:
-        types = [_checks.shown_type(x) for x in (old, new)]
+        types = [_validate.shown_type(x) for x in (old, new)]
         if types[0] != types[1]:
             raise TypeError(
-                f"{_checks.named(name, path)} is carried from micro-batch to "
+                f"{_validate.named(name, path)} is carried from micro-batch to "
                 f"micro-batch and must keep its type; it went into `fun` as {types[0]} "
                 f"and came out as {types[1]}"
             )

@@ -293,7 +293,7 @@ def _candidates(batch_size: Any, given: Iterable[int] | None) -> list[int]:
             "`candidates` must be several numbers of micro-batches; got "
             f"{given!r} of type {type(given).__name__}"
         )
-    numbers = sorted({_checks.count("candidates", n) for n in given})
+    numbers = sorted({_validate.whole_number("candidates", n) for n in given})
     if not numbers:
         raise ValueError("`candidates` is empty; at least one number is needed")
     wrong = [n for n in numbers if size is not None and size % n]

@@ -1,16 +1,17 @@
-"""Predicates that reject a micro-batch."""
+"""Rejecting micro-batches. What is rejected has weight 0, and is counted."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _window
+from optax_accum import _tree
+from optax_accum._types import Grads, Params, Scalar, Skip, Tree
 
 
 def skip_not_finite(
-    updates: Any, gradient_step: Any = None, params: Any = None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    updates: Grads, gradient_step: Any = None, params: Params = None
+) -> tuple[Scalar, dict[str, Scalar]]:
     """Rejects a micro-batch whose gradient holds a NaN or an infinity.
 
     The same answer as `optax.skip_not_finite` and the same signature, for a fraction
@@ -34,7 +35,7 @@ def skip_not_finite(
       True
     """
     del gradient_step, params
-    leaves = jax.tree.leaves(_window.keep_inexact(updates))
+    leaves = jax.tree.leaves(_tree.keep_inexact(updates))
     parts = [part for g in leaves for part in _real_parts(jnp.asarray(g))]
     # A NaN wins every maximum, and is not less than infinity.
     finite = [jnp.max(jnp.abs(part), initial=0) < jnp.inf for part in parts]
@@ -46,4 +47,37 @@ def _real_parts(g: jax.Array) -> tuple[jax.Array, ...]:
     """Real arrays that are finite where `g` is, in a dtype that has an infinity."""
     if jnp.iscomplexobj(g):  # Its absolute value overflows before its parts do.
         return g.real, g.imag
-    return (g.astype(_window.at_least_float32(g.dtype)),)
+    return (_tree.widened(g),)
+
+
+def ask(
+    skip: Skip | None, grads: Grads, gradient_step: Any, params: Params
+) -> tuple[Any, Tree]:
+    """Whether to reject a micro-batch, and the predicate's info; ``()`` without one.
+
+    Raises:
+      TypeError: `skip` returned something else than ``(bool scalar, info)``.
+    """
+    if skip is None:
+        return False, ()
+    result = skip(grads, gradient_step, params)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise TypeError(
+            "`skip` must return (bool scalar, info), as Optax's predicates do; got "
+            f"{type(result).__name__}"
+        )
+    should_skip, info = jnp.asarray(result[0]), result[1]
+    if should_skip.shape != () or should_skip.dtype != bool:
+        raise TypeError(
+            "`skip` must return (bool scalar, info); its first item has shape "
+            f"{should_skip.shape} and dtype {should_skip.dtype}. Reduce it with "
+            "jnp.any or jnp.all"
+        )
+    return should_skip, info
+
+
+def initial_info(skip: Skip | None, params: Params) -> Tree:
+    """Zeros of the type that `skip` returns as its info."""
+    grads, step = _tree.keep_inexact(params), jnp.zeros([], jnp.int32)
+    info = jax.eval_shape(lambda *args: ask(skip, *args)[1], grads, step, params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)

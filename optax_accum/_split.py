@@ -1,12 +1,12 @@
-"""How a batch is split into micro-batches, and how their outputs are put together.
+"""How a batch is split into micro-batches.
 
-``B`` examples, ``K`` micro-batches of ``M`` and, where M does not divide B, a tail of
+``B`` examples, ``K`` micro-batches of ``M`` and, if M does not divide B, a remainder of
 the last ``B - K·M``.
 
-Without a tail the split is strided: micro-batch i holds the examples i, i + K,
+Without a remainder the split is strided: micro-batch i holds the examples i, i + K,
 i + 2K, ... A batch that is sharded over devices is then split where it lies, and every
 device works on every micro-batch; contiguous parts would have to be gathered first.
-With a tail the parts are contiguous, because leaving out the tail would copy the rest.
+With a remainder the parts are contiguous: leaving it out would copy the rest.
 
 Micro-batches are cut out inside the loop. Scanning over a transposed batch would hold
 a copy of it.
@@ -19,23 +19,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _checks, _types
+from optax_accum import _tree, _validate
+from optax_accum._types import Batch, Scalar
 
 
 class Split(NamedTuple):
-    """A batch of ``B = whole * size + tail`` examples, along `axis`."""
+    """A batch of ``B = whole * size + remainder`` examples, along `axis`."""
 
-    whole: int  # K, without the tail
+    whole: int  # K, without the remainder
     size: int  # M
-    tail: int
+    remainder: int
     axis: int
 
-    def take(self, batch: Any, index: jax.Array) -> Any:
+    @property
+    def count(self) -> int:
+        """The number of micro-batches, a smaller last one counted."""
+        return self.whole + bool(self.remainder)
+
+    @property
+    def examples(self) -> int:
+        """B."""
+        return self.whole * self.size + self.remainder
+
+    def take(self, batch: Batch, index: Scalar) -> Batch:
         """The whole micro-batch at `index`: arrays ``[B, ...]`` become ``[M, ...]``."""
 
-        def take_leaf(x):
+        def take_leaf(x: jax.Array) -> jax.Array:
             axis = self.axis % x.ndim
-            if self.tail:
+            if self.remainder:
                 start = index * self.size
                 return lax.dynamic_slice_in_dim(x, start, self.size, axis)
             shape = *x.shape[:axis], self.size, self.whole, *x.shape[axis + 1 :]
@@ -45,25 +56,18 @@ class Split(NamedTuple):
 
         return jax.tree.map(take_leaf, batch)
 
-    def take_tail(self, batch: Any) -> Any:
+    def take_remainder(self, batch: Batch) -> Batch:
         """The examples after the last whole micro-batch."""
 
-        def take_leaf(x):
+        def take_leaf(x: jax.Array) -> jax.Array:
             axis = self.axis % x.ndim
             return lax.slice_in_dim(x, self.whole * self.size, None, axis=axis)
 
         return jax.tree.map(take_leaf, batch)
 
-    def join(self, parts: jax.Array, tail: jax.Array | None) -> jax.Array:
-        """``[K, M, ...]`` and the tail's ``[B - K·M, ...]`` in the batch's order."""
-        examples = self.whole * self.size, *parts.shape[2:]
-        if tail is None:
-            return parts.swapaxes(0, 1).reshape(examples)
-        return jnp.concatenate([parts.reshape(examples), tail])
-
 
 def plan(
-    batch: list[Any],
+    batch: list[Batch],
     names: list[str],
     axis: int,
     num_microbatches: int | None,
@@ -79,7 +83,7 @@ def plan(
         that does not go with their number.
     """
     leaves = [
-        (_checks.named(argument, path), leaf)
+        (_validate.named(argument, path), leaf)
         for argument, tree in zip(names, batch, strict=True)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
@@ -109,7 +113,7 @@ def plan(
 
 
 def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, int]:
-    """``(whole, size, tail)`` on each device, which has `own` examples."""
+    """``(whole, size, remainder)`` on each device, which has `own` examples."""
     if size > own * shards:
         raise ValueError(
             f"`microbatch_size={size}` is more than the batch has: {holds}. Use at "
@@ -122,12 +126,12 @@ def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, in
             f"each needs as many examples of every micro-batch: {holds}. Use a "
             f"multiple of {shards} up to {own * shards}"
         )
-    whole, tail = divmod(own, size // shards)
-    return whole, size // shards, tail
+    whole, remainder = divmod(own, size // shards)
+    return whole, size // shards, remainder
 
 
 def _by_number(number: int, own: int, shards: int, holds: str) -> tuple[int, int, int]:
-    """``(whole, size, tail)`` on each device, which has `own` examples."""
+    """``(whole, size, remainder)`` on each device, which has `own` examples."""
     if own % number:
         divisors = [n for n in range(1, own + 1) if own % n == 0]
         each = f", {own} on each of {shards} devices" if shards > 1 else ""
@@ -165,9 +169,9 @@ def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
 def _check_sharding(leaves: list[tuple[str, Any]], split: Split, devices: int) -> None:
     """Raises where an explicit mesh cannot hold a micro-batch."""
     for name, leaf in leaves:
-        axes = _types.as_tuple(_types.spec(leaf)[split.axis % leaf.ndim])
+        axes = _tree.axes_of(_tree.spec(leaf)[split.axis % leaf.ndim])
         shards = math.prod(jax.typeof(leaf).sharding.mesh.shape[a] for a in axes)
-        for size in (split.size * devices, split.tail * devices):
+        for size in (split.size * devices, split.remainder * devices):
             if size % shards:
                 raise ValueError(
                     f"{name} is sharded over {shards} devices "

@@ -1,65 +1,77 @@
-"""The state of `accumulate`."""
+"""The state of `accumulate`, the queries that find it, and the way from `MultiSteps`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from optax_accum import _tree, _validate, _window
+from optax_accum._types import Grads, Reduction, Scalar, Tree
+from optax_accum._window import Window
 
 
 class AccumulateState(NamedTuple):
     """The state of `accumulate`; a pytree that any checkpointer saves as it is.
 
-    `weight`, `value` and `acc_grads` are sums over the open window, and mean it only
-    while ``micro_step > 0``. At a boundary `weight` and `value` stay those of the
-    window that it closes, until the next one's first micro-step; what `acc_grads`
-    holds then is left open, because its memory is used for the updates.
+    The sums in `window` are those of the open window only while ``micro_step > 0``. At a
+    boundary `window.weight` and `window.value` stay those of the window that it closes,
+    until the next one's first micro-step; what `window.grads` holds then is undefined,
+    because the updates use its memory.
 
-    Across devices (`axis_name`), `skipped`, `weight`, `value`, `skip_state`,
-    `acc_grads` and the sums in `noise_scale` are each device's own; the rest is the
-    same everywhere.
+    Across devices (`axis_name`), `window` and `skip_state` are each device's own; the
+    rest is the same everywhere.
 
     Attributes:
       micro_step: ``i32[]``, how many micro-steps the open window has seen.
       gradient_step: ``i32[]``, how many updates the inner optimizer has made.
-      emitted: ``bool[]``, whether the last micro-step made an update.
-      skipped: ``i32[]``, how many micro-batches `skip` has rejected so far.
-      weight: ``f32[]``, the sum of the weights (``f64[]`` where a parameter has
-        double precision).
-      value: as `weight`, the sum of the values, weighted as the gradients are. With
-        ``reduction="mean"``, ``value / weight`` is the window's mean loss.
-      skip_state: what `skip` returned beside its decision; ``()`` without `skip`.
-      noise_scale: ``()``, or where `accumulate` measures it: ``sums`` over the open
-        window, ``squares: f32[]`` and ``samples: i32[]``; the ``estimate``, an
-        `oa.NoiseScale`; and ``k: i32[]``, what `oa.adaptive_k` has chosen for the
-        open window, or ``()``.
-      acc_grads: the sum of the gradients, in the parameters' structure, shapes and
-        at least float32; ``None`` for leaves that pass through, and ``()`` where
-        ``every_k=1`` needs no accumulator.
-      inner_state: the inner optimizer's state.
+      has_updated: ``bool[]``, whether the last micro-step made an update.
+      window: The sums, an `oa.Window`. Its ``grads`` are ``()`` with ``every_k=1``,
+        which needs no accumulator.
+      skip_state: What `skip` returned besides its decision; ``()`` without `skip`.
+      noise: ``()``, or where `accumulate` measures the noise scale: the ``estimate``,
+        an `oa.noise.NoiseScale`, and ``k: i32[]``, what `oa.noise.adaptive_k` has
+        chosen for the open window, or ``()``.
+      inner_state: The inner optimizer's state.
     """
 
-    micro_step: jax.Array
-    gradient_step: jax.Array
-    emitted: jax.Array
-    skipped: jax.Array
-    weight: jax.Array
-    value: jax.Array
-    skip_state: Any
-    noise_scale: Any
-    acc_grads: Any
-    inner_state: Any
+    micro_step: Scalar
+    gradient_step: Scalar
+    has_updated: Scalar
+    window: Window
+    skip_state: Tree
+    noise: Tree
+    inner_state: Tree
 
 
-def states_in(tree: Any) -> list[AccumulateState]:
+# --- Finding it in other states ---
+
+
+def find(opt_state: Tree) -> AccumulateState:
+    """The one `AccumulateState` in `opt_state`; raises where there is none or more."""
+    if isinstance(opt_state, AccumulateState):
+        return opt_state
+    found = _nested_states_in(opt_state)
+    if not found:
+        raise _none_in(opt_state)
+    if len(found) > 1:
+        raise ValueError(
+            f"`opt_state` holds {len(found)} states of `optax_accum.accumulate`, and "
+            "each has an answer of its own. Pass the `AccumulateState` that you mean"
+        )
+    return found[0]
+
+
+def states_in(tree: Tree) -> list[AccumulateState]:
     """The outermost `AccumulateState`s in `tree`."""
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
 
 
 def map_states(
-    opt_state: Any,
+    opt_state: Tree,
     function: Callable[[AccumulateState], Any],
     otherwise: Callable[[Any], Any],
-) -> Any:
+) -> Tree:
     """`opt_state` with `function` of each outermost `AccumulateState` in it.
 
     All other leaves become ``otherwise(leaf)``.
@@ -68,7 +80,7 @@ def map_states(
       ValueError: There is none.
     """
     if not states_in(opt_state):
-        raise none_in(opt_state)
+        raise _none_in(opt_state)
     return jax.tree.map(
         lambda node: function(node) if _is_state(node) else otherwise(node),
         opt_state,
@@ -76,8 +88,26 @@ def map_states(
     )
 
 
-def none_in(opt_state: Any) -> ValueError:
-    """What to raise where there is no `AccumulateState`."""
+def plain_arrays(tree: Tree) -> Tree:
+    """The arrays in `tree`, also out of what holds one and is a tree itself.
+
+    Such are the variables in which NNX keeps an optimizer's state.
+    """
+    return jax.tree.map(
+        jnp.asarray, tree, is_leaf=lambda x: hasattr(x, "__jax_array__")
+    )
+
+
+def _nested_states_in(tree: Tree) -> list[AccumulateState]:
+    found = states_in(tree)
+    return found + [x for state in found for x in _nested_states_in(state.inner_state)]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, AccumulateState)
+
+
+def _none_in(opt_state: Tree) -> ValueError:
     return ValueError(
         "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
         f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "
@@ -85,5 +115,177 @@ def none_in(opt_state: Any) -> ValueError:
     )
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, AccumulateState)
+# --- Queries ---
+
+
+def has_updated(opt_state: Tree) -> Scalar:
+    """Whether the last micro-step made an update: the moment to log or evaluate.
+
+    False on every micro-step that updated nothing: inside a window, at a boundary
+    whose weights were all 0, on a skipped micro-step after an update.
+
+    Args:
+      opt_state: An `AccumulateState`, or any tree with one in it: the state of
+        `optax.chain`, `optax.inject_hyperparams`, a Flax ``TrainState``, ...
+
+    Returns:
+      ``bool[]``.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = optax.chain(optax.zero_nans(), oa.accumulate(optax.sgd(0.1), 2))
+      >>> params = jnp.zeros(3)
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     _, state = tx.update(jnp.ones(3), state, params)
+      ...     print(oa.has_updated(state), oa.micro_step(state))
+      False 1
+      True 0
+      False 1
+      True 0
+    """
+    return jnp.asarray(find(opt_state).has_updated)
+
+
+def micro_step(opt_state: Tree) -> Scalar:
+    """How many micro-steps the open window has seen, ``i32[]``; see `has_updated`."""
+    return jnp.asarray(find(opt_state).micro_step)
+
+
+def gradient_step(opt_state: Tree) -> Scalar:
+    """How many updates the inner optimizer has made, ``i32[]``; see `has_updated`."""
+    return jnp.asarray(find(opt_state).gradient_step)
+
+
+def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
+    """The gradient of the open window so far: what closing it now would give.
+
+    Across devices (`axis_name`), of this device's part of the window.
+
+    Args:
+      opt_state: As in `has_updated`.
+      reduction: What `accumulate` was given.
+
+    Returns:
+      A tree like the parameters, in the accumulator's dtypes; zeros where the window
+      is empty, ``None`` for leaves that are not accumulated.
+
+    Raises:
+      ValueError: As `has_updated`; an unknown `reduction`; `accumulate` with
+        ``every_k=1``, which keeps no accumulator; a stack of states, as `jax.pmap`
+        has them.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> print(oa.accumulated(state))
+      [0. 0.]
+      >>> _, state = tx.update(jnp.array([1.0, 2.0]), state, params, weight=3)
+      >>> _, state = tx.update(jnp.array([5.0, 2.0]), state, params, weight=1)
+      >>> print(oa.accumulated(state))
+      [2. 2.]
+    """
+    _validate.one_of("reduction", reduction, _window.REDUCTIONS)
+    state = find(opt_state)
+    window = state.window
+    if isinstance(window.grads, tuple) and window.grads == ():
+        raise ValueError(
+            "`opt_state` holds no accumulator, because `accumulate` was given "
+            "`every_k=1`: every micro-step's gradient goes straight to the optimizer"
+        )
+    if jnp.ndim(window.weight):
+        raise ValueError(
+            f"`opt_state` is a stack of {jnp.shape(window.weight)} windows. If they are "
+            "those of several devices, sum them: oa.accumulated(oa.sharding.sum_windows"
+            "(opt_state)). Where all else is stacked too, as by jax.pmap and jax.vmap, "
+            "jax.vmap(oa.accumulated)(opt_state) asks each of them"
+        )
+    is_open = jnp.asarray(state.micro_step) > 0
+    sums, weight = plain_arrays(window.grads), jnp.asarray(window.weight)
+    return jax.tree.map(
+        lambda g: jnp.where(is_open, g, jnp.zeros([], g.dtype)),
+        _window.divide(sums, weight, reduction),
+    )
+
+
+# --- From Optax ---
+
+
+def from_multi_steps(
+    multi_steps_state: Tree, *, use_grad_mean: bool = True
+) -> AccumulateState:
+    """The state of `accumulate` in which a running `optax.MultiSteps` goes on.
+
+    An open window continues where it was: a running mean over n micro-steps, times
+    n, is their sum.
+
+        S = n · ḡ,  W = n
+
+    Args:
+      multi_steps_state: An `optax.MultiStepsState`, restored or live. Its accumulator
+        keeps its dtype.
+      use_grad_mean: What `optax.MultiSteps` was given. Where it is ``False``, use
+        ``accumulate(..., reduction="sum")``.
+
+    Returns:
+      The state for ``accumulate(inner, every_k)`` with the same inner optimizer and
+      the same k; with ``skip`` and ``on_skip="wait"`` if there was a
+      ``should_skip_update_fn``. `window.skipped` starts from 0, and so does `window.value`.
+
+    Raises:
+      TypeError: `multi_steps_state` is not an `optax.MultiStepsState`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> params = jnp.zeros(2)
+      >>> old = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
+      >>> _, old_state = old.update(jnp.array([1.0, 3.0]), old.init(params), params)
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
+      >>> state = oa.from_multi_steps(old_state)
+      >>> updates, state = tx.update(jnp.array([3.0, 3.0]), state, params)
+      >>> print(updates)
+      [-2. -3.]
+    """
+    # By its fields, not its class: a checkpoint may bring back a look-alike.
+    fields = (
+        "mini_step",
+        "gradient_step",
+        "inner_opt_state",
+        "acc_grads",
+        "skip_state",
+    )
+    missing = [name for name in fields if not hasattr(multi_steps_state, name)]
+    if missing:
+        raise TypeError(
+            "`multi_steps_state` must be an `optax.MultiStepsState`; got "
+            f"{type(multi_steps_state).__name__}, without `{missing[0]}`. Inside a "
+            "chain, convert the one element that is a MultiStepsState"
+        )
+    old = multi_steps_state
+    count = jnp.asarray(old.mini_step, jnp.int32)
+    gradient_step = jnp.asarray(old.gradient_step, jnp.int32)
+    weight = count.astype(_tree.scalar_dtype(old.acc_grads))
+
+    def as_sum(mean: jax.Array) -> jax.Array:
+        return mean * weight.astype(mean.dtype) if use_grad_mean else mean
+
+    return AccumulateState(
+        micro_step=count,
+        gradient_step=gradient_step,
+        has_updated=(count == 0) & (gradient_step > 0),
+        window=Window(
+            grads=jax.tree.map(as_sum, old.acc_grads),
+            value=jnp.zeros_like(weight),
+            weight=weight,
+            skipped=jnp.zeros([], jnp.int32),
+            noise=_window.NoNoiseSums(),
+        ),
+        skip_state=old.skip_state,
+        noise=(),
+        inner_state=old.inner_opt_state,
+    )

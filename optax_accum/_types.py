@@ -1,72 +1,36 @@
-"""What JAX's types say of an array beside its shape and dtype.
+"""The names of what is passed around."""
 
-On an Explicit mesh they say how it is sharded. Under ``check_vma=True`` `jax.shard_map`
-knows over which axes of the mesh it *varies*, that is, may differ between devices.
-"""
-
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+Tree = Any  # a pytree
+Params = Tree
+Grads = Tree  # built like the parameters
+Updates = Tree  # built like the parameters
+Batch = Tree  # of arrays that share one axis: the examples
+Specs = Tree  # of `jax.sharding.PartitionSpec`
+
+Scalar = jax.Array  # of shape ()
+DType = Any  # whatever `jnp.dtype` takes
+AxisName = Hashable | tuple[Hashable, ...]
+AnyMesh = Mesh | AbstractMesh
+
+Reduction = Literal["mean", "ratio", "sum"]
+Schedule = Callable[[jax.Array], Any]  # ``gradient_step -> number``
 
 
-def varying(x: Any) -> frozenset:
-    """The axes over which an array, or the shape of one, is known to vary."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x.manual_axis_type.varying if x.manual_axis_type else frozenset()
-    return jax.typeof(x).mat.varying
+class Skip(Protocol):
+    """Rejects micro-batches: `oa.skip_not_finite`, Optax's predicates, or a user's own.
 
-
-def vary_over(axes: frozenset, x: Any) -> Any:
-    """`x` cast to vary over `axes` as well."""
-    missing = tuple(sorted(axes - varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def vary_like(tree: Any, *others: Any) -> Any:
-    """`tree` as something that varies over all the axes that one of `others` does.
-
-    The first value that goes round a `lax.scan` must vary as the later ones do.
+    It is called as ``skip(grads, gradient_step, params)`` with one micro-batch's
+    gradients, and returns ``(should_skip, info)``: a ``bool[]``, and a tree of arrays
+    that is always built alike. `gradient_step` is ``None`` inside `value_and_grad`.
     """
-    axes = frozenset().union(*map(varying, others))
-    return jax.tree.map(lambda x: vary_over(axes, x), tree)
 
-
-def chosen(x: jax.Array, is_chosen: jax.Array, total: Callable[[Any], Any]) -> Any:
-    """The part of `x` for which `is_chosen` holds, as a `total` of it and of zeros.
-
-    `is_chosen` has the first axes of `x`, or none. Booleans and keys can be chosen too.
-    """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = chosen(jax.random.key_data(x), is_chosen, total)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    numbers = x.astype(jnp.int32) if x.dtype == bool else x
-    is_chosen = is_chosen.reshape(*is_chosen.shape, *[1] * (x.ndim - is_chosen.ndim))
-    # Selected, and not multiplied: the rest may be NaN.
-    part = jnp.where(is_chosen, numbers, jnp.zeros([], numbers.dtype))
-    return total(part).astype(x.dtype)
-
-
-def spec(x: Any) -> list[Any]:
-    """The axes of an Explicit mesh over which `x` is sharded, one entry per axis."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    given = () if sharding is None else sharding.spec
-    return [*given, *[None] * (jnp.ndim(x) - len(given))]
-
-
-def as_tuple(part: Any) -> tuple[Any, ...]:
-    """The axes in one entry of a spec."""
-    if part is None:
-        return ()
-    return part if isinstance(part, tuple) else (part,)
-
-
-def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
-    """Zeros like an array, or like the shape of one, sharded and varying as it is."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.zeros_like(x, dtype=dtype)
-    # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
-    zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
-    return vary_over(varying(x), zeros)
+    def __call__(
+        self, grads: Grads, gradient_step: Any, params: Params, /
+    ) -> tuple[Any, Tree]:
+        """Whether to reject the micro-batch, and what to remember of it."""

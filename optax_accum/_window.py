@@ -1,7 +1,7 @@
-"""The arithmetic of a window: a sum of gradients and a sum of weights.
+"""The arithmetic of a window: a sum of gradients S and a sum of weights W.
 
-A window carries ``(S, W)``. Every micro-batch adds to both; the boundary divides
-once. With ``g_i`` the gradient and ``w_i`` the weight of micro-batch ``i``:
+Every micro-batch adds to both, and the boundary divides once. With ``g_i`` the gradient
+and ``w_i`` the weight of micro-batch ``i``:
 
 =========  ===========  =======  ===========================================
 reduction  S            result   for
@@ -11,117 +11,48 @@ reduction  S            result   for
 "sum"      Σ g_i        S        the plain sum
 =========  ===========  =======  ===========================================
 
-Padding, token masks, a ragged last micro-batch, a skipped micro-batch and an
-early close are all nothing but weights. A weight of 0 contributes nothing, even
-where its gradient is NaN or inf, so zeros are *selected*: 0 * NaN is NaN.
+Padding, token masks, ragged and rejected micro-batches, and an early close are all
+handled by weights. A weight of 0 contributes nothing, even where its gradient is NaN or
+inf, so zeros are *selected*: 0 * NaN is NaN.
 
 Plain sums, not a running mean: the mean costs a subtraction per element and
 keeps the addition from fusing into what computed the gradient.
 
-Shapes: every function here takes trees whose leaves are floating or complex
-arrays of any shape, and scalars ``f32[]`` for weights.
+Both ways of accumulating keep their books in a `Window`: `accumulate` in its state,
+`value_and_grad` in the carry of its loop.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes, lax
 
-from optax_accum import _types
+from optax_accum import _tree
+from optax_accum._types import DType, Grads, Reduction, Scalar, Tree
 
-Reduction = Literal["mean", "ratio", "sum"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-
-Tree = Any
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 
-def dtype_of(leaf: Any) -> Any:
-    """The dtype that `leaf` has in JAX: a NumPy float64 is a float32 to it."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype == dtypes.float0:
-        return leaf.dtype
-    is_jax = hasattr(leaf, "dtype") and not isinstance(leaf, np.ndarray | np.generic)
-    return leaf.dtype if is_jax else jnp.result_type(leaf)
+def zeros(tree: Tree, dtype: DType = None) -> Tree:
+    """An empty sum for gradients like `tree`, each leaf an array of its own.
 
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether `leaf` is floating or complex: the leaves that are accumulated."""
-    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
-
-
-def is_float0(leaf: Any) -> bool:
-    """Whether `leaf` is the gradient that JAX gives an integer parameter."""
-    return dtype_of(leaf) == dtypes.float0
-
-
-def keep_inexact(tree: Tree) -> Tree:
-    """`tree` with ``None`` in place of the leaves that are not accumulated."""
-    return jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
-
-
-def fill_inexact(tree: Tree, accumulated: Tree) -> Tree:
-    """`tree` with its inexact leaves replaced, in order, by those of `accumulated`."""
-    leaves = iter(jax.tree.leaves(accumulated))
-    return jax.tree.map(lambda x: next(leaves) if is_inexact(x) else x, tree)
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The default accumulator dtype: float32, or `dtype` where that is wider.
-
-    In bfloat16 ones sum to 256 and stay there. Integers are counts, and stay.
+    In at least float32, unless `dtype` says otherwise.
     """
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return dtype
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
-
-
-def zeros(tree: Tree, dtype: Any = None) -> Tree:
-    """An empty sum for gradients like `tree`, each leaf an array of its own."""
     return jax.tree.map(
-        lambda x: _types.zeros_like(x, dtype or at_least_float32(dtype_of(x))),
-        keep_inexact(tree),
+        lambda x: _tree.zeros_like(
+            x, dtype or _tree.at_least_float32(_tree.dtype_of(x))
+        ),
+        _tree.keep_inexact(tree),
     )
 
 
-def weight_dtype(tree: Tree) -> Any:
-    """float32, or float64 where `tree` holds double precision."""
-    bits = [jnp.finfo(dtype_of(x)).bits for x in jax.tree.leaves(keep_inexact(tree))]
-    return jnp.dtype("float64" if 64 in bits else "float32")
+def contributions(tree: Tree, weight: Scalar, reduction: Reduction) -> Tree:
+    """What a micro-batch adds to S, in at least float32: nothing where `weight` is 0."""
 
-
-def as_arrays(tree: Tree) -> Tree:
-    """`tree` with its Python scalars as arrays."""
-    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
-
-
-def cast_like(tree: Tree, like: Tree) -> Tree:
-    """`tree` in the dtypes of `like`, none of them weak.
-
-    A weak type would become a strong one in the next update, and compile it anew.
-    """
-
-    def cast(x, target):
-        if x.dtype == target.dtype and not getattr(x, "weak_type", False):
-            return x
-        return lax.convert_element_type(x, target.dtype)
-
-    return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
-
-
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    return x * factor.astype(x.dtype)
-
-
-def contributions(tree: Tree, weight: jax.Array, reduction: str) -> Tree:
-    """What a micro-batch's gradients add to S: nothing where `weight` is 0."""
-
-    def contribution(x):
-        x = jnp.asarray(x)
-        # At least float32: a weight of 301 is no bfloat16.
-        x = x.astype(at_least_float32(x.dtype))
+    def contribution(x: Any) -> jax.Array:
+        x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
         if reduction == "mean":
-            x = _scaled(x, weight)
+            x = x * weight.astype(x.dtype)
         return jnp.where(weight != 0, x, jnp.zeros([], x.dtype))
 
     return jax.tree.map(contribution, tree)
@@ -130,23 +61,23 @@ def contributions(tree: Tree, weight: jax.Array, reduction: str) -> Tree:
 def add(
     sums: Tree,
     tree: Tree,
-    weight: jax.Array,
-    reduction: str,
+    weight: Scalar,
+    reduction: Reduction,
     *,
-    first: jax.Array | None = None,
+    first: Scalar | None = None,
 ) -> Tree:
     """S with one more micro-batch in it, in the dtypes of `sums`.
 
-    On the `first` micro-step of a window, if it is told, the sums start anew. That
-    is a select, and the only thing that clears a window: no buffer is rewritten with
-    zeros, and a NaN never outlives its window.
+    On the `first` micro-step of a window the sums start again. That select is the only
+    thing that clears a window: no buffer is rewritten with zeros, and a NaN never
+    outlives its window.
     """
 
-    def add_leaf(s, x):
+    def add_leaf(s: jax.Array, x: Any) -> jax.Array:
         # A narrow accumulator is rounded once, after the addition.
-        wide = at_least_float32(s.dtype)
-        x = contributions(jnp.asarray(x).astype(wide), weight, reduction)
-        total = s.astype(wide) + x
+        wide = _tree.widened(s)
+        x = contributions(jnp.asarray(x).astype(wide.dtype), weight, reduction)
+        total = wide + x
         if first is not None:
             total = jnp.where(first, x, total)
         return total.astype(s.dtype)
@@ -154,8 +85,8 @@ def add(
     return jax.tree.map(add_leaf, sums, tree)
 
 
-def close(sums: Tree, weight: jax.Array, reduction: str) -> Tree:
-    """The window's result: S / W, or S for ``"sum"``; zeros where W is 0."""
+def divide(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
+    """The result: S / W, or S for ``"sum"``; zeros where W is 0."""
     if reduction == "sum":
         return sums
     # The reciprocal, once per window: a division by a traced scalar does not
@@ -163,7 +94,159 @@ def close(sums: Tree, weight: jax.Array, reduction: str) -> Tree:
     empty = weight == 0
     reciprocal = jnp.where(empty, 0, 1 / jnp.where(empty, 1, weight))
 
-    def mean(s):
-        return _scaled(s.astype(at_least_float32(s.dtype)), reciprocal).astype(s.dtype)
+    def mean(s: jax.Array) -> jax.Array:
+        wide = _tree.widened(s)
+        return (wide * reciprocal.astype(wide.dtype)).astype(s.dtype)
 
     return jax.tree.map(mean, sums)
+
+
+class NoiseSums(NamedTuple):
+    """What the noise scale is estimated from.
+
+    Attributes:
+      squares: ``f32[]``, Σ wᵢ·‖gᵢ‖² with gᵢ the gradient of a mean over wᵢ.
+      samples: ``i32[]``, how many micro-batches had any weight.
+    """
+
+    squares: Scalar
+    samples: Scalar
+
+    @classmethod
+    def empty(cls, dtype: DType) -> "NoiseSums":
+        """Of no micro-batch."""
+        return cls(jnp.zeros([], dtype), jnp.zeros([], jnp.int32))
+
+    def add(
+        self, grads: Grads, weight: Scalar, reduction: Reduction, first: Scalar | None
+    ) -> "NoiseSums":
+        """With one more micro-batch in them."""
+        square = _tree.squared_norm(grads, self.squares.dtype)
+        if reduction != "mean":
+            # The gradient of a sum over w is w times that of the mean.
+            square = square / jnp.where(weight == 0, 1, weight) ** 2
+        one = jnp.ones([], self.samples.dtype)
+        return NoiseSums(
+            add(self.squares, square, weight, "mean", first=first),
+            add(self.samples, one, weight, "sum", first=first),
+        )
+
+
+class NoNoiseSums(NamedTuple):
+    """In the place of `NoiseSums` where the noise scale is not measured."""
+
+    def add(self, *args: Any) -> "NoNoiseSums":
+        """Nothing to add to."""
+        del args
+        return self
+
+
+class Devices(Protocol):
+    """What a window needs to know of the devices that share it."""
+
+    def sum(self, grads: Grads, rest: Tree) -> tuple[Grads, Tree]:
+        """The sums over all devices, of the gradients and of everything else."""
+
+
+class Window(NamedTuple):
+    """The sums over the micro-batches of a window.
+
+    Across devices each device has its own, until the boundary sums them.
+
+    Attributes:
+      grads: S, in the parameters' structure and shapes and at least float32; ``None``
+        for leaves that are not accumulated.
+      value: ``f32[]``, the sum of the losses, weighted as the gradients are
+        (``f64[]`` in double precision). With ``reduction="mean"``, ``value / weight``
+        is the window's mean loss.
+      weight: W, ``f32[]`` or ``f64[]``.
+      skipped: ``i32[]``, how many micro-batches were rejected. `accumulate` keeps
+        counting from window to window.
+      noise: ``squares: f32[]`` and ``samples: i32[]``, from which the noise scale is
+        estimated; ``()`` where it is not measured.
+    """
+
+    grads: Grads
+    value: Scalar
+    weight: Scalar
+    skipped: Scalar
+    noise: NoiseSums | NoNoiseSums
+
+    @classmethod
+    def empty(
+        cls,
+        grads: Grads,
+        value: Any,
+        weight: Any,
+        *,
+        accumulator_dtype: DType = None,
+        measure_noise: bool = False,
+    ) -> "Window":
+        """A window without micro-batches.
+
+        Args:
+          grads: Arrays, or shapes, like the gradients that are to be added.
+          value: Like the losses.
+          weight: Like the weights.
+          accumulator_dtype: Of S. By default at least float32.
+          measure_noise: Whether to measure the noise scale.
+        """
+        noise: NoiseSums | NoNoiseSums = NoNoiseSums()
+        if measure_noise:
+            leaves = jax.tree.leaves(_tree.keep_inexact(grads))
+            noise = NoiseSums.empty(_tree.dtype_of(weight))
+            noise = _tree.vary_like(noise, weight, *leaves)
+        return cls(
+            grads=_tree.vary_like(zeros(grads, accumulator_dtype), weight),
+            value=_tree.vary_like(zeros(value), weight),
+            weight=_tree.zeros_like(weight),
+            skipped=_tree.zeros_like(weight, jnp.int32),
+            noise=noise,
+        )
+
+    def add(
+        self,
+        grads: Grads,
+        value: Any,
+        weight: Scalar,
+        *,
+        reduction: Reduction,
+        rejected: Any = False,
+        first: Scalar | None = None,
+        relative_to: int = 1,
+    ) -> "Window":
+        """With one more micro-batch in it.
+
+        Args:
+          grads: Its gradient, with ``None`` for what is not accumulated.
+          value: Its loss.
+          weight: Its weight. What has weight 0 contributes nothing; `add` selects.
+          reduction: How it counts.
+          rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
+          first: ``bool[]``, whether it is the first of its window, and clears it.
+          relative_to: What a weight of 1 stands for in S, so that equal micro-batches
+            are multiplied by nothing. `result` must be told the same.
+        """
+        relative = weight / relative_to if relative_to != 1 else weight
+        return Window(
+            grads=add(self.grads, grads, relative, reduction, first=first),
+            value=add(self.value, value, relative, reduction, first=first),
+            weight=add(self.weight, weight, weight, "sum", first=first),
+            skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
+            noise=self.noise.add(grads, weight, reduction, first),
+        )
+
+    def over_devices(self, devices: Devices) -> "Window":
+        """The window of all devices: the one place where they exchange anything."""
+        # In one dtype, so that everything is exchanged at once.
+        rest = self._replace(grads=())
+        in_one_dtype = jax.tree.map(lambda x: x.astype(self.weight.dtype), rest)
+        grads, total = devices.sum(self.grads, in_one_dtype)
+        return _tree.cast_like(total, rest)._replace(grads=grads)
+
+    def result(
+        self, reduction: Reduction, *, relative_to: int = 1
+    ) -> tuple[Scalar, Grads]:
+        """Value and gradient of the global batch; zeros where W is 0."""
+        weight = self.weight / relative_to if relative_to != 1 else self.weight
+        return divide((self.value, self.grads), weight, reduction)

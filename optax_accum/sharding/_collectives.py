@@ -1,4 +1,4 @@
-"""What is summed over devices, and what must differ between them until then.
+"""Axes of devices, what is exchanged over them, and what must differ until then.
 
 Under ``check_vma=True`` a parameter that is the same on all devices does not vary, and
 `jax.grad` with respect to it sums over the devices by itself, in every micro-batch.
@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from optax_accum import _checks, _types
+from optax_accum import _tree, _validate
+from optax_accum._types import AxisName, Grads, Params, Scalar, Tree
 
-# The primitives that reduce. (Gathering is no reduction: a contrastive loss gathers.)
+# The primitives that reduce. (Gathering does not: a contrastive loss gathers.)
 _REDUCTIONS = ("psum", "psum_invariant", "pmax", "pmin")
 
 # The primitives that do nothing but call another function.
@@ -22,13 +24,55 @@ _CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint", "custom_jvp_call"
 
 _CONSTANT, _REDUCED, _LOCAL = range(3)
 
+# --- Axes ---
 
-def sum_over(axis_name: Any, tree: Any) -> Any:
+
+def check_name(axis_name: Any) -> AxisName | None:
+    """A name, a tuple of names, or ``None``.
+
+    Raises:
+      TypeError: The position of an axis, or no name at all.
+    """
+    names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    is_position = any(isinstance(n, int | np.integer) for n in _tree.axes_of(names))
+    if names == () or is_position:
+        raise TypeError(
+            "`axis_name` must be the name of an axis of devices, as jax.pmap or a mesh "
+            f"has it, or a tuple of them; got {axis_name!r}"
+        )
+    return names
+
+
+def is_bound(name: Any) -> bool:
+    """Whether the code runs inside an axis called `name`."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def check_bound(axis_name: AxisName | None) -> None:
+    """Raises unless the code runs inside the axis or axes called `axis_name`."""
+    for name in _tree.axes_of(axis_name):
+        if not is_bound(name):
+            raise ValueError(
+                f"`axis_name={name!r}` is not bound: no jax.pmap or jax.shard_map "
+                f"around this call has that axis. Call it inside jax.pmap(..., "
+                f"axis_name={name!r}), or inside a jax.shard_map over a mesh with such "
+                "an axis; where one program runs all devices, leave `axis_name` out"
+            )
+
+
+# --- Exchanging ---
+
+
+def sum_over(axis_name: AxisName | None, tree: Tree) -> Tree:
     """`tree` summed over the devices of `axis_name`, or as it is without one."""
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
-def last_device(axis_name: Any, weight: jax.Array | None = None) -> jax.Array:
+def last_device(axis_name: AxisName, weight: Scalar | None = None) -> Scalar:
     """The number of the last device, or of the last one whose `weight` is not 0.
 
     It is -1 where all weights are 0.
@@ -39,36 +83,39 @@ def last_device(axis_name: Any, weight: jax.Array | None = None) -> jax.Array:
     return lax.pmax(jnp.where(weight != 0, number, -1), axis_name)
 
 
-def of_device(axis_name: Any, number: jax.Array, tree: Any) -> Any:
+def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
     """`tree` as the device with this `number` has it; zeros where there is none."""
     is_this = lax.axis_index(axis_name) == number
 
-    def choose(x):
-        return _types.chosen(x, is_this, lambda part: lax.psum(part, axis_name))
+    def choose(x: jax.Array) -> jax.Array:
+        return _tree.chosen(x, is_this, lambda part: lax.psum(part, axis_name))
 
     return jax.tree.map(choose, tree)
 
 
-def vary(axis_name: Any, tree: Any) -> Any:
+# --- Local until then ---
+
+
+def vary(axis_name: AxisName | None, tree: Tree) -> Tree:
     """`tree` as something that differs between the devices of `axis_name`."""
     if axis_name is None:
         return tree
-    return _types.vary_like(tree, lax.axis_index(axis_name))
+    return _tree.vary_like(tree, lax.axis_index(axis_name))
 
 
-def check_local(axis_name: Any, grads: Any) -> None:
+def check_local(axis_name: AxisName | None, grads: Grads) -> None:
     """Raises where gradients are known to be the same on all devices of `axis_name`.
 
     They have been summed over these devices by `jax.grad`; another sum would count
     them once per device.
     """
-    for name in _checks.axis_names(axis_name):
+    for name in _tree.axes_of(axis_name):
         if not _types_tell(name):
             continue
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
-            if name not in _types.varying(g):
+            if name not in _tree.varying(g):
                 raise ValueError(
-                    f"{_checks.named('grads', path)} is the same on all devices "
+                    f"{_validate.named('grads', path)} is the same on all devices "
                     f"of `axis_name={name!r}`: it has been summed over them already. "
                     "Gradients must be local. Take them with respect to jax.lax.pcast("
                     f"params, {name!r}, to='varying'); or if oa.value_and_grad has "
@@ -76,15 +123,28 @@ def check_local(axis_name: Any, grads: Any) -> None:
                 )
 
 
-def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
+def check_same(axis_name: AxisName | None, params: Params) -> None:
+    """Raises where types say that `params` differ between the devices of `axis_name`."""
+    for name in _tree.axes_of(axis_name):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if isinstance(leaf, jax.Array) and name in _tree.varying(leaf):
+                raise ValueError(
+                    f"{_validate.named('params', path)} may differ between the devices "
+                    f"of `axis_name={name!r}`, and parameters must be the same on all "
+                    "of them. Cast for jax.grad alone, and pass the parameters as they "
+                    "came, with in_specs=P()"
+                )
+
+
+def check_local_loss(axis_name: AxisName, loss: Any, jaxpr: Any) -> None:
     """Raises where `loss`, the first output of `jaxpr`, was reduced over `axis_name`.
 
     In `jax.pmap` and under ``check_vma=False`` types do not tell; there the operations
     that lead to the loss do. Neither sees a loss of which only a part was reduced.
     """
-    for name in _checks.axis_names(axis_name):
+    for name in _tree.axes_of(axis_name):
         if _types_tell(name):
-            is_reduced = name not in _types.varying(loss)
+            is_reduced = name not in _tree.varying(loss)
         else:
             is_reduced = _origins(jaxpr, name)[0] == _REDUCED
         if is_reduced:
@@ -98,7 +158,7 @@ def check_local_loss(axis_name: Any, loss: Any, jaxpr: Any) -> None:
 
 def _types_tell(name: Any) -> bool:
     """Whether the code runs inside a `jax.shard_map` that checks what varies."""
-    return name in _types.varying(lax.axis_index(name))
+    return name in _tree.varying(lax.axis_index(name))
 
 
 def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int]:
@@ -109,7 +169,7 @@ def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int
     origins = dict.fromkeys(jaxpr.constvars, _LOCAL)
     origins.update(zip(jaxpr.invars, inputs, strict=True))
 
-    def origin(atom):
+    def origin(atom: Any) -> int:
         is_literal = hasattr(atom, "val")
         return _CONSTANT if is_literal else origins.get(atom, _CONSTANT)
 

@@ -1,4 +1,4 @@
-"""How one call of `value_and_grad` is spread over devices, and what they exchange.
+"""Data parallelism: who has which part of the batch, and what devices exchange.
 
 Each of ``D`` devices runs the loop on its own part of the batch. What comes out of it
 is reduced once, after the last micro-batch:
@@ -17,7 +17,7 @@ carry                  the mean of floating leaves, weighted by the devices' W;
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,23 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_accum import _checks, _distributed, _noise_scale, _types, _window
+from optax_accum import _tree, _validate, _window
+from optax_accum._types import (
+    AnyMesh,
+    AxisName,
+    Batch,
+    DType,
+    Grads,
+    Params,
+    Scalar,
+    Specs,
+    Tree,
+)
+from optax_accum.sharding import _collectives
 
 
-class Devices(NamedTuple):
-    """The devices over which the batch is spread, or none.
+class DataParallel(NamedTuple):
+    """The devices that share the batch, or none.
 
     Attributes:
       axis_name: The name of their axis, or several, or ``None``.
@@ -37,27 +49,32 @@ class Devices(NamedTuple):
       scatter: Whether each device keeps only its part of the gradients.
     """
 
-    axis_name: Any
-    mesh: Any
-    scatter: bool
+    axis_name: AxisName | None = None
+    mesh: AnyMesh | None = None
+    scatter: bool = False
 
     @classmethod
-    def of(cls, axis_name: Any, mesh: Any, scatter: bool) -> "Devices":
+    def of(cls, axis_name: Any, mesh: Any = None, scatter: Any = False) -> Self:
         """Checks them against each other.
 
         Raises:
-          TypeError: A `mesh` that is none.
+          TypeError: A `mesh` or an `axis_name` of another type.
           ValueError: A `mesh` without that axis; `scatter` without an axis.
         """
-        axis_name = _checks.axis_name(axis_name)
+        axis_name = _collectives.check_name(axis_name)
         if mesh is not None:
-            _checks.mesh(mesh, axis_name)
+            _check_mesh(mesh, axis_name)
         if scatter and axis_name is None:
             raise ValueError(
                 "`scatter=True` needs `axis_name`, the axis of the devices that each "
                 "keep their part of the gradients; got None"
             )
         return cls(axis_name, mesh, bool(scatter))
+
+    @property
+    def axes(self) -> tuple[Any, ...]:
+        """The names in `axis_name`."""
+        return _tree.axes_of(self.axis_name)
 
     @property
     def shards(self) -> int:
@@ -69,21 +86,21 @@ class Devices(NamedTuple):
     def check_place(self) -> None:
         """Raises unless a call is made where the axis is, or the mesh is needed."""
         if self.mesh is None:
-            _checks.bound_axis(self.axis_name)
-        elif any(map(_checks.is_bound, _checks.axis_names(self.axis_name))):
+            _collectives.check_bound(self.axis_name)
+        elif any(map(_collectives.is_bound, self.axes)):
             raise ValueError(
                 f"`mesh` was given inside an axis called {self.axis_name!r}, where "
                 "every device runs this call on its own part of the batch already. "
                 "Leave `mesh` out, and keep `axis_name`"
             )
 
-    def run(
+    def on_each_device(
         self,
-        function: Callable[[Any, Any], Any],
-        batch: Any,
-        arrays: Any,
+        function: Callable[[Batch, Tree], Any],
+        batch: Batch,
+        arrays: Tree,
         batch_axis: int,
-        out_specs: Any,
+        out_specs: Specs,
     ) -> Any:
         """``function(batch, arrays)`` on each device's part of `batch`.
 
@@ -92,7 +109,7 @@ class Devices(NamedTuple):
         if self.mesh is None:
             return function(batch, arrays)
 
-        def batch_spec(x):
+        def batch_spec(x: jax.Array) -> P:
             return P(*[None] * (batch_axis % x.ndim), self.axis_name)
 
         # Without `check_vma`, which asks for a cast wherever a model starts a scan from
@@ -100,7 +117,7 @@ class Devices(NamedTuple):
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            axis_names=set(_checks.axis_names(self.axis_name)),
+            axis_names=set(self.axes),
             in_specs=(jax.tree.map(batch_spec, batch), P()),
             out_specs=out_specs,
             check_vma=False,
@@ -108,29 +125,29 @@ class Devices(NamedTuple):
 
     def _spread(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` with `axis` over the devices; on an Auto mesh the compiler does that."""
-        names = _checks.axis_names(self.axis_name)
+        names = self.axes
         types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         if not all(types[name] == AxisType.Explicit for name in names):
             return x
         rest = [
-            tuple(name for name in _types.as_tuple(part) if name not in names)
-            for part in _types.spec(x)
+            tuple(name for name in _tree.axes_of(part) if name not in names)
+            for part in _tree.spec(x)
         ]
         rest[axis] = (*names, *rest[axis])
         spec = P(*(part or None for part in rest))
         return jax.reshard(x, NamedSharding(self.mesh, spec))
 
-    def check_whole(self, name: str, tree: Any) -> None:
+    def check_whole(self, name: str, tree: Tree) -> None:
         """Raises where an argument is sharded over the axis, as far as types tell."""
         if self.mesh is None:
             return
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not isinstance(leaf, jax.Array):
                 continue
-            for axis in _checks.axis_names(self.axis_name):
-                if any(axis in _types.as_tuple(part) for part in _types.spec(leaf)):
+            for axis in self.axes:
+                if any(axis in _tree.axes_of(part) for part in _tree.spec(leaf)):
                     raise ValueError(
-                        f"{_checks.named(name, path)} is sharded over "
+                        f"{_validate.named(name, path)} is sharded over "
                         f"`axis_name={axis!r}`, and with `mesh` everything but the "
                         "batch must be the same on all devices of that axis. For "
                         "parameters that are sharded over the axis of the batch "
@@ -144,42 +161,41 @@ class Devices(NamedTuple):
             return index
         return lax.axis_index(self.axis_name) * count + index
 
-    def total(self, tree: Any) -> Any:
-        """The sum over all devices."""
-        return _distributed.sum_over(self.axis_name, tree)
-
     def size(self) -> int:
         """How many devices run the call."""
         return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
 
-    def total_gradients(self, grads: Any) -> Any:
-        """The sum over all devices, or this device's part of it."""
-        if not self.scatter:
-            return self.total(grads)
+    def sum(self, grads: Grads, rest: Tree) -> tuple[Grads, Tree]:
+        """The sums over all devices; of the gradients this device's part, if scattered.
 
-        def scatter_leaf(x):
+        See `_window.Devices`.
+        """
+        if not self.scatter:
+            return _collectives.sum_over(self.axis_name, (grads, rest))
+
+        def scatter_leaf(x: jax.Array) -> jax.Array:
             dimension = scatter_dimension(x, self.size())
             if dimension is None:
-                return self.total(x)
+                return lax.psum(x, self.axis_name)
             return lax.psum_scatter(
                 x, self.axis_name, scatter_dimension=dimension, tiled=True
             )
 
-        return jax.tree.map(scatter_leaf, grads)
+        return jax.tree.map(scatter_leaf, grads), lax.psum(rest, self.axis_name)
 
-    def squared_norm(self, parts: Any, whole: Any, dtype: Any) -> jax.Array:
-        """Of gradients as `total_gradients` leaves them; `whole` has their shapes."""
-        pairs = list(zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True))
+    def squared_norm(self, grads: Grads, whole: Grads, dtype: DType) -> Scalar:
+        """Of gradients as `sum` leaves them; `whole` has the shapes that they had."""
+        pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True))
         cut = [part for part, x in pairs if part.shape != x.shape]
         uncut = [part for part, x in pairs if part.shape == x.shape]
-        square = _noise_scale.squared_norm(uncut, dtype)
+        square = _tree.squared_norm(uncut, dtype)
         if cut:
-            square += self.total(_noise_scale.squared_norm(cut, dtype))
+            square += lax.psum(_tree.squared_norm(cut, dtype), self.axis_name)
         return square
 
     def merge_carry(
-        self, carry: Any, before: Any, weight: jax.Array, total: jax.Array
-    ) -> Any:
+        self, carry: Tree, before: Tree, weight: Scalar, total: Scalar
+    ) -> Tree:
         """One carry from those of all devices.
 
         Args:
@@ -191,26 +207,27 @@ class Devices(NamedTuple):
         if self.axis_name is None:
             return carry
 
-        def merge(own, old):
-            if _window.is_inexact(own):
-                part = self.total(_window.contributions(own, weight, "mean"))
-                new = _window.close(part, total, "mean").astype(own.dtype)
+        def merge(own: jax.Array, old: jax.Array) -> jax.Array:
+            if _tree.is_inexact(own):
+                part = _window.contributions(own, weight, "mean")
+                part = _collectives.sum_over(self.axis_name, part)
+                new = _window.divide(part, total, "mean").astype(own.dtype)
             else:
                 # A device with nothing but padding has not moved its counter or key.
-                last = _distributed.last_device(self.axis_name, weight)
-                new = _distributed.of_device(self.axis_name, last, own)
+                last = _collectives.last_device(self.axis_name, weight)
+                new = _collectives.of_device(self.axis_name, last, own)
             return jnp.where(total != 0, new, old)
 
         return jax.tree.map(merge, carry, before)
 
-    def gradient_specs(self, params: Any) -> Any:
+    def gradient_specs(self, params: Params) -> Specs:
         """Where the gradients of `params` lie on the mesh: for ``out_specs``."""
         if not self.scatter or self.mesh is None:
             return P()
         return scatter_specs(params, self.mesh, self.axis_name)
 
 
-def scatter_specs(params: Any, mesh: Any, axis_name: Any) -> Any:
+def scatter_specs(params: Params, mesh: AnyMesh, axis_name: AxisName) -> Specs:
     """Where `value_and_grad` with ``scatter=True`` leaves the gradients.
 
     For ``out_specs``, and to put the optimizer's state where the gradients are.
@@ -226,36 +243,56 @@ def scatter_specs(params: Any, mesh: Any, axis_name: Any) -> Any:
       whole, ``P()``.
 
     Raises:
-      TypeError: `mesh` is none.
+      TypeError: `mesh` is not a mesh.
       ValueError: `mesh` has no such axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
       >>> mesh = jax.sharding.AbstractMesh((4,), ("data",))
       >>> params = {"w": jnp.ones((3, 8)), "b": jnp.ones(3)}
-      >>> oa.scatter_specs(params, mesh, "data")
+      >>> oa.sharding.scatter_specs(params, mesh, "data")
       {'b': P(), 'w': P(None, 'data')}
     """
-    _checks.mesh(mesh, axis_name)
+    _check_mesh(mesh, axis_name)
     size = _count(mesh, axis_name)
 
-    def spec(x):
+    def spec(x: Any) -> P:
         dimension = scatter_dimension(x, size)
         return P() if dimension is None else P(*[None] * dimension, axis_name)
 
     return jax.tree.map(spec, params)
 
 
-def _count(mesh: Any, axis_name: Any) -> int:
+def _count(mesh: AnyMesh, axis_name: AxisName | None) -> int:
     """How many devices `mesh` has along its axis or axes."""
-    return math.prod(mesh.shape[name] for name in _checks.axis_names(axis_name))
+    return math.prod(mesh.shape[name] for name in _tree.axes_of(axis_name))
 
 
 def scatter_dimension(x: Any, size: int) -> int | None:
     """The first axis of `x` that `size` devices divide and that is not sharded."""
     for dimension, (length, part) in enumerate(
-        zip(jnp.shape(x), _types.spec(x), strict=True)
+        zip(jnp.shape(x), _tree.spec(x), strict=True)
     ):
         if length and length % size == 0 and part is None:
             return dimension
     return None
+
+
+def _check_mesh(mesh: Any, axis_name: Any) -> None:
+    """Raises unless `mesh` is a mesh with the axis or axes called `axis_name`."""
+    if not isinstance(mesh, AnyMesh):
+        raise TypeError(
+            "`mesh` must be a jax.sharding.Mesh, from jax.make_mesh; got "
+            f"{mesh!r} of type {type(mesh).__name__}"
+        )
+    has = ", ".join(map(repr, mesh.axis_names))
+    if axis_name is None:
+        raise ValueError(
+            "`mesh` needs `axis_name`, the axis over which the batch is sharded; got "
+            f"None. This mesh has {has}"
+        )
+    for name in _tree.axes_of(axis_name):
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"`axis_name={name!r}` is no axis of `mesh`, which has {has}"
+            )

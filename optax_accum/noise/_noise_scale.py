@@ -22,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _checks, _window
+from optax_accum import _validate
+from optax_accum._types import DType, Scalar
+from optax_accum._window import NoiseSums
 
 
 class NoiseScale(NamedTuple):
     """An estimate of the simple noise scale: of one batch, or averaged over many.
 
-    `accumulate` averages by itself (see `oa.noise_scale`). `value_and_grad` gives each
+    `accumulate` averages by itself (see `oa.noise.estimate`). `value_and_grad` gives each
     batch's own, to be averaged with `add`.
 
     Attributes:
@@ -48,11 +50,9 @@ class NoiseScale(NamedTuple):
       >>> def loss(w, x):
       ...     return jnp.mean((x @ w - 1) ** 2)
       >>> value_and_grad = jax.jit(
-      ...     oa.value_and_grad(
-      ...         loss, num_microbatches=2, noise_scale=True, return_info=True
-      ...     )
+      ...     oa.value_and_grad(loss, num_microbatches=2, noise_scale=True)
       ... )
-      >>> average = oa.NoiseScale.empty()
+      >>> average = oa.noise.NoiseScale.empty()
       >>> for x in jax.random.normal(jax.random.key(0), (3, 8, 2)):
       ...     _, info = value_and_grad(jnp.ones(2), x)
       ...     average = average.add(info.noise_scale, decay=0.9)
@@ -64,12 +64,12 @@ class NoiseScale(NamedTuple):
       and appendix A.1 (https://arxiv.org/abs/1812.06162).
     """
 
-    signal: jax.Array
-    noise: jax.Array
-    count: jax.Array  # type: ignore[assignment]
+    signal: Scalar
+    noise: Scalar
+    count: Scalar  # type: ignore[assignment]
 
     @classmethod
-    def empty(cls, dtype: Any = jnp.float32) -> "NoiseScale":
+    def empty(cls, dtype: DType = jnp.float32) -> "NoiseScale":
         """No measurement yet: its `batch_size` is NaN."""
         return cls(
             signal=jnp.zeros([], dtype),
@@ -78,7 +78,7 @@ class NoiseScale(NamedTuple):
         )
 
     @property
-    def batch_size(self) -> jax.Array:
+    def batch_size(self) -> Scalar:
         """``f32[]``, noise / signal: the simple noise scale, in units.
 
         Batches much smaller than that average mostly noise, much larger ones mostly
@@ -109,13 +109,13 @@ class NoiseScale(NamedTuple):
         """
         if not isinstance(sample, NoiseScale):
             raise TypeError(
-                "`sample` must be an `oa.NoiseScale`, such as the `noise_scale` of the "
-                "`MicrobatchInfo` that value_and_grad(..., noise_scale=True, "
-                f"return_info=True) returns; got {type(sample).__name__}"
+                "`sample` must be an `oa.noise.NoiseScale`, such as the `noise_scale` of the "
+                "`MicrobatchInfo` that value_and_grad(..., noise_scale=True) "
+                f"returns; got {type(sample).__name__}"
             )
         if not isinstance(decay, jax.Array):
             meaning = "how much of the averages is kept"
-            decay = _checks.fraction("decay", decay, meaning)
+            decay = _validate.fraction("decay", decay, meaning)
         known = sample.count > 0
         count = self.count + known.astype(self.count.dtype)
         # 1 - decayⁿ in a form that keeps its digits where the decay is nearly 1.
@@ -123,7 +123,7 @@ class NoiseScale(NamedTuple):
         steps = jnp.maximum(count, 1).astype(new.dtype)
         everything = -jnp.expm1(steps * jnp.log1p(-new))
 
-        def average(mean, x):
+        def average(mean: Scalar, x: Scalar) -> Scalar:
             # Selected: what is not known is NaN.
             moved = mean + (x.astype(mean.dtype) - mean) * (new / everything)
             return jnp.where(known, moved, mean)
@@ -134,57 +134,11 @@ class NoiseScale(NamedTuple):
         return NoiseScale(signal, noise, count)
 
 
-class Sums(NamedTuple):
-    """What micro-batches leave behind: sums over the open window.
-
-    Attributes:
-      squares: ``f32[]``, Σ bᵢ·‖gᵢ‖².
-      samples: ``i32[]``, k, how many micro-batches had any weight.
-    """
-
-    squares: jax.Array
-    samples: jax.Array
-
-    @classmethod
-    def empty(cls, dtype: Any) -> "Sums":
-        """Of a window without micro-batches."""
-        return cls(jnp.zeros([], dtype), jnp.zeros([], jnp.int32))
-
-    def in_one_dtype(self) -> "Sums":
-        """The count in the dtype of the squares, so that both are exchanged at once."""
-        return self._replace(samples=self.samples.astype(self.squares.dtype))
-
-    def add(
-        self, grads: Any, weight: jax.Array, reduction: str, *, first: Any = None
-    ) -> "Sums":
-        """With one more micro-batch; of weight 0 it is none, were its gradient NaN."""
-        square = squared_norm(grads, self.squares.dtype)
-        if reduction != "mean":
-            # The gradient of a sum over b is b times that of the mean.
-            square = square / jnp.where(weight == 0, 1, weight) ** 2
-        return Sums(
-            _window.add(self.squares, square, weight, "mean", first=first),
-            _window.add(
-                self.samples, jnp.ones([], jnp.int32), weight, "sum", first=first
-            ),
-        )
-
-
-def squared_norm(tree: Any, dtype: Any) -> jax.Array:
-    """``dtype[]``, the sum of the squares of all floating entries."""
-    total = jnp.zeros([], dtype)
-    for x in map(jnp.asarray, jax.tree.leaves(_window.keep_inexact(tree))):
-        for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
-            wide = part.astype(_window.at_least_float32(part.dtype))
-            total = total + jnp.sum(wide * wide).astype(dtype)
-    return total
-
-
-def of_batch(sums: Sums, square: jax.Array, weight: jax.Array) -> NoiseScale:
-    """The estimate from one window.
+def of_window(sums: NoiseSums, square: Scalar, weight: Scalar) -> NoiseScale:
+    """The estimate from one window, of all devices.
 
     Args:
-      sums: Over all micro-batches of all devices; `samples` may be a float here.
+      sums: Over all micro-batches.
       square: ``‖ḡ‖²``.
       weight: B.
     """

@@ -1,0 +1,659 @@
+"""Gradient accumulation as an Optax transformation around any other.
+
+A micro-step goes one way: its arguments are checked, the window adds the micro-batch,
+the count or the caller decides whether it is the boundary, and there the window closes:
+check, add, decide, close.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_accum import _boundary, _skip, _tree, _validate, _window
+from optax_accum._state import AccumulateState
+from optax_accum._types import (
+    AxisName,
+    DType,
+    Grads,
+    Params,
+    Reduction,
+    Scalar,
+    Schedule,
+    Skip,
+    Tree,
+    Updates,
+)
+from optax_accum._window import Window
+from optax_accum.noise import _tracker
+from optax_accum.noise._adaptive_k import AdaptiveK
+from optax_accum.sharding import _collectives, _windows
+from optax_accum.sharding._data_parallel import DataParallel
+
+OnSkip = Literal["shrink", "wait"]
+EveryK = int | Schedule | AdaptiveK | None
+Boundary = bool | jax.Array | None
+
+
+class AccumulateTransformation(optax.GradientTransformationExtraArgs):
+    """What `oa.accumulate` returns: an Optax transformation with one method more.
+
+    To Optax it is a pair of functions, ``init, update = tx``, and goes wherever a
+    transformation goes: into `optax.chain`, a Flax ``TrainState``, through
+    `jax.tree.map`, as a static argument of a compiled function.
+    """
+
+    __slots__ = ()
+
+    def init(self, params: Params) -> AccumulateState:
+        """The state before the first micro-step.
+
+        Args:
+          params: The parameters.
+
+        Returns:
+          An `oa.AccumulateState`, each array of which has memory of its own.
+
+        Raises:
+          TypeError: An `accumulator_dtype` that is real for complex parameters, or the
+            reverse.
+        """
+        return self[0](params)
+
+    def update(
+        self,
+        grads: Grads,
+        state: AccumulateState,
+        params: Params = None,
+        *,
+        weight: Any = 1.0,
+        boundary: Boundary = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, AccumulateState]:
+        """One micro-step: the gradient goes into the window, whose end updates.
+
+        Args:
+          grads: The micro-batch's gradient, built like the parameters. Integer and
+            float0 leaves, ``None`` and `optax.MaskedNode` pass through to the inner
+            optimizer without an accumulator.
+          state: The last state.
+          params: The parameters, if the inner optimizer needs them.
+          weight: A real scalar >= 0: how many units (examples, tokens) this
+            micro-batch's mean was taken over. Weight 0 contributes nothing, even if the
+            gradient is NaN; a window whose weights are all 0 makes no update.
+          boundary: Whether the window ends here: ``True``, ``False``, or ``None`` for
+            the count to decide. A Python bool is decided at trace time and builds no
+            `lax.cond`; a boolean array is decided at run time. ``True`` may come early,
+            at the end of an epoch: the result is divided by what the window has seen.
+          value: The micro-batch's loss. It reaches the inner optimizer reduced over the
+            window, as the gradients are. Give it on every micro-step of a window or on
+            none.
+          **extra_args: Reach the inner optimizer as the boundary micro-step gave them.
+
+        Returns:
+          ``(updates, state)``. Off the boundary the updates are zeros.
+
+        Raises:
+          TypeError: A `state` of something else; a `weight`, `boundary` or `skip`
+            result of another type; complex gradients of real parameters.
+          ValueError: Gradients built otherwise than the parameters; a `weight` that is
+            not a scalar, or a negative number; no `boundary` with ``every_k=None``; an
+            `axis_name` that is not bound; gradients that were summed over it already; a
+            state for another number of devices.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax, optax_accum as oa
+          >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
+          >>> params = jnp.zeros(2)
+          >>> state = tx.init(params)
+          >>> updates, state = tx.update(jnp.array([1.0, 4.0]), state, params, weight=3)
+          >>> print(updates)
+          [0. 0.]
+          >>> updates, state = tx.update(jnp.array([5.0, 0.0]), state, params, weight=1)
+          >>> print(updates)
+          [-2. -3.]
+        """
+        arguments = {"weight": weight, "boundary": boundary, "value": value}
+        return self[1](grads, state, params, **arguments, **extra_args)
+
+    def update_params(
+        self,
+        grads: Grads,
+        state: AccumulateState,
+        params: Params,
+        *,
+        weight: Any = 1.0,
+        boundary: Boundary = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Params, AccumulateState]:
+        """One micro-step that applies its update; off the boundary `params` stay.
+
+        `update` and `optax.apply_updates` in one, without reading or writing the
+        parameters on any micro-step but the boundary.
+
+        Args:
+          grads: As in `update`.
+          state: As in `update`.
+          params: The parameters.
+          weight: As in `update`.
+          boundary: As in `update`.
+          value: As in `update`.
+          **extra_args: As in `update`.
+
+        Returns:
+          ``(params, state)``.
+
+        Raises:
+          TypeError: As `update`.
+          ValueError: As `update`.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax, optax_accum as oa
+          >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
+          >>> params = jnp.zeros(2)
+          >>> state = tx.init(params)
+          >>> for grads in (jnp.array([1.0, 4.0]), jnp.array([3.0, 0.0])):
+          ...     params, state = tx.update_params(grads, state, params)
+          ...     print(params)
+          [0. 0.]
+          [-2. -2.]
+        """
+        arguments = {"weight": weight, "boundary": boundary, "value": value}
+        accumulation = _accumulation_of(self)
+        if accumulation is not None:
+            return accumulation.update_params(
+                grads, state, params, **arguments, **extra_args
+            )
+        # Somebody put another `update` in its place, by `_replace`.
+        updates, state = self[1](grads, state, params, **arguments, **extra_args)
+        return _boundary.apply_updates(params, updates), state
+
+    def __repr__(self) -> str:
+        """In one line, without the inner optimizer's functions."""
+        accumulation = _accumulation_of(self)
+        if accumulation is None:
+            return super().__repr__()
+        options = ("every_k", "reduction", "on_skip")
+        shown = [f"{name}={getattr(accumulation, name)!r}" for name in options]
+        return f"accumulate(..., {', '.join(shown)})"
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every_k: EveryK = None,
+    *,
+    reduction: Reduction = "mean",
+    accumulator_dtype: DType = None,
+    skip: Skip | None = None,
+    on_skip: OnSkip = "shrink",
+    axis_name: AxisName | None = None,
+    noise_decay: float | None = None,
+) -> AccumulateTransformation:
+    """Runs `inner` once per window of micro-batches, on the global batch's gradient.
+
+    A window is the micro-steps between two updates. It carries a sum of gradients S and
+    a sum of weights W. Every micro-step adds to both; the boundary, which closes the
+    window, hands `inner` their quotient, which is the gradient of the global batch:
+
+        ḡ = Σ wᵢ·gᵢ / Σ wᵢ
+
+    Off the boundary the updates are zeros and `inner` does not run: a micro-step
+    costs ``acc += g``. Learning-rate schedules, weight decay, clipping and bias
+    correction inside `inner` therefore advance once per update.
+
+    Args:
+      inner: Any Optax gradient transformation.
+      every_k: How many micro-steps make a window: an int >= 1, a schedule
+        ``gradient_step -> k``, `oa.noise.adaptive_k`, or ``None`` if the caller passes
+        `boundary`. With the int 1 no accumulator is kept and the cost is that of
+        `inner`.
+      reduction: ``"mean"`` for gradients of means, weighted (S = Σ wᵢ·gᵢ, result
+        S / W); ``"ratio"`` for gradients of sums that are normalised once, e.g. by
+        the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
+        sum (result S).
+      accumulator_dtype: The dtype of S. By default at least float32 and never less
+        than the parameter's own. `inner` computes in it, unless it only takes gradients
+        of the parameters' dtype. Updates and inner state keep the dtypes that `inner`
+        alone would give them.
+      skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
+        micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
+        sees only the leaves that are accumulated; `info` is kept in `skip_state`.
+      on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window,
+        with weight 0. ``"wait"``: it never happened, and the count waits for another.
+        A `boundary` that the caller passes stands either way.
+      axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis or axes over which S and
+        W are summed, once per window, in the boundary's branch. Gradients stay local
+        until then. Whether a window ends must not differ between devices: they would
+        deadlock.
+      noise_decay: The decay, in [0, 1), of the averages with which the noise scale is
+        measured, for one norm per micro-step; `oa.noise.estimate` reads it. By default
+        it is not measured.
+
+    Returns:
+      An `oa.AccumulateTransformation`: ``init(params)``, ``update(grads, state, params,
+      weight=, boundary=, value=)`` and ``update_params``, which updates and applies in
+      one.
+
+    Raises:
+      TypeError: `inner` is not a gradient transformation; `every_k` is not an int, a
+        schedule or ``None``; `noise_decay` is not a number; an integer
+        `accumulator_dtype`.
+      ValueError: `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
+        from 1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
+        `axis_name`, because devices would disagree on when to meet.
+
+    Examples:
+      Two micro-batches, of three examples and of one, update as their four would:
+
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> params, state = tx.update_params(
+      ...     jnp.array([1.0, 4.0]), state, params, weight=3
+      ... )
+      >>> params, state = tx.update_params(
+      ...     jnp.array([5.0, 0.0]), state, params, weight=1
+      ... )
+      >>> print(params)
+      [-2. -3.]
+
+    Note:
+      Inside `jax.shard_map` a state may come with one window per device, as
+      `oa.sharding.stack_windows` makes it, and goes out so.
+
+      If parameters or moments are narrower than the accumulator (bfloat16), the updates
+      and the inner state are computed one after the other, which saves parameter-sized
+      copies; what the two have in common is then computed twice, once per window.
+
+      Under `jax.jit`, donate and return parameters and state in the same order,
+      ``(params, opt_state, batch) -> (params, opt_state)``: JAX pairs donated buffers
+      with outputs of the same type in order, and a swapped pair is copied.
+
+      Under `jax.vmap` a `lax.cond` becomes a select: the result is right, but `inner`
+      runs on every micro-step.
+
+    References:
+      Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
+      (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
+    """
+    _validate.transformation(inner)
+    if not isinstance(every_k, AdaptiveK):
+        every_k = _validate.every_k(every_k)
+    _validate.one_of("reduction", reduction, _window.REDUCTIONS)
+    _validate.one_of("on_skip", on_skip, ("shrink", "wait"))
+    devices = DataParallel.of(axis_name)
+    one_device = devices.axis_name is None
+    if on_skip == "wait" and not one_device:
+        raise ValueError(
+            '`on_skip="wait"` cannot be used with `axis_name`: devices that skip '
+            "different micro-batches would disagree on when to meet, and deadlock. Use "
+            'on_skip="shrink"'
+        )
+    tracker = _tracker.tracker(noise_decay, every_k, one_device=one_device)
+    accumulation = _Accumulation(
+        inner=optax.with_extra_args_support(inner),
+        every_k=every_k,
+        reduction=reduction,
+        accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
+        skip=skip,
+        on_skip=on_skip,
+        devices=devices,
+        tracker=tracker,
+    )
+    return AccumulateTransformation(accumulation.init, accumulation.update)
+
+
+class _MicroStep(NamedTuple):
+    """The arguments of a micro-step, checked."""
+
+    grads: Grads  # with None for what is not accumulated
+    weight: Scalar
+    is_positive: bool  # whether the weight is known to be
+    boundary: Boundary
+    value: Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class _Accumulation:
+    """The options of `accumulate`, and the functions that they make."""
+
+    inner: optax.GradientTransformationExtraArgs
+    every_k: EveryK
+    reduction: Reduction
+    accumulator_dtype: DType
+    skip: Skip | None
+    on_skip: OnSkip
+    devices: DataParallel
+    tracker: _tracker.Tracker | _tracker.NoTracker
+
+    @property
+    def has_accumulator(self) -> bool:
+        return self.every_k != 1
+
+    @property
+    def has_devices(self) -> bool:
+        return self.devices.axis_name is not None
+
+    def init(self, params: Params) -> AccumulateState:
+        _validate.accumulator_fits(params, self.accumulator_dtype)
+        dtype = _tree.scalar_dtype(params)
+        scalar = jax.ShapeDtypeStruct((), dtype)
+        inner_state = self.inner.init(params)
+        # Each zero is an array of its own: one that is shared cannot be donated twice.
+        return AccumulateState(
+            micro_step=jnp.zeros([], jnp.int32),
+            gradient_step=jnp.zeros([], jnp.int32),
+            has_updated=jnp.zeros([], bool),
+            window=Window.empty(
+                params if self.has_accumulator else (),
+                value=scalar,
+                weight=scalar,
+                accumulator_dtype=self.accumulator_dtype,
+                measure_noise=self.tracker.measures,
+            ),
+            skip_state=_skip.initial_info(self.skip, params),
+            noise=self.tracker.init(dtype),
+            inner_state=_tree.cast_like(inner_state, inner_state),
+        )
+
+    def update(
+        self,
+        grads: Grads,
+        state: AccumulateState,
+        params: Params = None,
+        *,
+        weight: Any = 1.0,
+        boundary: Boundary = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, AccumulateState]:
+        step = self._check(grads, state, params, weight, boundary, value)
+        new, closing = self._add(step, state, params)
+        inner = _Inner(self, grads, params, extra_args, value is not None)
+        shapes, two_phase = inner.plan(step, new, closing)
+        # The updates may overwrite the sums only if nothing reads these any more, and
+        # if both are local or neither is.
+        is_static = isinstance(closing.boundary, bool)
+        may_reuse = not (two_phase or is_static or self.has_devices)
+        reused = _boundary.Reused.plan(shapes, closing.window.grads if may_reuse else ())
+        buffers = _boundary.run_inner(
+            closing,
+            inner.update,
+            reused.write,
+            _buffers(new, closing, reused.others()),
+            two_phase=two_phase,
+        )
+        return reused.read(buffers), self._finish(state, new, closing, buffers)
+
+    def update_params(
+        self,
+        grads: Grads,
+        state: AccumulateState,
+        params: Params,
+        *,
+        weight: Any = 1.0,
+        boundary: Boundary = None,
+        value: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Params, AccumulateState]:
+        step = self._check(grads, state, params, weight, boundary, value)
+        new, closing = self._add(step, state, params)
+        inner = _Inner(self, grads, params, extra_args, value is not None)
+        _, two_phase = inner.plan(step, new, closing)
+        buffers = _boundary.run_inner(
+            closing,
+            inner.update,
+            _boundary.write_params,
+            _buffers(new, closing, _tree.as_arrays(params)),
+            two_phase=two_phase,
+        )
+        return buffers.out, self._finish(state, new, closing, buffers)
+
+    def _check(
+        self,
+        grads: Grads,
+        state: AccumulateState,
+        params: Params,
+        weight: Any,
+        boundary: Boundary,
+        value: Any,
+    ) -> _MicroStep:
+        """Everything that a caller may get wrong."""
+        boundary = _validate.boundary(boundary, self.every_k)
+        _collectives.check_bound(self.devices.axis_name)
+        _validate.state(state, grads, self.has_accumulator, self.has_devices)
+        self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)
+        if self.has_accumulator:
+            sums = state.window.grads
+            if _windows.is_stacked(state):
+                sums = _windows.without_leading_axis(sums)
+            narrow = self.accumulator_dtype is not None
+            _validate.gradients(grads, sums, narrow=narrow)
+        elif params is not None:
+            _validate.gradients(grads, params, narrow=True)
+        grads = _tree.as_arrays(_tree.keep_inexact(grads))
+        _collectives.check_local(self.devices.axis_name, grads)
+        _collectives.check_same(self.devices.axis_name, params)
+        number, is_positive = _validate.weight(weight, state.window.weight.dtype)
+        value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
+        value = value.astype(state.window.value.dtype)
+        return _MicroStep(grads, number, is_positive, boundary, value)
+
+    def _add(
+        self, step: _MicroStep, state: AccumulateState, params: Params
+    ) -> tuple[AccumulateState, _boundary.Closing]:
+        """The state with the micro-batch in its window, and the window at its end."""
+        if _windows.is_stacked(state):
+            state = _windows.unstacked(state)
+        rejected, skip_state = self._ask_skip(step.grads, state, params)
+        arrived = ~rejected if self.on_skip == "wait" else jnp.ones([], bool)
+        micro_steps = _count(state.micro_step, arrived)
+
+        window = state.window
+        if not self.has_accumulator:
+            window = window._replace(grads=_window.zeros(step.grads))
+        window = _windows.add_in_place(
+            window,
+            step.grads,
+            step.value,
+            jnp.where(rejected, 0, step.weight),
+            has_devices=self.has_devices,
+            reduction=self.reduction,
+            rejected=rejected,
+            # Without an accumulator every micro-step is the first of its window.
+            first=(state.micro_step == 0) | (not self.has_accumulator),
+        )
+        boundary = step.boundary
+        if boundary is None:
+            boundary = self._count_closes(state, micro_steps, arrived)
+        state = state._replace(
+            micro_step=jnp.where(boundary, 0, micro_steps),
+            window=window,
+            skip_state=skip_state,
+        )
+        return state, self._closing(step, window, boundary, micro_steps)
+
+    def _count_closes(
+        self, state: AccumulateState, micro_steps: Scalar, arrived: Scalar
+    ) -> bool | jax.Array:
+        """Whether the count closes the window."""
+        if self.every_k == 1:
+            return True
+        k = self.every_k
+        if isinstance(k, AdaptiveK):
+            k = state.noise.k
+        elif callable(k):
+            k = k(state.gradient_step)
+        k = _validate.scheduled_k(k)
+        # >=, so that a schedule that shrinks k still closes.
+        return arrived & (micro_steps.astype(k.dtype) >= k)
+
+    def _closing(
+        self,
+        step: _MicroStep,
+        window: Window,
+        boundary: bool | jax.Array,
+        micro_steps: Scalar,
+    ) -> _boundary.Closing:
+        reduction = self.reduction
+        if self.every_k == 1 and not self.has_devices:
+            # A window of one gradient is not a sum, and its mean is that gradient.
+            window = window._replace(grads=step.grads, value=step.value)
+            reduction = "sum" if reduction == "mean" else reduction
+        may_be_empty = not step.is_positive or self.skip is not None
+        if may_be_empty and not self.has_devices and not isinstance(step.boundary, bool):
+            # One device knows W before the boundary, several only at it.
+            boundary, may_be_empty = boundary & (window.weight != 0), False
+        return _boundary.Closing(
+            boundary=boundary,
+            window=window,
+            micro_steps=micro_steps.astype(window.weight.dtype),
+            may_be_empty=may_be_empty,
+            reduction=reduction,
+            devices=self.devices,
+            tracker=self.tracker,
+        )
+
+    def _finish(
+        self,
+        before: AccumulateState,
+        state: AccumulateState,
+        closing: _boundary.Closing,
+        buffers: _boundary.Buffers,
+    ) -> AccumulateState:
+        """The state after the boundary has been passed, or not reached."""
+        is_stacked = _windows.is_stacked(before)
+        sums = buffers.sums
+        if not self.has_accumulator or closing.boundary is True:
+            # A window that is closed for certain leaves nothing to remember.
+            sums = before.window.grads
+            sums = _windows.without_leading_axis(sums) if is_stacked else sums
+        state = state._replace(
+            gradient_step=_count(state.gradient_step, buffers.has_updated),
+            has_updated=buffers.has_updated,
+            window=state.window._replace(grads=sums),
+            noise=buffers.noise,
+            inner_state=buffers.inner_state,
+        )
+        return _windows.stacked(state) if is_stacked else state
+
+    def _ask_skip(
+        self, grads: Grads, state: AccumulateState, params: Params
+    ) -> tuple[Any, Tree]:
+        """Whether to skip, and the info in the type that the state holds it in."""
+        if self.skip is None:
+            return False, state.skip_state
+        rejected, info = _skip.ask(self.skip, grads, state.gradient_step, params)
+        _validate.same_structure(
+            "info",
+            info,
+            "skip_state",
+            state.skip_state,
+            "`skip` must return the same info always; a state that another `skip` made "
+            "needs its `skip_state` replaced by that of `init`",
+        )
+        info = _tree.cast_like(info, state.skip_state)
+        return rejected, jax.tree.map(_tree.vary_like, info, state.skip_state)
+
+
+class _Inner:
+    """The inner optimizer on the gradient of a whole window."""
+
+    def __init__(
+        self,
+        accumulation: _Accumulation,
+        grads: Grads,
+        params: Params,
+        extra_args: dict[str, Any],
+        takes_value: bool,
+    ):
+        """Everything that one micro-step gives it."""
+        self.devices = accumulation.devices
+        self.like: Updates = None
+        self.narrow_to: Grads = None
+
+        def call(mean: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
+            given = {**extra_args, "value": value} if takes_value else extra_args
+            whole = _tree.fill_inexact(grads, mean)
+            return accumulation.inner.update(whole, inner_state, params, **given)
+
+        self.call = call
+
+    def plan(
+        self, step: _MicroStep, state: AccumulateState, closing: _boundary.Closing
+    ) -> tuple[Updates, bool]:
+        """The shapes of the updates, and whether the state is to be computed later."""
+        has_branch = not isinstance(closing.boundary, bool)
+        if has_branch:
+            # What tells the shapes is the trace that the branch takes.
+            self.call = jax.jit(self.call, inline=True)
+
+        def over_devices(grads: Grads, value: Scalar) -> tuple[Updates, Tree]:
+            grads, value = self.devices.sum(grads, value)
+            return self.call(grads, state.inner_state, value)
+
+        # What the inner optimizer alone gives for gradients of the incoming dtype.
+        self.like, _ = jax.eval_shape(over_devices, step.grads, closing.window.value)
+        sums = closing.window.grads
+        own, wide = (jax.tree.map(_tree.dtype_of, tree) for tree in (step.grads, sums))
+        if own != wide:
+            try:
+                jax.eval_shape(over_devices, sums, closing.window.value)
+            except TypeError:
+                # Some, like `optax.novograd`, branch between a gradient and a moment,
+                # and only take gradients of the parameters' dtype.
+                self.narrow_to = step.grads
+        two_phase = (
+            # Across devices the gradients would be exchanged twice.
+            has_branch
+            and self.devices.axis_name is None
+            and _boundary.rounds(sums, self.like, state.inner_state)
+        )
+        return self.like, two_phase
+
+    def update(
+        self, mean: Grads, inner_state: Tree, value: Scalar
+    ) -> tuple[Updates, Tree]:
+        """Updates and state, in the types that the inner optimizer alone gives them."""
+        if self.narrow_to is not None:
+            mean = _tree.cast_like(mean, self.narrow_to)
+        updates, new_state = self.call(mean, inner_state, value)
+        _validate.same_structure(
+            "inner_state",
+            new_state,
+            "inner.init(params)",
+            inner_state,
+            "An optimizer whose state changes its structure cannot be compiled "
+            "into a boundary; put it beside `accumulate`, in an `optax.chain`",
+        )
+        new_state = _tree.cast_like(new_state, inner_state)
+        return _tree.cast_like(updates, self.like), new_state
+
+
+def _buffers(
+    state: AccumulateState, closing: _boundary.Closing, out: Tree
+) -> _boundary.Buffers:
+    """What the boundary may write to."""
+    return _boundary.Buffers(
+        has_updated=jnp.zeros([], bool),
+        sums=closing.window.grads,
+        out=out,
+        inner_state=state.inner_state,
+        noise=state.noise,
+    )
+
+
+def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:
+    """What made `tx`, unless one of its functions was replaced."""
+    owners = {getattr(function, "__self__", None) for function in tx}
+    owner = owners.pop() if len(owners) == 1 else None
+    return owner if isinstance(owner, _Accumulation) else None
+
+
+def _count(counter: Scalar, happened: Scalar) -> Scalar:
+    return counter + happened.astype(counter.dtype)

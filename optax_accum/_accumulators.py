@@ -1,0 +1,242 @@
+"""What becomes of the auxiliary outputs of micro-batches: one accumulator per policy.
+
+=========  ====================================================================
+policy     result
+=========  ====================================================================
+"stack"    all of them, ``[K, ...]``
+"concat"   their axis 0 is that of the examples: one axis 0, in the batch's order
+"mean"     their mean, with the weights of the loss
+"sum"      their sum
+"last"     the last one
+=========  ====================================================================
+
+``"mean"`` and ``"sum"`` leave out micro-batches of weight 0, as all sums here do; the
+others keep what came.
+
+An accumulator serves one leaf of `aux`. What it carries from micro-batch to micro-batch
+it starts, adds to, joins with the other devices', and turns into the result.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from optax_accum import _tree, _validate, _window
+from optax_accum._split import Split
+from optax_accum._types import AxisName, Scalar, Specs, Tree
+from optax_accum.sharding import _collectives
+
+
+class Part(NamedTuple):
+    """Which micro-batch an output is of."""
+
+    index: int | Scalar
+    size: int
+    weight: Scalar
+
+
+class Accumulator(Protocol):
+    """How one leaf of the auxiliary outputs is accumulated."""
+
+    def start(self, weight: Any) -> Tree:
+        """What is carried before the first micro-batch; `weight` is like theirs."""
+
+    def add(self, carried: Tree, output: jax.Array, part: Part) -> Tree:
+        """With the output of one more micro-batch."""
+
+    def over_devices(self, carried: Tree, axis_name: AxisName) -> Tree:
+        """What the devices of `axis_name` carry together."""
+
+    def finish(self, carried: Tree, weight: Scalar) -> jax.Array:
+        """The result; `weight` is W, of all devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLeaf:
+    """What every accumulator knows of its leaf."""
+
+    path: str
+    shape: jax.ShapeDtypeStruct  # of a whole micro-batch's output
+    split: Split
+
+    # Whether each device keeps its own part of the result.
+    is_local: ClassVar[bool] = False
+
+
+class _Reduced(_OfLeaf):
+    """A sum, in at least float32, that is divided once."""
+
+    reduction: ClassVar[_window.Reduction]
+    numpy: ClassVar[Callable[[Any], jax.Array]]  # gives a result its dtype
+
+    def start(self, weight: Any) -> jax.Array:
+        if jnp.issubdtype(self.shape.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f'{self.path} has the policy "{self.reduction}", but '
+                f'{self.shape.dtype} cannot be added up. Use "stack" or "last"'
+            )
+        dtype = _tree.at_least_float32(self._result().dtype)
+        return _tree.vary_like(_tree.zeros_like(self.shape, dtype), weight)
+
+    def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
+        return _window.add(carried, output, part.weight, self.reduction)
+
+    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
+        return lax.psum(carried, axis_name)
+
+    def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
+        result = _window.divide(carried, weight, self.reduction)
+        return _tree.cast_like(result, self._result())
+
+    def _result(self) -> jax.ShapeDtypeStruct:
+        return jax.eval_shape(type(self).numpy, self.shape)
+
+
+class Mean(_Reduced):
+    """The mean, with the weights of the loss."""
+
+    reduction, numpy = "mean", jnp.mean
+
+
+class Sum(_Reduced):
+    """The sum."""
+
+    reduction, numpy = "sum", jnp.sum
+
+
+class Last(_OfLeaf):
+    """The last micro-batch's output; over devices, the last device's."""
+
+    def start(self, weight: Any) -> jax.Array:
+        del weight
+        return _tree.zeros_like(self.shape)
+
+    def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
+        del carried, part
+        return output
+
+    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
+        last = _collectives.last_device(axis_name)
+        return _collectives.of_device(axis_name, last, carried)
+
+    def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
+        del weight
+        return carried
+
+
+class _Kept(_OfLeaf):
+    """Every output, in one array that is written in place."""
+
+    is_local = True
+
+    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
+        del axis_name
+        return carried
+
+
+class Stack(_Kept):
+    """All outputs on a new first axis."""
+
+    def start(self, weight: Any) -> jax.Array:
+        del weight
+        return lax.broadcast(_tree.zeros_like(self.shape), (self.split.count,))
+
+    def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
+        if output.shape != self.shape.shape:
+            raise ValueError(
+                f'{self.path} has the policy "stack", but the last micro-batch, which '
+                f"is smaller, gave shape {output.shape} and the others "
+                f'{self.shape.shape}. Use "concat" for outputs with one entry per '
+                "example, or a `microbatch_size` that divides the batch"
+            )
+        return lax.dynamic_update_index_in_dim(carried, output, part.index, 0)
+
+    def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
+        del weight
+        return carried
+
+
+class Concat(_Kept):
+    """The examples' outputs along axis 0, in the order of the batch."""
+
+    def start(self, weight: Any) -> jax.Array:
+        del weight
+        self._check(self.shape.shape, self.split.size)
+        if self.split.remainder:
+            return _tree.zeros_like(
+                self.shape.update(shape=(self.split.examples, *self.shape.shape[1:]))
+            )
+        # Example i + j·K is at [j, i], as `Split.take` cuts the batch.
+        zeros = _tree.zeros_like(self.shape)
+        axes = (0, *range(2, zeros.ndim + 1))
+        shape = zeros.shape[0], self.split.whole, *zeros.shape[1:]
+        return lax.broadcast_in_dim(zeros, shape, axes)
+
+    def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
+        self._check(output.shape, part.size)
+        if self.split.remainder:
+            start = part.index * self.split.size
+            return lax.dynamic_update_slice_in_dim(carried, output, start, 0)
+        return lax.dynamic_update_index_in_dim(carried, output, part.index, 1)
+
+    def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
+        del weight
+        return carried.reshape(self.split.examples, *self.shape.shape[1:])
+
+    def _check(self, shape: tuple[int, ...], examples: int) -> None:
+        if shape[:1] != (examples,):
+            raise ValueError(
+                f'{self.path} has the policy "concat", which needs one entry per '
+                f"example along axis 0; a micro-batch of {examples} examples gave "
+                f'shape {shape}. Use "stack", "mean", "sum" or "last", or move the '
+                "examples to axis 0 in `fun`"
+            )
+
+
+POLICIES: dict[str, type[_OfLeaf]] = {
+    "stack": Stack,
+    "concat": Concat,
+    "mean": Mean,
+    "sum": Sum,
+    "last": Last,
+}
+
+
+def check_policies(policies: Tree) -> None:
+    """Raises unless all leaves of `policies` are policies."""
+    for policy in jax.tree.leaves(policies):
+        _validate.one_of("aux", policy, tuple(POLICIES))
+
+
+def plan(policies: Tree, shapes: Tree, split: Split) -> list[Accumulator]:
+    """An accumulator for each leaf of `shapes`, the `aux` of a whole micro-batch.
+
+    Raises:
+      ValueError: `policies` is not a prefix of `shapes`.
+    """
+    try:
+        matched = jax.tree.leaves(jax.tree.broadcast(policies, shapes))
+    except ValueError as error:
+        raise ValueError(
+            "`aux` must be a policy, or a tree of policies that is a prefix of "
+            f"what `fun` returns as auxiliary output; got {policies!r} for "
+            f"{jax.tree.structure(shapes)}"
+        ) from error
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    accumulators: list[Any] = [
+        POLICIES[policy](_validate.named("aux", path), leaf, split)
+        for policy, (path, leaf) in zip(matched, leaves, strict=True)
+    ]
+    return accumulators
+
+
+def specs(policies: Tree, axis_name: AxisName | None) -> Specs:
+    """Where the results lie on a mesh: for ``out_specs``."""
+    return jax.tree.map(
+        lambda policy: P(axis_name) if POLICIES[policy].is_local else P(), policies
+    )

@@ -1,0 +1,177 @@
+"""Leaves of trees: their dtypes, casts and norms, and what JAX's types say of them.
+
+A leaf is *inexact* if it is floating or complex: these are accumulated. Integers, keys,
+``None`` and float0 (the gradient that JAX gives an integer) pass through.
+
+On an Explicit mesh a type says how an array is sharded. Under ``check_vma=True``
+`jax.shard_map` knows over which axes of the mesh an array *varies*, that is, may differ
+between devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes, lax
+
+from optax_accum._types import DType, Scalar, Tree
+
+Axes = frozenset[Any]
+
+# --- Dtypes ---
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype that `leaf` has in JAX: a NumPy float64 is a float32 to it."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype == dtypes.float0:
+        return leaf.dtype
+    is_jax = hasattr(leaf, "dtype") and not isinstance(leaf, np.ndarray | np.generic)
+    return leaf.dtype if is_jax else jnp.result_type(leaf)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is floating or complex."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def is_float0(leaf: Any) -> bool:
+    """Whether `leaf` is the gradient that JAX gives an integer parameter."""
+    return dtype_of(leaf) == dtypes.float0
+
+
+def is_complex(leaf: Any) -> bool:
+    """Whether `leaf` is complex."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
+
+
+def at_least_float32(dtype: DType) -> Any:
+    """float32, or `dtype` where that is wider or an integer.
+
+    In bfloat16 ones sum to 256 and stay there.
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return dtype
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """`x` in at least float32."""
+    return x.astype(at_least_float32(x.dtype))
+
+
+def scalar_dtype(tree: Tree) -> Any:
+    """float32, or float64 where `tree` holds double precision."""
+    bits = [jnp.finfo(dtype_of(x)).bits for x in jax.tree.leaves(keep_inexact(tree))]
+    return jnp.dtype("float64" if 64 in bits else "float32")
+
+
+# --- Trees ---
+
+
+def keep_inexact(tree: Tree) -> Tree:
+    """`tree` with ``None`` in place of the leaves that are not accumulated."""
+    return jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
+
+
+def fill_inexact(tree: Tree, inexact: Tree) -> Tree:
+    """`tree` with its inexact leaves replaced, in order, by those of `inexact`."""
+    leaves = iter(jax.tree.leaves(inexact))
+    return jax.tree.map(lambda x: next(leaves) if is_inexact(x) else x, tree)
+
+
+def as_arrays(tree: Tree) -> Tree:
+    """`tree` with its Python scalars as arrays."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    """`tree` in the dtypes of `like`, none of them weak.
+
+    A weak type would become a strong one in the next update, and compile it again.
+    """
+
+    def cast(x: Any, target: Any) -> Any:
+        if x.dtype == target.dtype and not getattr(x, "weak_type", False):
+            return x
+        return lax.convert_element_type(x, target.dtype)
+
+    return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
+
+
+def squared_norm(tree: Tree, dtype: DType) -> Scalar:
+    """``dtype[]``, the sum of the squares of all inexact entries."""
+    total = jnp.zeros([], dtype)
+    for x in map(jnp.asarray, jax.tree.leaves(keep_inexact(tree))):
+        for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+            total = total + jnp.sum(widened(part) ** 2).astype(dtype)
+    return total
+
+
+# --- What types say ---
+
+
+def varying(x: Any) -> Axes:
+    """The axes over which an array, or the shape of one, is known to vary."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.manual_axis_type.varying if x.manual_axis_type else frozenset()
+    return jax.typeof(x).mat.varying
+
+
+def vary_over(axes: Axes, x: jax.Array) -> jax.Array:
+    """`x` cast to vary over `axes` as well."""
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def vary_like(tree: Tree, *others: Any) -> Tree:
+    """`tree` as something that varies over all the axes that one of `others` does.
+
+    The first value that goes round a `lax.scan` must vary as the later ones do.
+    """
+    axes = frozenset().union(*map(varying, others))
+    return jax.tree.map(lambda x: vary_over(axes, x), tree)
+
+
+def axes_of(entry: Any) -> tuple[Any, ...]:
+    """One axis of a mesh, several, or ``None``, as a tuple of them."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def spec(x: Any) -> list[Any]:
+    """The axes of an Explicit mesh over which `x` is sharded, one entry per axis."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    given = () if sharding is None else sharding.spec
+    return [*given, *[None] * (jnp.ndim(x) - len(given))]
+
+
+# --- Arrays like others ---
+
+
+def zeros_like(x: Any, dtype: DType = None) -> jax.Array:
+    """Zeros like an array, or like the shape of one, sharded and varying as it is."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.zeros_like(x, dtype=dtype)
+    # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
+    zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
+    return vary_over(varying(x), zeros)
+
+
+def chosen(
+    x: jax.Array, is_chosen: jax.Array, total: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The part of `x` for which `is_chosen` holds, as a `total` of it and of zeros.
+
+    `is_chosen` has the first axes of `x`, or none. Booleans and keys can be chosen too.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = chosen(jax.random.key_data(x), is_chosen, total)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    numbers = x.astype(jnp.int32) if x.dtype == bool else x
+    is_chosen = is_chosen.reshape(*is_chosen.shape, *[1] * (x.ndim - is_chosen.ndim))
+    # Selected, and not multiplied: the rest may be NaN.
+    part = jnp.where(is_chosen, numbers, jnp.zeros([], numbers.dtype))
+    return total(part).astype(x.dtype)

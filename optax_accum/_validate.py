@@ -1,0 +1,308 @@
+"""What a caller may get wrong, and what they are told.
+
+Every message names the argument in backticks, says what came, what is needed and
+what to do. What passes comes back normalised. What Python or JAX explains well by
+itself is not checked.
+"""
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_accum import _tree
+from optax_accum._types import DType, Grads, Params, Scalar, Tree
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is among `choices`."""
+    if value not in choices:
+        allowed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}")
+
+
+def transformation(value: Any) -> None:
+    """Raises unless `value` has the two functions of a gradient transformation."""
+    if not all(callable(getattr(value, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            "`inner` must be an Optax gradient transformation, with `init` and "
+            f"`update`; got {value!r} of type {type(value).__name__}. Call the "
+            "optimizer with its learning rate first: optax.adam(1e-3), not optax.adam"
+        )
+
+
+def every_k(value: Any) -> Any:
+    """An int >= 1, a schedule, or ``None``."""
+    if value is None or callable(value):
+        return value
+    return whole_number(
+        "every_k",
+        value,
+        "an int >= 1, a schedule `gradient_step -> k`, oa.noise.adaptive_k(...), or "
+        "None",
+        ". Use every_k=1 to update on every micro-step, or every_k=None and "
+        "`boundary=` to close windows yourself",
+    )
+
+
+def scheduled_k(value: Any) -> Scalar:
+    """What a schedule returned, as a real scalar; Optax's schedules return floats."""
+    k = jnp.asarray(value)
+    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.number):
+        raise TypeError(
+            "`every_k` as a schedule must return one real number, how many micro-steps "
+            f"the window has; got shape {k.shape} and dtype {k.dtype}"
+        )
+    return k
+
+
+def accumulator_dtype(value: DType) -> DType:
+    """A floating or complex dtype, or ``None``."""
+    if value is None:
+        return None
+    dtype = jnp.dtype(value)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            "`accumulator_dtype` must be a floating or complex dtype, because sums "
+            f"of gradients do not fit in {dtype}; got {dtype}. Leave it out for at "
+            "least float32"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"`accumulator_dtype` is {dtype}, which JAX does not compute in unless "
+            'jax.config.update("jax_enable_x64", True) comes first'
+        )
+    return dtype
+
+
+def accumulator_fits(params: Params, dtype: DType) -> None:
+    """Raises where `dtype` is real and a parameter complex, or the reverse."""
+    if dtype is None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_tree.keep_inexact(params)):
+        if _tree.is_complex(leaf) != jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"`accumulator_dtype` {dtype} cannot hold the gradient of "
+                f"{named('params', path)}, which is {_tree.dtype_of(leaf)}: one is "
+                "complex and the other is not. Leave `accumulator_dtype` out and each "
+                "leaf gets its own"
+            )
+
+
+def state(value: Any, grads: Grads, has_accumulator: bool, has_devices: bool) -> None:
+    """Raises unless `value` is a state that this transformation can continue from."""
+    if hasattr(value, "mini_step") and hasattr(value, "inner_opt_state"):
+        raise TypeError(
+            "`state` must be an `AccumulateState`; got the state of "
+            "`optax.MultiSteps`. Convert it first: oa.from_multi_steps(state)"
+        )
+    if not hasattr(value, "window"):
+        raise TypeError(
+            f"`state` must be the `AccumulateState` that `init` returned; got "
+            f"{type(value).__name__}. The order is update(grads, state, params), and "
+            "update_params(grads, state, params)"
+        )
+    windows = jnp.shape(value.window.weight)
+    if windows and not has_devices:
+        raise ValueError(
+            f"`state` holds {windows[0]} windows, one per device, but `accumulate` was "
+            "given no `axis_name`. Give it the axis over which devices are to meet, or "
+            "make one window of them: oa.sharding.sum_windows(state)"
+        )
+    if windows not in ((), (1,)):
+        raise ValueError(
+            f"`state` holds {windows[0]} windows on this device, where each device "
+            "needs one: it was made for another number of devices, or has not the "
+            "`in_specs` of oa.sharding.window_specs(state, axis_name). For another "
+            "number of devices: oa.sharding.stack_windows(oa.sharding.sum_windows("
+            "state), num_devices)"
+        )
+    lacks_sums = not jax.tree.leaves(value.window.grads)
+    if has_accumulator and lacks_sums and jax.tree.leaves(_tree.keep_inexact(grads)):
+        raise ValueError(
+            "`state` holds no accumulator; it comes from `every_k=1` or from other "
+            "parameters. Take a new one from `init`, and with "
+            "new_state._replace(inner_state=state.inner_state, "
+            "gradient_step=state.gradient_step) the optimizer continues where it was"
+        )
+    if not has_accumulator and not lacks_sums:
+        raise ValueError(
+            "`state` holds an accumulator, for which `every_k=1` has no use: an open "
+            "window in it would be lost. Close it with the `accumulate` that made it, "
+            "by weight=0 and boundary=True, and continue with state._replace("
+            "window=state.window._replace(grads=()))"
+        )
+
+
+def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
+    """The weight as an array ``dtype[]``, and whether it is known to be positive."""
+    is_known = isinstance(value, bool | int | float | np.generic | np.ndarray)
+    if not is_known and not isinstance(value, jax.Array):
+        raise TypeError(
+            "`weight` must be a real scalar, the number of units that this "
+            f"micro-batch's mean was taken over; got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(
+            "`weight` must be a scalar, one number for the whole micro-batch; got "
+            f"shape {jnp.shape(value)}. Sum it first, say the token mask: mask.sum()"
+        )
+    if is_known and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(
+            f"`weight` must be finite and >= 0; got {value}. Use 0 for a micro-batch "
+            "that is to contribute nothing"
+        )
+    return jnp.asarray(value).astype(dtype), bool(is_known and value > 0)
+
+
+def scalar_value(value: Any) -> Scalar:
+    """The loss value as a real scalar array."""
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            "`value` must be a real floating scalar, the loss whose gradient this is; "
+            f"got shape {value.shape} and dtype {value.dtype}"
+        )
+    return value
+
+
+def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
+    """A Python bool, an array ``bool[]``, or ``None`` where the count decides."""
+    if value is None and every_k is None:
+        raise ValueError(
+            "`boundary` is needed on every call, because `every_k=None` leaves the "
+            "boundary to the caller; got None. Pass True or False, decided when "
+            "tracing, or a boolean array, or give `accumulate` an `every_k`"
+        )
+    if _is_bool(value):
+        value = bool(value)
+    elif value is not None:
+        given, value = value, jnp.asarray(value)
+        if value.dtype != bool or value.shape != ():
+            raise TypeError(
+                "`boundary` must be a bool, a boolean scalar array, or None; got "
+                f"{given!r}, of shape {value.shape} and dtype {value.dtype}"
+            )
+    if every_k == 1 and value is not None and value is not True:
+        raise ValueError(
+            "`boundary` must be True or None with `every_k=1`, which keeps no "
+            f"accumulator and updates on every call; got {value!r}. Use every_k=None "
+            "to close windows yourself"
+        )
+    return value
+
+
+def whole_number(
+    name: str, value: Any, needed: str = "an int >= 1", advice: str = ""
+) -> int:
+    """An int >= 1."""
+    number = as_int(value)
+    if number is None:
+        raise TypeError(
+            f"`{name}` must be {needed}; got {value!r} of type {type(value).__name__}"
+        )
+    if number < 1:
+        raise ValueError(f"`{name}` must be {needed}; got {number}{advice}")
+    return number
+
+
+def fraction(name: str, value: Any, meaning: str) -> float:
+    """A number in [0, 1)."""
+    is_number = isinstance(value, Real) and not _is_bool(value)
+    if not is_number or not 0 <= value < 1:
+        message = f"`{name}` is {meaning}, a number of at least 0 and less than 1; got "
+        raise (ValueError if is_number else TypeError)(message + repr(value))
+    return float(value)
+
+
+def same_structure(
+    name: str, tree: Tree, expected_name: str, expected: Tree, advice: str
+) -> None:
+    """Raises at the first path where `tree` is built otherwise than `expected`."""
+    got, needed = jax.tree.structure(tree), jax.tree.structure(expected)
+    if got == needed:  # type: ignore[operator]
+        return
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    wanted = [path for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
+    missing = [path for path in wanted if path not in paths]
+    surplus = [path for path in paths if path not in wanted]
+    if missing:
+        difference = f"{named(expected_name, missing[0])} has no counterpart in it"
+    elif surplus:
+        difference = f"{named(name, surplus[0])} is not in `{expected_name}`"
+    else:
+        difference = "the paths agree, but their containers are of other types"
+    raise ValueError(
+        f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
+        f"Got {got}, needed {needed}. {advice}"
+    )
+
+
+def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:
+    """Raises unless `grads` can be added to sums that are built like `expected`.
+
+    Args:
+      grads: The gradients, passed-through leaves included.
+      expected: The parameters, or the sums so far, which are built like them.
+      narrow: Whether the caller asked for sums narrower than the gradients.
+    """
+    grads, expected = _tree.keep_inexact(grads), _tree.keep_inexact(expected)
+    same_structure(
+        "grads",
+        grads,
+        "params",
+        expected,
+        "Every floating parameter that `init` saw needs a floating gradient, and no "
+        "other leaf one",
+    )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(grads),
+        jax.tree.leaves(expected),
+        strict=True,
+    )
+    for (path, g), wanted in pairs:
+        if jnp.shape(g) != jnp.shape(wanted):
+            raise ValueError(
+                f"{named('grads', path)} has shape {jnp.shape(g)}, but "
+                f"{named('params', path)} has shape {jnp.shape(wanted)}; "
+                "gradients must have the shapes of the parameters that `init` saw"
+            )
+        mine, sums = _tree.dtype_of(g), _tree.dtype_of(wanted)
+        if _tree.is_complex(g) != _tree.is_complex(wanted):
+            raise TypeError(
+                f"{named('grads', path)} is {mine}, but {named('params', path)} "
+                f"is {sums}: one is complex and the other is not"
+            )
+        if not narrow and jnp.finfo(mine).bits > jnp.finfo(sums).bits:
+            raise TypeError(
+                f"{named('grads', path)} is {mine}, wider than its accumulator, which "
+                f"is {sums} because of the parameters that `init` saw. Pass "
+                f"`accumulator_dtype={mine}` to keep the precision, or cast them"
+            )
+
+
+def named(tree: str, path: Any) -> str:
+    """The leaf at `path` of what is called `tree`, for a message."""
+    return f"`{tree}{jax.tree_util.keystr(path)}`"
+
+
+def shown_type(x: Any) -> str:
+    """The type of an array for a message, ``float32[8,4]``."""
+    return f"{_tree.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number as an int; a bool, which is an int to Python, is a mistake."""
+    try:
+        return None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_)

@@ -1,0 +1,593 @@
+"""`jax.value_and_grad` whose batch runs in micro-batches.
+
+A call goes one way: its arguments are taken apart, the batch is split, a `lax.scan`
+runs `fun` and its gradient on one micro-batch after another and adds them to a
+`Window`, devices sum their windows, and the window is divided once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from optax_accum import (
+    _accumulators,
+    _arguments,
+    _outputs,
+    _skip,
+    _split,
+    _tree,
+    _validate,
+    _window,
+)
+from optax_accum._types import (
+    AnyMesh,
+    AxisName,
+    Batch,
+    DType,
+    Grads,
+    Reduction,
+    Scalar,
+    Skip,
+    Tree,
+)
+from optax_accum._window import Window
+from optax_accum.noise import _noise_scale
+from optax_accum.sharding import _collectives
+from optax_accum.sharding._data_parallel import DataParallel
+
+
+class MicrobatchInfo(NamedTuple):
+    """What `value_and_grad` knows besides its result, for those who ask.
+
+    Attributes:
+      weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the
+        micro-batches' weights: how many examples or tokens the result stands for. It
+        is the `weight` under which `accumulate` takes the gradient.
+      skipped: ``i32[]``, how many micro-batches `skip` rejected.
+      noise_scale: The `oa.noise.NoiseScale` of this batch, of ``count`` 1, or 0 (and
+        NaN) if fewer than two micro-batches had any weight; ``()`` if it was not asked
+        for.
+    """
+
+    weight: Scalar
+    skipped: Scalar
+    noise_scale: Any = ()
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    # the batch
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    batch_argnums: int | Sequence[int] = 1,
+    batch_argnames: str | Sequence[str] = (),
+    batch_axis: int = 0,
+    # how it counts
+    reduction: Reduction = "mean",
+    weight: Callable[..., Any] | None = None,
+    skip: Skip | None = None,
+    accumulator_dtype: DType = None,
+    # other arguments and outputs
+    aux: Tree = "stack",
+    carry_argnum: int | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    return_info: bool = False,
+    noise_scale: bool = False,
+    # devices that share the batch
+    axis_name: AxisName | None = None,
+    mesh: AnyMesh | None = None,
+    scatter: bool = False,
+) -> Callable[..., Any]:
+    """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
+
+    The same call and the same result, in the memory of one micro-batch and of one sum
+    as large as the gradient. The batch arguments are cut into K micro-batches, `fun`
+    and its gradient run on each inside one `jax.lax.scan`, and the sums are divided
+    once:
+
+        value = Σ wᵢ·vᵢ / Σ wᵢ        gradient = Σ wᵢ·gᵢ / Σ wᵢ
+
+    with wᵢ the number of examples in micro-batch i, or what `weight` says. If `fun` is
+    a mean over the examples, these are the value and the gradient of the whole batch.
+
+    Call it under `jax.jit`; outside of it the loop is compiled again at every call.
+
+    Args:
+      fun: The function to differentiate, returning a real scalar, or a pair as
+        `has_aux` and `carry_argnum` say. It sees one micro-batch at a time.
+      argnums: As in `jax.value_and_grad`.
+      has_aux: As in `jax.value_and_grad`: whether `fun` returns ``(value, aux)``.
+      num_microbatches: K, which must divide the number of examples. Exactly one of
+        this and `microbatch_size` is needed.
+      microbatch_size: How many examples make a micro-batch. If it does not divide the
+        batch, the rest runs as one smaller micro-batch, under its own weight.
+      batch_argnums: The positions of the batch arguments in the signature of `fun`:
+        trees of arrays with the same number of examples along `batch_axis`. List them
+        all: every other argument is passed whole to every micro-batch, and if it
+        happens to broadcast, the result is silently wrong.
+      batch_argnames: Batch arguments by name; the two add up.
+      batch_axis: The axis of the examples in every leaf of the batch arguments.
+      reduction: ``"mean"`` if `fun` is a mean over the weight (the default; result
+        Σ wᵢ·gᵢ / Σ wᵢ); ``"ratio"`` if it is a sum that is to be divided by the total
+        weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` if it is not to be divided (Σ gᵢ).
+      weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
+        how many units (valid tokens, say) this micro-batch's mean was taken over. By
+        default the number of its examples. A micro-batch of weight 0 contributes
+        nothing, even if its gradient is NaN; if all weights are 0, so are value and
+        gradient.
+      skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch, which
+        then has weight 0. `oa.skip_not_finite` is one, and Optax's predicates fit.
+      accumulator_dtype: The dtype of the sums. By default at least float32 and never
+        less than the gradient's own. The result has the parameters' dtypes.
+      aux: What becomes of auxiliary outputs: one policy for all leaves, or a tree of
+        them that is a prefix of `aux`. ``"stack"``: all of them on a new first axis.
+        ``"concat"``: one entry per example along axis 0, in the order of the batch.
+        ``"mean"``: their mean, weighted as the loss is. ``"sum"``: their sum.
+        ``"last"``: the last micro-batch's. Weight 0 counts in neither mean nor sum.
+      carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
+        BatchNorm's statistics. `fun` returns its next value: ``(value, carry)``, or
+        ``(value, (aux, carry))``. A micro-batch of weight 0 leaves it as it was.
+      rng_argnums: Arguments that are random keys, typed or raw, or trees of them.
+        Micro-batch i gets ``jax.random.fold_in(key, i)``.
+      return_info: Whether to return ``(result, MicrobatchInfo)``: the total weight and
+        how many micro-batches were skipped.
+      noise_scale: Whether to measure the noise scale as well, for one norm per
+        micro-batch, and to return it in the `MicrobatchInfo`.
+      axis_name: The axis of devices, or several, that share the batch. Inside
+        `jax.pmap` or `jax.shard_map` each device calls this with its own part, of which
+        the sizes above speak. `fun` returns its own loss, without psum or pmean.
+      mesh: The mesh with that axis, for a call from plain `jax.jit` with the whole
+        batch, of which the sizes then speak.
+      scatter: Whether each device keeps only its part of the gradients: a
+        reduce-scatter instead of the all-reduce. `oa.sharding.scatter_specs` says which
+        part.
+
+    Returns:
+      A function with the arguments of `fun` that returns what `jax.value_and_grad`
+      would, in the same dtypes: ``(value, grads)``; ``((value, aux), grads)`` with
+      `has_aux`; ``((value, carry), grads)`` or ``((value, (aux, carry)), grads)`` with
+      `carry_argnum`. With `return_info` or `noise_scale` the pair of that and a
+      `MicrobatchInfo`.
+
+    Raises:
+      TypeError: An option of another type. At the call: `fun` does not return a real
+        scalar, or a carry of another type than it took; what is named as a key is not
+        one.
+      ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy;
+        a `mesh` without that axis, or `scatter` without one. At the call: a size that
+        does not fit the batch; batch leaves that differ in their number of examples; an
+        argument with two roles, or none of that position or name; an `aux` that is not
+        a prefix.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, x, y):
+      ...     return jnp.mean((x @ w - y) ** 2)
+      >>> w, x, y = jnp.ones(2), jnp.arange(10.0).reshape(5, 2), jnp.ones(5)
+      >>> print(*jax.value_and_grad(loss)(w, x, y))
+      96.0 [ 96. 112.]
+      >>> in_parts = oa.value_and_grad(loss, microbatch_size=2, batch_argnums=(1, 2))
+      >>> print(*jax.jit(in_parts)(w, x, y))
+      96.0 [ 96. 112.]
+
+      A mean over valid tokens, of which micro-batches hold different numbers:
+
+      >>> def token_loss(w, x, mask):
+      ...     return jnp.sum(mask * (x @ w) ** 2) / jnp.maximum(mask.sum(), 1)
+      >>> mask = jnp.arange(5) < 2
+      >>> in_parts = oa.value_and_grad(
+      ...     token_loss,
+      ...     num_microbatches=5,
+      ...     batch_argnums=(1, 2),
+      ...     weight=lambda w, x, mask: mask.sum(),
+      ... )
+      >>> print(jax.jit(in_parts)(w, x, mask)[0], token_loss(w, x, mask))
+      13.0 13.0
+
+    Note: Order of the examples
+      Equal micro-batches are strided: micro-batch i holds the examples i, i + K,
+      i + 2K, ... A batch that is sharded over devices is so split without
+      communication, if every micro-batch can be sharded as the batch was. With a
+      smaller last micro-batch they are contiguous.
+
+    Note: Differentiating again
+      `jax.grad` of the value goes through the loop, and keeps what every micro-batch
+      needs for its backward pass: right, but without any memory saved. (A NaN in a
+      micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
+
+    Note: Across devices
+      Everything is reduced over `axis_name` once, after the last micro-batch: one
+      all-reduce for each dtype of the sums, or with `scatter` one reduce-scatter for
+      each leaf, unless the compiler joins them. What `fun` and its gradient exchange,
+      they exchange in every micro-batch. The mesh's other axes stay with the compiler.
+
+      The result is that of all micro-batches of all devices, as if they had run one
+      after another, the first device's first: ``"last"`` is the last device's, and
+      random keys are folded with the number among all. ``"stack"`` and ``"concat"``
+      leave every device's outputs where they are; with `mesh` they are one array,
+      sharded along axis 0. A carry's floating leaves are averaged over the devices, by
+      weight; its other leaves are those of the last device with any weight.
+
+    References:
+      Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
+      (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
+    """
+    if (num_microbatches is None) == (microbatch_size is None):
+        raise ValueError(
+            "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
+            f"{num_microbatches!r} and {microbatch_size!r}"
+        )
+    if not isinstance(noise_scale, bool):
+        raise TypeError(
+            "`noise_scale` must be True or False, because this measures one batch; got "
+            f"{noise_scale!r}. A decay is for averages, in oa.noise.NoiseScale.add"
+        )
+    _validate.one_of("reduction", reduction, _window.REDUCTIONS)
+    _accumulators.check_policies(aux)
+    if not has_aux and aux != "stack":
+        raise ValueError(
+            f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
+            "is False. Pass has_aux=True, or leave `aux` out"
+        )
+    roles = _arguments.Roles.of(
+        argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums
+    )
+    sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    for name, size in sizes.items():
+        if size is not None:
+            sizes[name] = _validate.whole_number(name, size)
+    settings = Settings(
+        fun=fun,
+        roles=roles,
+        has_aux=has_aux,
+        **sizes,
+        batch_axis=batch_axis,
+        reduction=reduction,
+        weight=weight,
+        skip=skip,
+        accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
+        aux=aux,
+        returns_info=return_info or noise_scale,
+        noise_scale=noise_scale,
+        devices=DataParallel.of(axis_name, mesh, scatter),
+    )
+
+    @functools.wraps(fun)
+    def value_and_grad_of_batch(*args: Any, **kwargs: Any) -> Any:
+        return settings.value_and_grad(args, kwargs)
+
+    value_and_grad_of_batch.settings = settings  # type: ignore[attr-defined]
+    return value_and_grad_of_batch
+
+
+def grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`jax.grad` whose batch runs in micro-batches: `value_and_grad` without the value.
+
+    Args:
+      fun: As in `value_and_grad`.
+      argnums: As in `value_and_grad`.
+      has_aux: As in `value_and_grad`.
+      **options: The keyword arguments of `value_and_grad`.
+
+    Returns:
+      A function that returns what `jax.grad` would: ``grads``, or ``(grads, aux)`` with
+      `has_aux`; if there is a carry, it takes the place of ``aux``, or ``(aux, carry)``
+      does. With `return_info` or `noise_scale` the pair of that and a `MicrobatchInfo`.
+
+    Raises:
+      TypeError: As `value_and_grad`.
+      ValueError: As `value_and_grad`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def loss(w, x):
+      ...     return jnp.mean((x @ w) ** 2)
+      >>> w, x = jnp.ones(2), jnp.arange(8.0).reshape(4, 2)
+      >>> print(jax.jit(oa.grad(loss, num_microbatches=2))(w, x))
+      [62. 76.]
+      >>> print(jax.grad(loss)(w, x))
+      [62. 76.]
+    """
+    settings = settings_of(value_and_grad(fun, argnums, has_aux, **options))
+
+    @functools.wraps(fun)
+    def grad_of_batch(*args: Any, **kwargs: Any) -> Any:
+        (value, grads), info = settings.run(args, kwargs)
+        result = (grads, value[1]) if settings.has_extra else grads
+        return (result, info) if settings.returns_info else result
+
+    return grad_of_batch
+
+
+def settings_of(function: Callable[..., Any]) -> "Settings":
+    """The options of what `value_and_grad` returned."""
+    return function.settings  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of `value_and_grad`, checked."""
+
+    fun: Callable[..., Any]
+    roles: _arguments.Roles
+    has_aux: bool
+    num_microbatches: int | None
+    microbatch_size: int | None
+    batch_axis: int
+    reduction: Reduction
+    weight: Callable[..., Any] | None
+    skip: Skip | None
+    accumulator_dtype: DType
+    aux: Tree
+    returns_info: bool
+    noise_scale: bool
+    devices: DataParallel
+
+    @property
+    def has_extra(self) -> bool:
+        """Whether the value comes with auxiliary outputs or a carry."""
+        return self.has_aux or bool(self.roles.carry_argnum)
+
+    def value_and_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the user gets."""
+        result, info = self.run(args, kwargs)
+        return (result, info) if self.returns_info else result
+
+    def take_apart(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_arguments.Call, _split.Split]:
+        """The arguments of one call by their roles, and how its batch is split."""
+        call = self.roles.bind(self.fun, args, kwargs)
+        split = _split.plan(
+            call.batch,
+            call.batch_names,
+            self.batch_axis,
+            self.num_microbatches,
+            self.microbatch_size,
+            self.devices.shards,
+        )
+        return call, split
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, MicrobatchInfo]:
+        """The result of one call, and the info."""
+        self.devices.check_place()
+        call, split = self.take_apart(args, kwargs)
+        for name, argument in call.named():
+            self.devices.check_whole(name, argument)
+        outputs = _outputs.Outputs(self.has_aux, call.carry_name)
+        arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs))
+
+        def on_one_device(batch: Batch, arrays: list[Any]) -> Any:
+            args, kwargs = rebuild(arrays)
+            mine = call._replace(args=args, kwargs=kwargs, batch=batch)
+            return _Loop(self, mine, split, outputs).run()
+
+        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
+        # function closes over, JAX keeps. What is not an array stays what it is.
+        @jax.jit
+        def on_each_device(batch: Batch, arrays: list[Any]) -> Any:
+            aux_specs = _accumulators.specs(self.aux, self.devices.axis_name)
+            grads_specs = self.devices.gradient_specs(call.params)
+            result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
+            return self.devices.on_each_device(
+                on_one_device, batch, arrays, self.batch_axis, (result_specs, P())
+            )
+
+        return on_each_device(call.batch, arrays)
+
+
+class _Microbatch(NamedTuple):
+    """What one micro-batch gives."""
+
+    value: Scalar
+    grads: Grads
+    aux: Tree
+    carry: Tree
+    weight: Scalar  # 0 if it was rejected
+    rejected: Scalar
+
+
+class _Totals(NamedTuple):
+    """What goes from micro-batch to micro-batch."""
+
+    window: Window
+    aux: list[Tree]  # what each leaf's accumulator carries
+    carry: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """All micro-batches of one call on one device."""
+
+    settings: Settings
+    call: _arguments.Call
+    split: _split.Split
+    outputs: _outputs.Outputs
+
+    def run(self) -> tuple[Any, MicrobatchInfo]:
+        """One micro-batch after another, the sum over devices, and the division."""
+        call, split = self.call, self.split
+        carry_before = _tree.cast_like(call.carry, call.carry)
+
+        # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
+        @jax.jit
+        def microbatch(carry: Tree, index: Scalar) -> _Microbatch:
+            return self._run(split.take(call.batch, index), carry, index, split.size)
+
+        @jax.jit
+        def remainder(carry: Tree) -> _Microbatch:
+            part = split.take_remainder(call.batch)
+            return self._run(part, carry, split.whole, split.remainder)
+
+        indices = jnp.arange(split.whole, dtype=jnp.int32)
+        carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
+        accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
+
+        def body(totals: _Totals, index: Scalar) -> tuple[_Totals, None]:
+            new = microbatch(totals.carry, index)
+            return self._add(totals, new, accumulators, index, split.size), None
+
+        totals, _ = lax.scan(body, self._start(shapes, accumulators, carry), indices)
+        if split.remainder:
+            new = remainder(totals.carry)
+            totals = self._add(totals, new, accumulators, split.whole, split.remainder)
+        return self._finish(totals, shapes, accumulators, carry_before)
+
+    @property
+    def _relative_to(self) -> int:
+        """A mean may count in whole micro-batches: XLA then multiplies nothing by 1."""
+        settings = self.settings
+        is_counted = settings.weight is None and settings.reduction == "mean"
+        return self.split.size if is_counted else 1
+
+    def _run(
+        self, part: list[Batch], carry: Tree, index: int | Scalar, size: int
+    ) -> _Microbatch:
+        """Value and gradient on one micro-batch of `size` examples."""
+        call, settings = self.call, self.settings
+        number = settings.devices.number(index, self.split.count)
+        args, kwargs = call.for_microbatch(part, carry, number)
+        for i in jax.tree.leaves(call.argnums):
+            # So that `jax.grad` gives this device's gradient, and not the sum of all.
+            args[i] = _collectives.vary(settings.devices.axis_name, args[i])
+
+        def unpacked(*args: Any, **kwargs: Any) -> tuple[Scalar, Any]:
+            result = call.apply(settings.fun, args, kwargs)
+            value, *rest = self.outputs.unpack(result, carry)
+            return value, rest
+
+        (value, (aux, new_carry)), grads = jax.value_and_grad(
+            unpacked, call.argnums, has_aux=True
+        )(*args, **kwargs)
+
+        given = size
+        if settings.weight is not None:
+            given = call.apply(settings.weight, args, kwargs)
+        dtype = _tree.scalar_dtype((value, grads, aux))
+        weight, is_positive = _validate.weight(given, dtype)
+        params = jax.tree.map(lambda i: args[i], call.argnums)
+        rejected, _ = _skip.ask(settings.skip, grads, None, params)
+        weight = jnp.where(rejected, 0, weight)
+        if not is_positive or settings.skip is not None:
+            new_carry = jax.tree.map(
+                lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
+            )
+        return _Microbatch(value, grads, aux, new_carry, weight, jnp.asarray(rejected))
+
+    def _first_carry(
+        self, microbatch: Any, carry: Tree, index: Scalar
+    ) -> tuple[Tree, _Microbatch]:
+        """The carry in the type that it comes back in, and what a micro-batch gives."""
+        axis_name = self.settings.devices.axis_name
+        while True:
+            shapes = jax.eval_shape(microbatch, carry, index)
+            cast = jax.tree.map(_tree.vary_like, carry, shapes.carry)
+            # By leaves: not every container knows its equals.
+            types = [list(map(jax.typeof, jax.tree.leaves(c))) for c in (cast, carry)]
+            if types[0] == types[1]:
+                break
+            carry = cast
+        if axis_name is not None:
+            jaxpr = microbatch.trace(carry, index).jaxpr.jaxpr
+            _collectives.check_local_loss(axis_name, shapes.value, jaxpr)
+        return carry, shapes
+
+    def _start(
+        self,
+        shapes: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        carry: Tree,
+    ) -> _Totals:
+        _validate.accumulator_fits(shapes.grads, self.settings.accumulator_dtype)
+        window = Window.empty(
+            shapes.grads,
+            shapes.value,
+            shapes.weight,
+            accumulator_dtype=self.settings.accumulator_dtype,
+            measure_noise=self.settings.noise_scale,
+        )
+        aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
+        return _Totals(window, aux, carry)
+
+    def _add(
+        self,
+        totals: _Totals,
+        new: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        index: int | Scalar,
+        size: int,
+    ) -> _Totals:
+        part = _accumulators.Part(index, size, new.weight)
+        rows = zip(accumulators, totals.aux, jax.tree.leaves(new.aux), strict=True)
+        return _Totals(
+            window=totals.window.add(
+                new.grads,
+                new.value,
+                new.weight,
+                reduction=self.settings.reduction,
+                rejected=new.rejected,
+                relative_to=self._relative_to,
+            ),
+            aux=[a.add(carried, output, part) for a, carried, output in rows],
+            carry=new.carry,
+        )
+
+    def _finish(
+        self,
+        totals: _Totals,
+        shapes: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        carry_before: Tree,
+    ) -> tuple[Any, MicrobatchInfo]:
+        settings, devices = self.settings, self.settings.devices
+        own, aux = totals.window, totals.aux
+        if settings.weight is None and settings.skip is None:
+            # Known before; what nothing asks for, XLA takes out of the loop.
+            weight = jnp.full_like(own.weight, self.split.examples)
+            own = own._replace(weight=_tree.vary_like(weight, own.weight))
+        total = own.over_devices(devices)
+        carry = devices.merge_carry(
+            totals.carry, carry_before, own.weight, total.weight
+        )
+        if devices.axis_name is not None:
+            pairs = zip(accumulators, aux, strict=True)
+            aux = [a.over_devices(x, devices.axis_name) for a, x in pairs]
+        finished = [
+            a.finish(x, total.weight) for a, x in zip(accumulators, aux, strict=True)
+        ]
+        value, grads = _tree.cast_like(
+            total.result(settings.reduction, relative_to=self._relative_to),
+            (shapes.value, shapes.grads),
+        )
+        aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
+        info = MicrobatchInfo(
+            total.weight, total.skipped, self._noise_scale(total, shapes)
+        )
+        return (self.outputs.pack(value, aux, carry), grads), info
+
+    def _noise_scale(self, total: Window, shapes: _Microbatch) -> Any:
+        """The noise scale of the batch, if it was asked for."""
+        if not self.settings.noise_scale:
+            return ()
+        weight = total.weight
+        square = self.settings.devices.squared_norm(
+            total.grads, shapes.grads, weight.dtype
+        )
+        square = square / (weight / self._relative_to) ** 2
+        return _noise_scale.of_window(total.noise, square, weight)

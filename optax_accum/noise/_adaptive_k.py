@@ -1,0 +1,101 @@
+"""Windows that follow the measured noise scale."""
+
+import dataclasses
+from numbers import Real
+
+import jax.numpy as jnp
+
+from optax_accum import _validate
+from optax_accum._types import Scalar
+from optax_accum.noise._noise_scale import NoiseScale
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveK:
+    """What `adaptive_k` returns: the number of micro-batches for the next window."""
+
+    min_k: int
+    max_k: int
+    multiple: float
+    hysteresis: float
+    powers_of_two: bool
+
+    def next(self, k: Scalar, estimate: NoiseScale, weight: Scalar) -> Scalar:
+        """``i32[]``, from the last `k` and the mean `weight` of a micro-step."""
+        dtype = estimate.signal.dtype
+        last = k.astype(dtype)
+        # Without signal no batch is too large.
+        wanted = jnp.where(
+            estimate.signal > 0, self.multiple * estimate.batch_size / weight, jnp.inf
+        )
+        # One step of at most two at a time: the first estimates are rough.
+        wanted = jnp.clip(wanted, last / 2, last * 2)
+        margin = 1 + self.hysteresis
+        moves = (wanted > last * margin) | (wanted < last / margin)
+        if self.powers_of_two:
+            wanted = 2 ** jnp.round(jnp.log2(wanted))
+        chosen = jnp.clip(jnp.round(wanted), self.min_k, self.max_k)
+        moves &= (estimate.count > 0) & (weight > 0)
+        return jnp.where(moves, chosen.astype(k.dtype), k)
+
+
+def adaptive_k(
+    min_k: int,
+    max_k: int,
+    *,
+    multiple: float = 1.0,
+    hysteresis: float = 0.5,
+    powers_of_two: bool = True,
+) -> AdaptiveK:
+    """An `every_k` for `accumulate` that follows the measured noise scale.
+
+    Each window gets as many micro-batches as make the global batch `multiple` times
+    the noise scale, from `min_k` at the start. All of it is traced: k changes without
+    compiling anything anew, and is the same on all devices.
+
+    It is a heuristic. At the noise scale, a batch twice as large saves a quarter of the
+    steps and costs half as many examples again: a fair trade, and no more than that.
+    The noise scale grows during training, often by far more than tenfold, and
+    learning rates that were tuned for one batch size suit no other: schedules inside
+    the optimizer count updates, of which there are now fewer.
+
+    Args:
+      min_k: The fewest micro-batches of a window. One alone shows no noise, so that
+        without `axis_name` at least 2 are needed.
+      max_k: The most. Where the noise hides all signal, it is what is chosen.
+      multiple: The global batch, in noise scales.
+      hysteresis: k stays, unless what is wanted is more than this part above or below
+        it; in [0, 1). It moves by at most a factor of two from window to window, and
+        the rounding to a power of two.
+      powers_of_two: Whether k is a power of two (or a bound), or any integer.
+
+    Returns:
+      A value for `every_k`. `accumulate` then measures the noise scale, with a decay of
+      0.99 unless its `noise_decay` says otherwise.
+
+    Raises:
+      TypeError: A bound that is no int.
+      ValueError: A bound < 1, `max_k` < `min_k`, a `multiple` that is no positive
+        number, a `hysteresis` not in [0, 1).
+
+    Examples:
+      >>> import optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), oa.noise.adaptive_k(2, 64), noise_decay=0.95)
+
+    References:
+      McCandlish et al., An Empirical Model of Large-Batch Training, 2018, sections 2.3
+      and 5 (https://arxiv.org/abs/1812.06162).
+    """
+    low, high = _validate.whole_number("min_k", min_k), _validate.whole_number("max_k", max_k)
+    if high < low:
+        raise ValueError(
+            f"`max_k` must not be less than `min_k`; got max_k={high} and min_k={low}"
+        )
+    if not (isinstance(multiple, Real) and multiple > 0):
+        raise ValueError(
+            "`multiple` must be positive, the size of the global batch in noise "
+            f"scales; got {multiple!r}"
+        )
+    part = "how far off k may be before it moves, as a part of k"
+    hysteresis = _validate.fraction("hysteresis", hysteresis, part)
+    return AdaptiveK(low, high, float(multiple), hysteresis, bool(powers_of_two))

@@ -1,0 +1,213 @@
+"""One open window per device, stacked along a leading axis.
+
+Inside `jax.pmap` and `jax.shard_map` a window's sums are each device's own until the
+boundary. Between two calls they are arrays with a leading axis of devices: the state is
+*stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is local is
+stacked, and `accumulate` takes such a state as it comes, with one window on each device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optax_accum import _tree, _validate
+from optax_accum._state import AccumulateState, map_states, states_in
+from optax_accum._types import AxisName, Grads, Specs, Tree
+from optax_accum._window import Window
+
+
+def stack_windows(
+    opt_state: Tree, num_devices: int, *, all_leaves: bool = False
+) -> Tree:
+    """Gives every device a window of its own, for `jax.shard_map` or `jax.pmap`.
+
+    The first device continues the window that `opt_state` holds, the others start from
+    zero; over all of them the sums are what they were. For large models run it under
+    ``jax.jit(..., out_shardings=...)``, so that no device ever holds all windows.
+
+    Args:
+      opt_state: What `init` returned or `sum_windows` made: an `AccumulateState`, or
+        any tree with one in it.
+      num_devices: How many devices the axis has, ``mesh.shape["data"]``.
+      all_leaves: Whether to give everything an axis of devices, with the same content
+        on each, as `jax.pmap` needs it; by default only what is local gets one.
+
+    Returns:
+      `opt_state`, whose local fields (see `AccumulateState`) have the shapes
+      ``[num_devices, ...]``.
+
+    Raises:
+      TypeError: `num_devices` is not an int.
+      ValueError: `num_devices` < 1; `opt_state` holds no `AccumulateState`, or is
+        stacked already.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> state = oa.sharding.stack_windows(tx.init(jnp.zeros(3)), 8)
+      >>> state.window.grads.shape, state.window.weight.shape, state.micro_step.shape
+      ((8, 3), (8,), ())
+    """
+    num_devices = _validate.whole_number("num_devices", num_devices)
+
+    def repeat(x: Any) -> jax.Array:
+        return jnp.repeat(jnp.asarray(x)[None], num_devices, axis=0)
+
+    def on_first_device(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        # Chosen by the device's number, which each knows by itself.
+        number = jnp.arange(num_devices).reshape(-1, *[1] * x.ndim)
+        return jnp.where(number == 0, x[None], jnp.zeros([], x.dtype))
+
+    def stack(state: AccumulateState) -> AccumulateState:
+        if is_stacked(state):
+            raise ValueError(
+                "`opt_state` is stacked already: its `window.weight` has shape "
+                f"{jnp.shape(state.window.weight)}. For another number of devices, "
+                "make one window of it first, with oa.sharding.sum_windows(opt_state)"
+            )
+        everything = jax.tree.map(repeat, state) if all_leaves else state
+        return everything._replace(
+            window=jax.tree.map(on_first_device, state.window),
+            skip_state=jax.tree.map(repeat, state.skip_state),
+        )
+
+    return map_states(opt_state, stack, repeat if all_leaves else lambda x: x)
+
+
+def sum_windows(opt_state: Tree) -> Tree:
+    """Makes one window of those of all devices: a state for any number of devices.
+
+    A stacked state is saved and restored as it is, bit for bit, on the same number of
+    devices. For another number, or for one device, sum its windows first. They may be
+    open: what they hold is added up, and `micro_step` stays.
+
+    Args:
+      opt_state: A stacked state, from `jax.shard_map` or from `jax.pmap`.
+
+    Returns:
+      The state as `init` would have built it. `skip_state` is the first device's.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`, or is not stacked.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> state = oa.sharding.stack_windows(tx.init(jnp.zeros(3)), 8)
+      >>> on_two_devices = oa.sharding.stack_windows(oa.sharding.sum_windows(state), 2)
+      >>> on_two_devices.window.grads.shape
+      (2, 3)
+    """
+
+    def total(x: Any) -> jax.Array:
+        return jnp.sum(x, 0, dtype=x.dtype)
+
+    def first(x: Any) -> jax.Array:
+        """The first device's, without gathering the others'."""
+        x = jnp.asarray(x)
+        return _tree.chosen(x, jnp.arange(len(x)) == 0, total)
+
+    def merge(state: AccumulateState) -> AccumulateState:
+        if not is_stacked(state):
+            raise ValueError(
+                "`opt_state` holds one window, not one per device: its "
+                "`window.weight` is a scalar. There is nothing to sum; "
+                "oa.sharding.stack_windows(opt_state, num_devices) gives each device "
+                "its own"
+            )
+        everything = jax.tree.map(first, state) if all_stacked else state
+        return everything._replace(
+            window=jax.tree.map(total, state.window),
+            skip_state=jax.tree.map(first, state.skip_state),
+        )
+
+    # `jax.pmap` stacks what is around the windows as well.
+    all_stacked = any(jnp.ndim(s.micro_step) > 0 for s in states_in(opt_state))
+    return map_states(opt_state, merge, first if all_stacked else lambda x: x)
+
+
+def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
+    """Where the leaves of a stacked state lie: for ``in_specs`` and ``out_specs``.
+
+    Args:
+      opt_state: An `AccumulateState` or any tree with one in it, of arrays or of
+        `jax.ShapeDtypeStruct`, stacked or not.
+      axis_name: The axis of the mesh, or several, that `accumulate` was given.
+
+    Returns:
+      A tree like `opt_state` of ``PartitionSpec``: ``P(axis_name)`` for what is local,
+      ``P()`` for everything else.
+
+    Raises:
+      ValueError: `opt_state` holds no `AccumulateState`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k=4, axis_name="data")
+      >>> specs = oa.sharding.window_specs(tx.init(jnp.zeros(3)), "data")
+      >>> specs.window.grads, specs.micro_step
+      (P('data',), P())
+    """
+    shared = PartitionSpec()
+
+    def specs(state: AccumulateState) -> Specs:
+        everything = jax.tree.map(lambda _: shared, state)
+        return _map_local(
+            lambda tree: jax.tree.map(lambda _: PartitionSpec(axis_name), tree),
+            everything,
+        )
+
+    return map_states(opt_state, specs, lambda _: shared)
+
+
+def is_stacked(state: AccumulateState) -> bool:
+    """Whether the local fields have an axis of devices."""
+    return jnp.ndim(state.window.weight) > 0
+
+
+def unstacked(state: AccumulateState) -> AccumulateState:
+    """The state of this device, which holds one window of a stack."""
+    return _map_local(without_leading_axis, state)
+
+
+def stacked(state: AccumulateState) -> AccumulateState:
+    """The reverse."""
+    return _map_local(with_leading_axis, state)
+
+
+def add_in_place(
+    window: Window, grads: Grads, *args: Any, has_devices: bool, **kwargs: Any
+) -> Window:
+    """`window.add`, in the shape in which the accumulator lies in memory.
+
+    Under `pmap` and in a stacked state the buffer has an axis of devices. XLA adds in
+    place only in the buffer's own shape, and copies S otherwise.
+    """
+    if not has_devices:
+        return window.add(grads, *args, **kwargs)
+    window = window._replace(grads=with_leading_axis(window.grads))
+    window = window.add(with_leading_axis(grads), *args, **kwargs)
+    return window._replace(grads=without_leading_axis(window.grads))
+
+
+def with_leading_axis(tree: Tree) -> Tree:
+    """Each leaf with a leading axis of one."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def without_leading_axis(tree: Tree) -> Tree:
+    """The first entry of each leaf."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _map_local(
+    function: Callable[[Tree], Tree], state: AccumulateState
+) -> AccumulateState:
+    """`state` with `function` of what is each device's own."""
+    return state._replace(
+        window=function(state.window), skip_state=function(state.skip_state)
+    )
