@@ -41,7 +41,7 @@ def shapes(batch_size: int, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
 
 def make_plan(
     loss: Any, params: Any, batch: Any, memory_limit: str
-) -> oa.MicrobatchPlan:
+) -> oa.diagnose.MicrobatchPlan:
     tx = optax.adamw(1e-3)
 
     def make_step(num_microbatches: int) -> Any:
@@ -55,7 +55,7 @@ def make_plan(
         return step
 
     state = jax.eval_shape(tx.init, params)
-    return oa.plan_microbatches(
+    return oa.diagnose.plan_microbatches(
         make_step,
         params,
         state,
@@ -65,7 +65,7 @@ def make_plan(
     )
 
 
-def write_markdown(plan: oa.MicrobatchPlan, title: str, path: Path) -> None:
+def write_markdown(plan: oa.diagnose.MicrobatchPlan, title: str, path: Path) -> None:
     """The plan as the documentation has it, in GiB on each device."""
     lines = [
         f"{title}. GiB, of which {plan.memory_limit * (1 - plan.headroom) / 2**30:.1f} "

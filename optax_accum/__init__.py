@@ -1,17 +1,14 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
+from optax_accum import diagnose as diagnose
 from optax_accum._devices import scatter_specs as scatter_specs
 from optax_accum._epochs import with_boundaries as with_boundaries
-from optax_accum._equivalence import EquivalenceReport as EquivalenceReport
-from optax_accum._equivalence import check_equivalence as check_equivalence
 from optax_accum._meter import adaptive_k as adaptive_k
 from optax_accum._microbatch import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import grad as grad
 from optax_accum._microbatch import value_and_grad as value_and_grad
 from optax_accum._migrate import from_multi_steps as from_multi_steps
 from optax_accum._noise_scale import NoiseScale as NoiseScale
-from optax_accum._planner import MicrobatchPlan as MicrobatchPlan
-from optax_accum._planner import plan_microbatches as plan_microbatches
 from optax_accum._queries import accumulated as accumulated
 from optax_accum._queries import gradient_step as gradient_step
 from optax_accum._queries import has_updated as has_updated
@@ -27,21 +24,17 @@ from optax_accum._transform import accumulate as accumulate
 __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
-    "EquivalenceReport",
     "MicrobatchInfo",
-    "MicrobatchPlan",
     "NoiseScale",
     "accumulate",
     "accumulated",
     "adaptive_k",
-    "check_equivalence",
     "from_multi_steps",
     "grad",
     "gradient_step",
     "has_updated",
     "micro_step",
     "noise_scale",
-    "plan_microbatches",
     "scatter_specs",
     "skip_not_finite",
     "stack_windows",

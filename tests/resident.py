@@ -32,7 +32,7 @@ def resident() -> int:
 def main():
     params = [jnp.full((WIDTH, WIDTH), 0.01) for _ in range(LAYERS)]
     x = jnp.ones((BATCH, WIDTH))
-    plan = oa.plan_microbatches(
+    plan = oa.diagnose.plan_microbatches(
         make_step, params, x, candidates=[2], memory_limit="8GiB"
     )
     # Whatever running anything costs, paid before.

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from optax_accum import _memory, _planner
+from optax_accum.diagnose import _memory, _plan
 
 WIDTH, BATCH = 64, 512
 
@@ -38,7 +38,7 @@ SHAPES = (
 
 def plan(make_step=make_step, *args, **options):
     options = {"batch_size": BATCH, "memory_limit": "300KiB", "headroom": 0} | options
-    return oa.plan_microbatches(make_step, *(args or SHAPES), **options)
+    return oa.diagnose.plan_microbatches(make_step, *(args or SHAPES), **options)
 
 
 # --- The search, a function of a memory curve ---
@@ -54,7 +54,7 @@ def searched(curve, limit, candidates=CANDIDATES):
         asked.append(number)
         return curve(number)
 
-    return _planner.search(candidates, memory, limit), asked
+    return _plan.search(candidates, memory, limit), asked
 
 
 @pytest.mark.parametrize("limit", [2, 5, 9.5, 20, 33, 49, 80, 97, 300])
@@ -190,7 +190,9 @@ def test_a_step_that_is_lowered_already():
         part = jax.ShapeDtypeStruct((BATCH // k, WIDTH), jnp.float32)
         return jax.jit(micro_step, donate_argnums=(0, 1)).lower(w, state, part)
 
-    found = oa.plan_microbatches(lowered, batch_size=BATCH, memory_limit="100KiB")
+    found = oa.diagnose.plan_microbatches(
+        lowered, batch_size=BATCH, memory_limit="100KiB"
+    )
     assert found.num_microbatches > 1
     # Those of the whole batch alone would not have fitted.
     assert found.candidates[0].memory.arguments > 100 * 1024
@@ -199,7 +201,7 @@ def test_a_step_that_is_lowered_already():
 
 
 def test_a_step_that_is_compiled_already():
-    found = oa.plan_microbatches(
+    found = oa.diagnose.plan_microbatches(
         lambda k: make_step(k).lower(*SHAPES).compile(),
         batch_size=BATCH,
         memory_limit="300KiB",
@@ -255,13 +257,15 @@ def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
     def make(k):
         return Refuses() if k < 4 else make_step(k).lower(*SHAPES)
 
-    found = oa.plan_microbatches(make, batch_size=BATCH, memory_limit="1GiB")
+    found = oa.diagnose.plan_microbatches(make, batch_size=BATCH, memory_limit="1GiB")
     assert found.num_microbatches == 4
     assert "out of memory" in str(found)
     assert found.candidates[0].memory is None
 
     with pytest.raises(ValueError, match="nothing fits") as error:
-        oa.plan_microbatches(lambda _: Refuses(), candidates=[1, 2], memory_limit=4096)
+        oa.diagnose.plan_microbatches(
+            lambda _: Refuses(), candidates=[1, 2], memory_limit=4096
+        )
     assert "Give it more memory" in str(error.value)
 
 
@@ -274,7 +278,9 @@ def test_other_errors_of_the_compiler_are_raised():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        oa.plan_microbatches(lambda _: Fails(), candidates=[1], memory_limit=4096)
+        oa.diagnose.plan_microbatches(
+            lambda _: Fails(), candidates=[1], memory_limit=4096
+        )
 
 
 # --- What people see ---
@@ -481,7 +487,7 @@ def test_where_the_arguments_of_lowered_steps_do_not_fit():
         return make_step(k).lower(*SHAPES)
 
     with pytest.raises(ValueError, match="are arguments and outputs, which") as error:
-        oa.plan_microbatches(lowered, candidates=[1, 2], memory_limit="100KiB")
+        oa.diagnose.plan_microbatches(lowered, candidates=[1, 2], memory_limit="100KiB")
     assert "of which 144 KiB are arguments and outputs" in str(error.value)
     with pytest.raises(TypeError, match="there are 2 more in `args`"):
         plan(lowered)
@@ -556,7 +562,7 @@ def test_on_an_accelerator_the_plan_runs_and_one_less_does_not_fit():
         grad = oa.grad(deep, num_microbatches=k)
         return jax.jit(lambda w, x: w - grad(w, x), donate_argnums=0)
 
-    found = oa.plan_microbatches(make, *shapes, batch_size=batch)
+    found = oa.diagnose.plan_microbatches(make, *shapes, batch_size=batch)
     w, x = (jnp.zeros(s.shape, s.dtype) for s in shapes)
     found.step(w, x).block_until_ready()
     # More than the limit, and not only more than what the headroom leaves of it.

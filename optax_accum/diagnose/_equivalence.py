@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _checks, _probes, _problem
+from optax_accum import _checks
 from optax_accum._microbatch import value_and_grad
+from optax_accum.diagnose import _probes, _problem
 
 _MOST_LEAVES = 12  # that are printed
 _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
@@ -155,7 +156,7 @@ def check_equivalence(
       ...     return errors.sum() / batch["mask"].sum()
       >>> x = jnp.arange(24.0).reshape(8, 3)
       >>> batch = {"x": x, "mask": jnp.array([1.0, 1, 1, 1, 1, 0, 1, 0])}
-      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2)
+      >>> report = oa.diagnose.check_equivalence(loss, jnp.ones(3), batch, 2)
       >>> bool(report), report.cause.name
       (False, 'weights')
 
@@ -163,7 +164,9 @@ def check_equivalence(
 
       >>> def count(w, batch):
       ...     return batch["mask"].sum()
-      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2, weight=count)
+      >>> report = oa.diagnose.check_equivalence(
+      ...     loss, jnp.ones(3), batch, 2, weight=count
+      ... )
       >>> assert report, str(report)
 
     Note:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_accum import _checks, _memory
+from optax_accum import _checks
+from optax_accum.diagnose import _memory
 
 _logger = logging.getLogger("optax_accum")
 _show = _memory.show_size
@@ -144,7 +145,7 @@ def plan_microbatches(
       ...     return jax.jit(lambda w, x: w - grad(w, x), donate_argnums=0)
       >>> w = jax.ShapeDtypeStruct((256, 256), jnp.float32)
       >>> x = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
-      >>> plan = oa.plan_microbatches(
+      >>> plan = oa.diagnose.plan_microbatches(
       ...     make_step, w, x, batch_size=4096, memory_limit="8MiB"
       ... )
       >>> plan.num_microbatches > 1 and plan.candidates[0].fits

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_accum import _arguments
-from optax_accum._problem import Problem, Result, Sizes, compare
+from optax_accum.diagnose._problem import Problem, Result, Sizes, compare
 
 
 class Cause(NamedTuple):
