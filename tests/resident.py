@@ -33,7 +33,7 @@ def main():
     params = [jnp.full((WIDTH, WIDTH), 0.01) for _ in range(LAYERS)]
     x = jnp.ones((BATCH, WIDTH))
     plan = oa.diagnose.plan_microbatches(
-        make_step, params, x, candidates=[2], memory_limit="8GiB"
+        make_step, params, x, candidates=[2], memory_limit=8 * 2**30
     )
     # Whatever running anything costs, paid before.
     jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((64, 64))).block_until_ready()

@@ -7,16 +7,19 @@ some numbers of micro-batches, as few as it can, and runs none of them.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from optax_accum import _checks
 from optax_accum.diagnose import _memory
+from optax_accum.diagnose._memory import show_size
+
+Step = Any  # a function; or lowered or compiled, by JAX or by Flax, which has its own
+Argument = Any  # of the step: arrays or their shapes, in any structure
 
 _logger = logging.getLogger("optax_accum")
-_show = _memory.show_size
 
 
 class Candidate(NamedTuple):
@@ -35,6 +38,17 @@ class Candidate(NamedTuple):
     fits: bool
     seconds: float
 
+    def __str__(self) -> str:
+        """As it is logged."""
+        takes = "too much to compile"
+        if self.memory is not None:
+            takes = show_size(self.memory.total)
+        verdict = "fits" if self.fits else "does not fit"
+        return (
+            f"{_micro_batches(self.num_microbatches)}: {takes}, {verdict} "
+            f"(compiled in {self.seconds:.1f} s)"
+        )
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MicrobatchPlan:
@@ -52,7 +66,7 @@ class MicrobatchPlan:
     """
 
     num_microbatches: int
-    step: Any
+    step: Step
     candidates: tuple[Candidate, ...]
     memory_limit: int
     headroom: float
@@ -66,36 +80,13 @@ class MicrobatchPlan:
         """As it prints."""
         return str(self)
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the memory of all candidates against the limit.
-
-        Args:
-          ax: The Matplotlib axes to draw on; by default new ones.
-
-        Returns:
-          The axes.
-
-        Raises:
-          ImportError: Matplotlib is not installed.
-        """
-        if ax is None:
-            try:
-                import matplotlib.pyplot as plt  # noqa: PLC0415 - an optional extra
-            except ImportError as error:
-                raise ImportError(
-                    "`plot` needs Matplotlib: pip install matplotlib"
-                ) from error
-            _, ax = plt.subplots()
-        _draw(self, ax)
-        return ax
-
 
 def plan_microbatches(
-    make_step: Callable[[int], Any],
-    *args: Any,
+    make_step: Callable[[int], Step],
+    *args: Argument,
     batch_size: int | None = None,
     candidates: Iterable[int] | None = None,
-    memory_limit: int | str | None = None,
+    memory_limit: int | None = None,
     headroom: float = 0.1,
 ) -> MicrobatchPlan:
     """Finds the fewest micro-batches with which a training step fits into memory.
@@ -120,9 +111,9 @@ def plan_microbatches(
       batch_size: How many examples the global batch has. Its divisors are the
         candidates, unless `candidates` names some of them.
       candidates: The numbers of micro-batches to choose from.
-      memory_limit: The bytes that the step may take on each device, or a text such as
-        ``"16GiB"`` or ``"800 MB"``. By default what the device reports, less what is in
-        use by others than `args`. A CPU reports nothing.
+      memory_limit: The bytes that the step may take on each device: 16 GiB are
+        ``16 * 2**30``. By default what the device reports, less what is in use by
+        others than `args`. A CPU reports nothing.
       headroom: The part of `memory_limit` to be left free, for what the compiler does
         not know: fragments, libraries, other programs.
 
@@ -130,11 +121,10 @@ def plan_microbatches(
       A `MicrobatchPlan`: the number, the compiled step, and all that was tried.
 
     Raises:
-      TypeError: A size, a number or a function of another type.
+      TypeError: A size or a number of another type.
       ValueError: Neither `batch_size` nor `candidates`; candidates that are < 1 or do
-        not divide `batch_size`; a `memory_limit` that cannot be read, is needed, or is
-        below the bytes of the arguments alone; `headroom` not in [0, 1); nothing fits:
-        then the message has the table.
+        not divide `batch_size`; a `memory_limit` that is needed, or below 1024;
+        `headroom` not in [0, 1); nothing fits: then the message has the table.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -146,7 +136,7 @@ def plan_microbatches(
       >>> w = jax.ShapeDtypeStruct((256, 256), jnp.float32)
       >>> x = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
       >>> plan = oa.diagnose.plan_microbatches(
-      ...     make_step, w, x, batch_size=4096, memory_limit="8MiB"
+      ...     make_step, w, x, batch_size=4096, memory_limit=8 * 2**20
       ... )
       >>> plan.num_microbatches > 1 and plan.candidates[0].fits
       False
@@ -162,141 +152,52 @@ def plan_microbatches(
       Where memory does not fall with the number of micro-batches, the plan is one that
       fits, while the next smaller number that was tried does not.
     """
-    if not callable(make_step):
-        raise TypeError(
-            "`make_step` must be a function of the number of micro-batches that "
-            f"returns the training step; got {type(make_step).__name__}"
-        )
-    numbers = _candidates(batch_size, candidates)
+    numbers = _numbers(batch_size, candidates)
     _checks.fraction("headroom", headroom, "the part of the memory to leave free")
-    limit = (
-        _memory.available(args)
-        if memory_limit is None
-        else _memory.parse_size("memory_limit", memory_limit)
-    )
-    if limit < 1024:
-        raise ValueError(
-            f"`memory_limit` is {limit} bytes, less than any step takes. A number "
-            "counts bytes; for more of them pass a text, such as '16GiB'"
-        )
-    limit = _memory.agreed(limit)
+    limit = _memory.agreed(_limit(memory_limit, args))
     usable = limit * (1 - headroom)
-    budget = f"`memory_limit` of {_show(limit)}, less `headroom` {headroom:.0%}"
 
     tried: list[Candidate] = []
-    fitting: dict[int, Any] = {}
-
-    def measure(number: int) -> float:
+    sizes: dict[int, float] = {}
+    fewest, fitting = None, None
+    while (number := next_to_try(numbers, sizes, usable)) is not None:
         _logger.info("compiling the step with %s", _micro_batches(number))
         start = time.perf_counter()
         step = make_step(number)
         compiled = _compile(step, args)
         seconds = time.perf_counter() - start
         memory = None if compiled is None else _memory.Memory.of(compiled)
-        size = float("inf") if memory is None else memory.total
-        candidate = Candidate(number, memory, size <= usable, seconds)
-        _logger.info("%s", _sentence(candidate))
-        tried.append(candidate)
-        if candidate.fits:
-            # The best so far; what fits with more micro-batches is not needed.
-            fitting.clear()
-            fitting[number] = compiled
+        sizes[number] = float("inf") if memory is None else memory.total
+        tried.append(Candidate(number, memory, sizes[number] <= usable, seconds))
+        _logger.info("%s", tried[-1])
+        if tried[-1].fits:
+            # Nothing is tried above what fits, so that this is the fewest so far.
+            fewest, fitting = number, compiled
         if memory and memory.arguments > usable and not _has_arguments(step):
-            raise ValueError(
-                f"{budget}, is less than the arguments of the step alone take: "
-                f"{_show(memory.arguments)} on each device. No number of micro-batches "
-                "helps; shard the parameters or the optimizer's state, or keep less of "
-                "it"
-            )
-        return size
+            break  # They are the same for every number, so that no other one fits.
 
-    number = search(numbers, measure, usable)
-    ordered = tuple(sorted(tried))
-    if number is None:
-        table = _table(ordered, limit, headroom)
+    tried.sort()
+    if fewest is None:
         raise ValueError(
-            f"nothing fits into {budget}. {_remedy(ordered, usable)}:\n{table}"
+            f"nothing fits into `memory_limit` of {show_size(limit)}, less `headroom` "
+            f"{headroom:.0%}. {_remedy(tried, usable)}:\n"
+            f"{_table(tried, limit, headroom)}"
         )
-    return MicrobatchPlan(number, fitting[number], ordered, limit, headroom)
+    return MicrobatchPlan(fewest, fitting, tuple(tried), limit, headroom)
 
 
-def search(
-    candidates: Sequence[int], memory: Callable[[int], float], limit: float
-) -> int | None:
-    """The first of `candidates` whose `memory` is within `limit`.
-
-    `memory` is asked at most once for each: at distances that double, until one fits,
-    and then by bisection down to a neighbour that does not. If none fits, the gaps
-    beside the smallest figure are halved, until something fits or it has no gaps.
-
-    Where `memory` falls, this is the first that fits. Where it does not, it is one that
-    fits, and the next smaller one that was asked does not. Only where nothing that was
-    asked fits it is ``None``.
-    """
-    sizes: dict[int, float] = {}
-
-    def fits(index: int) -> bool:
-        sizes[index] = memory(candidates[index])
-        return sizes[index] <= limit
-
-    index = _double(len(candidates), fits)
-    while index is None:
-        smallest = min(sizes, key=lambda i: sizes[i])
-        middle = _untried_beside(smallest, sizes)
-        if middle is None:
-            return None
-        index = middle if fits(middle) else None
-
-    low, high = max((i for i in sizes if i < index), default=-1), index
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            high = middle
-        else:
-            low = middle
-    return candidates[high]
-
-
-def _double(count: int, fits: Callable[[int], bool]) -> int | None:
-    """The first index that fits among 0, 1, 3, 7, ... and the last."""
-    index = 0
-    while not fits(index):
-        if index == count - 1:
-            return None
-        index = min(2 * index + 1, count - 1)
-    return index
-
-
-def _untried_beside(index: int, tried: Iterable[int]) -> int | None:
-    """The middle of the larger gap beside `index`, or ``None`` where there is none."""
-    below = max((i for i in tried if i < index), default=index)
-    above = min((i for i in tried if i > index), default=index)
-    width, middle = max(
-        (index - below, (below + index) // 2), (above - index, (index + above) // 2)
-    )
-    return middle if width > 1 else None
-
-
-def _candidates(batch_size: Any, given: Iterable[int] | None) -> list[int]:
+def _numbers(batch_size: int | None, candidates: Iterable[int] | None) -> list[int]:
     """The numbers to choose from, the smallest first."""
-    if batch_size is None and given is None:
+    size = _checks.size("batch_size", batch_size)
+    if candidates is None and size is not None:
+        return [n for n in range(1, size + 1) if size % n == 0]
+    numbers = sorted({_checks.count("candidates", n) for n in candidates or ()})
+    if not numbers:
         raise ValueError(
             "`batch_size` or `candidates` is needed: the size of the global batch, of "
             "which all divisors are tried, or the numbers of micro-batches to choose "
-            "from; got neither"
+            f"from; got batch_size={batch_size} and candidates={candidates}"
         )
-    size = _checks.size("batch_size", batch_size)
-    if given is None:
-        assert size is not None
-        return [n for n in range(1, size + 1) if size % n == 0]
-    if not isinstance(given, Iterable):
-        raise TypeError(
-            "`candidates` must be several numbers of micro-batches; got "
-            f"{given!r} of type {type(given).__name__}"
-        )
-    numbers = sorted({_checks.count("candidates", n) for n in given})
-    if not numbers:
-        raise ValueError("`candidates` is empty; at least one number is needed")
     wrong = [n for n in numbers if size is not None and size % n]
     if wrong:
         raise ValueError(
@@ -307,6 +208,72 @@ def _candidates(batch_size: Any, given: Iterable[int] | None) -> list[int]:
     return numbers
 
 
+def _limit(memory_limit: int | None, args: tuple[Argument, ...]) -> int:
+    """The bytes that the step may take on each of this process's devices."""
+    if memory_limit is None:
+        return _memory.available(args)
+    limit = _checks.count("memory_limit", memory_limit)
+    if limit < 1024:
+        raise ValueError(
+            f"`memory_limit` is {limit} bytes, less than any step takes. It counts "
+            f"bytes: for {limit} GiB pass {limit} * 2**30"
+        )
+    return limit
+
+
+def next_to_try(
+    numbers: Sequence[int], sizes: Mapping[int, float], limit: float
+) -> int | None:
+    """Which of the ascending `numbers` to measure next, or ``None`` at the end.
+
+    `sizes` has what was measured so far. The search asks at distances that double,
+    until something fits, and then bisects down to a neighbour that does not. If nothing
+    fits up to the last, it halves the gaps beside the smallest size.
+
+    Where sizes fall, the first number that fits is found. Where they do not, one that
+    fits, and the next smaller one that was measured does not.
+    """
+    tried = [i for i, number in enumerate(numbers) if number in sizes]
+    fitting = [i for i in tried if sizes[numbers[i]] <= limit]
+    last = len(numbers) - 1
+    if fitting:
+        below = max((i for i in tried if i < fitting[0]), default=-1)
+        index = (below + fitting[0] + 1) // 2
+    elif last not in tried:
+        index = min(2 ** len(tried) - 1, last)
+    else:
+        smallest = min(tried, key=lambda i: sizes[numbers[i]])
+        below = max((i for i in tried if i < smallest), default=smallest)
+        above = min((i for i in tried if i > smallest), default=smallest)
+        wider = max(
+            (below, smallest), (smallest, above), key=lambda gap: gap[1] - gap[0]
+        )
+        index = sum(wider) // 2
+    # The middle of a gap with nothing in it is one of its ends.
+    return None if index in tried else numbers[index]
+
+
+def _has_arguments(step: Step) -> bool:
+    """Whether `step` is lowered or compiled already, with arguments of its own."""
+    return hasattr(step, "compile") or hasattr(step, "memory_analysis")
+
+
+def _compile(step: Step, args: tuple[Argument, ...]) -> Step | None:
+    """`step` compiled, or ``None`` where the compiler ran out of memory."""
+    if hasattr(step, "memory_analysis"):
+        return step
+    if not _has_arguments(step):
+        step = step if hasattr(step, "lower") else jax.jit(step)
+        step = step.lower(*args)
+    try:
+        return step.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # XLA may refuse to compile what does not fit the device.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
 def _remedy(candidates: Sequence[Candidate], usable: float) -> str:
     """What to do where nothing fits."""
     memories = [c.memory for c in candidates if c.memory is not None]
@@ -314,12 +281,12 @@ def _remedy(candidates: Sequence[Candidate], usable: float) -> str:
         return "Give it more memory, or the step a smaller model"
     least = min(memories, key=lambda m: m.total)
     kept = least.total - least.temporaries
-    found = f"The least is {_show(least.total)}"
+    found = f"The least is {show_size(least.total)}"
     if kept > usable:
         return (
-            f"{found}, of which {_show(kept)} are arguments and outputs, which more "
-            "micro-batches do not change: donate them, shard the parameters or the "
-            "optimizer's state, or keep less of it"
+            f"{found}, of which {show_size(kept)} are arguments and outputs, which "
+            "more micro-batches do not change: donate them, shard the parameters or "
+            "the optimizer's state, or keep less of it"
         )
     return (
         f"{found}. Where more micro-batches do not lower the temporaries, these are "
@@ -328,46 +295,8 @@ def _remedy(candidates: Sequence[Candidate], usable: float) -> str:
     )
 
 
-def _has_arguments(step: Any) -> bool:
-    """Whether `step` is lowered or compiled already, with arguments of its own."""
-    return hasattr(step, "compile") or hasattr(step, "memory_analysis")
-
-
-def _compile(step: Any, args: Any) -> Any:
-    """`step` compiled, or ``None`` where the compiler ran out of memory."""
-    if _has_arguments(step):
-        if args:
-            raise TypeError(
-                "`make_step` returned a step that is lowered already, with arguments "
-                f"of its own, and there are {len(args)} more in `args`. Leave these out"
-            )
-        if hasattr(step, "memory_analysis"):
-            return step
-    else:
-        if not callable(step):
-            raise TypeError(
-                "`make_step` must return the training step for a number of "
-                "micro-batches, a function or what `.lower(...)` gives; got "
-                f"{type(step).__name__}"
-            )
-        step = step if hasattr(step, "lower") else jax.jit(step)
-        try:
-            step = step.lower(*args)
-        except TypeError as error:
-            error.add_note(
-                "plan_microbatches called make_step(num_microbatches), and what it "
-                f"returned with the {len(args)} `args`. `make_step` must return the "
-                "training step; one whose arguments change with the number is returned "
-                "as step.lower(...)"
-            )
-            raise
-    try:
-        return step.compile()
-    except jax.errors.JaxRuntimeError as error:
-        # XLA may refuse to compile what does not fit the device.
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
+def _micro_batches(number: int) -> str:
+    return f"{number} micro-batch" if number == 1 else f"{number} micro-batches"
 
 
 _HEADINGS = (
@@ -382,24 +311,12 @@ _HEADINGS = (
 )
 
 
-def _sentence(candidate: Candidate) -> str:
-    number, memory, fits, seconds = candidate
-    takes = "too much to compile" if memory is None else _show(memory.total)
-    verdict = "fits" if fits else "does not fit"
-    compiled = f"compiled in {seconds:.1f} s"
-    return f"{_micro_batches(number)}: {takes}, {verdict} ({compiled})"
-
-
-def _micro_batches(number: int) -> str:
-    return f"{number} micro-batch" if number == 1 else f"{number} micro-batches"
-
-
 def _table(candidates: Sequence[Candidate], limit: int, headroom: float) -> str:
     """All that was tried, in bytes per device."""
     rows: list[tuple[str, ...]] = [_HEADINGS]
     for number, memory, fits, seconds in candidates:
-        sizes = ["?"] * 4 if memory is None else [_show(size) for size in memory]
-        total = "out of memory" if memory is None else _show(memory.total)
+        sizes = ["?"] * 4 if memory is None else [show_size(size) for size in memory]
+        total = "out of memory" if memory is None else show_size(memory.total)
         verdict = "yes" if fits else "no"
         rows.append((str(number), *sizes, total, verdict, f"{seconds:.1f} s"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -407,32 +324,7 @@ def _table(candidates: Sequence[Candidate], limit: int, headroom: float) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    title = f"limit: {_show(limit * (1 - headroom))} per device"
+    title = f"limit: {show_size(limit * (1 - headroom))} per device"
     if headroom:
-        title += f", {_show(limit)} less {headroom:.0%} headroom"
+        title += f", {show_size(limit)} less {headroom:.0%} headroom"
     return "\n".join([title, *lines])
-
-
-def _draw(plan: MicrobatchPlan, ax: Any) -> None:
-    """Stacked bars, and the limit as a line across them."""
-    known = [c for c in plan.candidates if c.memory is not None]
-    names = [str(c.num_microbatches) for c in known]
-    largest = max(plan.memory_limit, *(c.memory.total for c in known if c.memory))
-    unit, name = next(
-        (1024**power, f"{letter}iB")
-        for power, letter in ((3, "G"), (2, "M"), (1, "K"))
-        if largest >= 1024**power or power == 1
-    )
-    bottom = [0.0] * len(known)
-    for label, part, color in (
-        ("arguments", lambda m: m.arguments, "#5f6368"),
-        ("outputs, not aliased", lambda m: m.outputs - m.aliased, "#bdc1c6"),
-        ("temporaries", lambda m: m.temporaries, "#1a73e8"),
-    ):
-        heights = [part(c.memory) / unit for c in known]
-        ax.bar(names, heights, bottom=bottom, label=label, color=color)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    usable = plan.memory_limit * (1 - plan.headroom) / unit
-    ax.axhline(usable, color="#d93025", ls="--", label="what may be used")
-    ax.set(xlabel="micro-batches", ylabel=f"{name} per device")
-    ax.legend(frameon=False)
