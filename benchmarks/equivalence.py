@@ -2,8 +2,9 @@
 
     python benchmarks/equivalence.py --markdown out/equivalence.md
 
-One loss for each way of being different, each given to `oa.check_equivalence` as it is
-and, where there is one, with its remedy. The script fails if a probe misses its cause.
+One loss for each way of being different, each given to
+`oa.diagnose.check_equivalence` as it is and, where there is one, with its remedy. The
+script fails if a probe misses its cause.
 """
 
 import argparse
@@ -177,13 +178,13 @@ def cases() -> list[Case]:
     ]
 
 
-def worst(report: oa.EquivalenceReport) -> float:
+def worst(report: oa.diagnose.EquivalenceReport) -> float:
     return max(leaf.error for leaf in report.leaves)
 
 
 def measure(case: Case) -> Result:
     def check(**options):
-        return oa.check_equivalence(
+        return oa.diagnose.check_equivalence(
             case.fun, PARAMS, BATCH, case.k, args=case.args, **options
         )
 

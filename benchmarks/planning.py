@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from in_step import decoder
 from measuring import pyplot, save, setting, write_lines
@@ -40,8 +41,8 @@ def shapes(batch_size: int, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
 
 
 def make_plan(
-    loss: Any, params: Any, batch: Any, memory_limit: str
-) -> oa.MicrobatchPlan:
+    loss: Any, params: Any, batch: Any, memory_limit: int
+) -> oa.diagnose.MicrobatchPlan:
     tx = optax.adamw(1e-3)
 
     def make_step(num_microbatches: int) -> Any:
@@ -55,7 +56,7 @@ def make_plan(
         return step
 
     state = jax.eval_shape(tx.init, params)
-    return oa.plan_microbatches(
+    return oa.diagnose.plan_microbatches(
         make_step,
         params,
         state,
@@ -65,7 +66,7 @@ def make_plan(
     )
 
 
-def write_markdown(plan: oa.MicrobatchPlan, title: str, path: Path) -> None:
+def write_markdown(plan: oa.diagnose.MicrobatchPlan, title: str, path: Path) -> None:
     """The plan as the documentation has it, in GiB on each device."""
     lines = [
         f"{title}. GiB, of which {plan.memory_limit * (1 - plan.headroom) / 2**30:.1f} "
@@ -84,20 +85,42 @@ def write_markdown(plan: oa.MicrobatchPlan, title: str, path: Path) -> None:
     write_lines(path, lines)
 
 
+def draw(plan: oa.diagnose.MicrobatchPlan, axes: Any) -> None:
+    """Stacked bars of what each candidate takes, and a line for the limit."""
+    known = [c for c in plan.candidates if c.memory is not None]
+    names = [str(c.num_microbatches) for c in known]
+    memories = np.array([c.memory for c in known])
+    arguments, outputs, temporaries, aliased = memories.T
+    largest = max(plan.memory_limit, *(arguments + outputs + temporaries - aliased))
+    size, unit = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    bottom = np.zeros(len(known))
+    for label, part, color in (
+        ("arguments", arguments, "#5f6368"),
+        ("outputs, not aliased", outputs - aliased, "#bdc1c6"),
+        ("temporaries", temporaries, "#1a73e8"),
+    ):
+        axes.bar(names, part / size, bottom=bottom, label=label, color=color)
+        bottom += part / size
+    usable = plan.memory_limit * (1 - plan.headroom) / size
+    axes.axhline(usable, color="#d93025", ls="--", label="what may be used")
+    axes.set(xlabel="micro-batches", ylabel=f"{unit} per device")
+    axes.legend(frameon=False)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--batch-size", type=int, default=64, help="sequences (default: 64)")
-    add("--memory-limit", default="16GiB", help="(default: 16GiB)")
+    add("--memory-limit", type=float, default=16, help="GiB (default: 16)")
     add("--quick", action="store_true", help="a tiny model, in 16 MiB")
     add("--markdown", type=Path, help="write the table here")
     add("--picture", type=Path, default=Path("out/planning.png"))
     options = parser.parse_args(arguments)
-    limit, sizes = options.memory_limit, LARGE
+    limit, sizes = int(options.memory_limit * 2**30), LARGE
     if options.quick:
-        limit, sizes = "16MiB", SMALL
+        limit, sizes = 16 * 2**20, SMALL
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("optax_accum").setLevel(logging.INFO)
@@ -114,7 +137,7 @@ def main(arguments: list[str]) -> None:
         write_markdown(plan, title, options.markdown)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
-    plan.plot(axes)
+    draw(plan, axes)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, title, options.picture)
 

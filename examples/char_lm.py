@@ -18,8 +18,8 @@ measured too, by a run on global batches in float64. The example fails if micro-
 move a parameter by more than three times what float32 itself does, or if the mean of
 means does not.
 
-With `--memory-limit 20MB`, say, the size of the micro-batches is not given but planned:
-the largest whose step fits, as the compiler says before anything runs.
+With `--memory-limit 20`, in MiB, the size of the micro-batches is not given but
+planned: the largest whose step fits, as the compiler says before anything runs.
 
 Accumulation is all in `make_step`; the rest is an ordinary training loop.
 """
@@ -193,7 +193,7 @@ def plan(
         jax.eval_shape(tx.init, params),
         take(paragraphs, slice(options.batch_size)),
         batch_size=options.batch_size,
-        memory_limit=options.memory_limit,
+        memory_limit=int(options.memory_limit * 2**20),
     )
 
 
@@ -297,7 +297,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=[16, 5, 1],
         help="paragraphs to a micro-batch (default: 16 5 1, at most 4)",
     )
-    add("--memory-limit", help="such as 20MB: plan the size of the micro-batches")
+    add("--memory-limit", type=float, help="MiB: plan the size of the micro-batches")
     add("--length", type=int, default=128, help="longest paragraph (default: 128)")
     add("--test-every", type=int, default=10, help="updates (default: 10)")
     add("--width", type=int, default=64)

@@ -16,7 +16,7 @@ rounding does to a training is measured too: by a fourth run, on global batches 
 float64. The example fails if micro-batches move a parameter by more than three times
 what float32 itself does.
 
-With `--memory-limit 3MiB`, say, the number of micro-batches is not given but planned:
+With `--memory-limit 3`, in MiB, the number of micro-batches is not given but planned:
 the fewest whose step fits, as the compiler says before anything runs.
 
 The data are scikit-learn's scans of handwritten digits, 1797 images of 8 x 8 pixels
@@ -160,7 +160,7 @@ def plan(options: argparse.Namespace, params: Any) -> oa.MicrobatchPlan:
         lowered,
         batch_size=batch_size,
         candidates=[k for k in range(2, batch_size + 1) if batch_size % k == 0],
-        memory_limit=options.memory_limit,
+        memory_limit=int(options.memory_limit * 2**20),
     )
 
 
@@ -259,7 +259,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--epochs", type=int, default=15)
     add("--batch-size", type=int, default=256, help="the global batch (default: 256)")
     add("--micro-batches", type=int, default=8, help="to a window (default: 8)")
-    add("--memory-limit", help="such as 3MiB: plan the number of micro-batches")
+    add("--memory-limit", type=float, help="MiB: plan the number of micro-batches")
     add("--learning-rate", type=float, default=3e-3)
     add("--seed", type=int, default=0)
     add("--picture", type=Path, default=Path("out/digits.png"))

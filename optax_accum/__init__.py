@@ -1,5 +1,6 @@
 """Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
 
+from optax_accum import diagnose as diagnose
 from optax_accum import noise as noise
 from optax_accum import sharding as sharding
 from optax_accum._accumulate import AccumulateTransformation as AccumulateTransformation

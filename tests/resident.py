@@ -32,8 +32,8 @@ def resident() -> int:
 def main():
     params = [jnp.full((WIDTH, WIDTH), 0.01) for _ in range(LAYERS)]
     x = jnp.ones((BATCH, WIDTH))
-    plan = oa.plan_microbatches(
-        make_step, params, x, candidates=[2], memory_limit="8GiB"
+    plan = oa.diagnose.plan_microbatches(
+        make_step, params, x, candidates=[2], memory_limit=8 * 2**30
     )
     # Whatever running anything costs, paid before.
     jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((64, 64))).block_until_ready()

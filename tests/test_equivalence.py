@@ -64,7 +64,7 @@ def dropout(params, x, key):
 
 
 def check(fun, batch=X, k=K, **options):
-    return oa.check_equivalence(fun, PARAMS, batch, k, **options)
+    return oa.diagnose.check_equivalence(fun, PARAMS, batch, k, **options)
 
 
 def assert_differs(report, name, *words):
@@ -95,7 +95,7 @@ def assert_differs(report, name, *words):
         (mean, X, {"accumulator_dtype": jnp.float32}),
         (mean, X, {"return_info": True}),
     ],
-    ids=["mean", "sum", "weights", "ratio", "tail", "aux", "dtype", "info"],
+    ids=["mean", "sum", "weights", "ratio", "remainder", "aux", "dtype", "info"],
 )
 def test_equal(fun, batch, options):
     report = check(fun, batch, **options)
@@ -150,7 +150,7 @@ def test_a_leaf_that_is_zero_but_for_rounding():
         return -jax.nn.log_softmax(logits, -1)[:, 0].mean()
 
     params = PARAMS | {"shift": jnp.float32(0.3)}
-    report = oa.check_equivalence(fun, params, X, K)
+    report = oa.diagnose.check_equivalence(fun, params, X, K)
     assert report, str(report)
 
 
@@ -172,7 +172,7 @@ def test_the_tolerance_in_float64():
         return mean(jax.tree.map(lambda p: p.astype(jnp.float64), params), x)
 
     params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
-    report = oa.check_equivalence(mean, params, X.astype(jnp.float64), K)
+    report = oa.diagnose.check_equivalence(mean, params, X.astype(jnp.float64), K)
     assert report.tolerance < 2e-8
     assert report, str(report)
 
@@ -216,7 +216,7 @@ def test_unequal_means_of_a_tiny_model():
             w.dtype
         )
 
-    report = oa.check_equivalence(fun, jnp.ones(2), BATCH, K)
+    report = oa.diagnose.check_equivalence(fun, jnp.ones(2), BATCH, K)
     assert_differs(report, "weights")
 
 
@@ -233,7 +233,7 @@ def test_dependence_in_a_tiny_model():
         z = jnp.tanh(x[:, :2] * w[None])
         return jax.nn.logsumexp(z @ z.T, -1).mean()
 
-    report = oa.check_equivalence(fun, jnp.ones(2), X, K)
+    report = oa.diagnose.check_equivalence(fun, jnp.ones(2), X, K)
     assert_differs(report, "dependence")
 
 
@@ -267,7 +267,7 @@ def test_a_sum_that_is_averaged(k):
     assert_differs(report, "factor", f"is {1 / k:.4g} times", 'Use reduction="sum"')
 
 
-def test_a_sum_that_is_averaged_with_a_tail():
+def test_a_sum_that_is_averaged_with_a_remainder():
     report = check(total, X[:23], k=None, microbatch_size=5)
     assert_differs(report, "factor", "is the sum of its parts'")
 
@@ -372,14 +372,14 @@ def test_two_halves_tell_what_many_micro_batches_cannot():
         return ((centred @ w - 1) ** 2).mean()
 
     w = jnp.ones(3)
-    assert_differs(oa.check_equivalence(fun, w, X, 12), "dependence")
+    assert_differs(oa.diagnose.check_equivalence(fun, w, X, 12), "dependence")
 
     def over_mask(w, batch):
         wrong = (batch["x"][:, :3] @ w - 1) ** 2
         counted = jnp.maximum(batch["mask"].sum(), 1).astype(w.dtype)
         return jnp.where(batch["mask"], wrong, 0).sum() / counted
 
-    report = oa.check_equivalence(over_mask, w, BATCH, 12)
+    report = oa.diagnose.check_equivalence(over_mask, w, BATCH, 12)
     assert_differs(report, "weights", "weighted otherwise", "Pass `weight=`")
 
 
@@ -398,7 +398,7 @@ def test_a_variance_that_must_stay_positive():
         return jnp.where(batch["mask"], wrong.sum(-1), 0).sum() / counted
 
     variance = jnp.array([0.2, 1.0, 4.0])
-    assert_differs(oa.check_equivalence(fun, variance, BATCH, 2), "weights")
+    assert_differs(oa.diagnose.check_equivalence(fun, variance, BATCH, 2), "weights")
 
 
 def test_a_gradient_that_is_not_finite_nearby():
@@ -419,7 +419,7 @@ def test_values_that_cancel():
         return -(ratio * batch["advantage"]).mean()
 
     batch = {"x": X, "advantage": advantages}
-    report = oa.check_equivalence(fun, jnp.ones(5), batch, K)
+    report = oa.diagnose.check_equivalence(fun, jnp.ones(5), batch, K)
     assert abs(report.value) < 1e-6
     assert report, str(report)
 
@@ -432,7 +432,7 @@ def test_a_gradient_that_is_zero():
     def fun(w, batch):
         return ((batch["x"] @ w - batch["y"]) ** 2).mean()
 
-    assert oa.check_equivalence(fun, w, {"x": X, "y": y}, K)
+    assert oa.diagnose.check_equivalence(fun, w, {"x": X, "y": y}, K)
 
 
 def test_a_nan_of_weight_zero_is_no_cause():
@@ -462,7 +462,7 @@ def test_one_parameter():
         counted = batch["mask"].sum().astype(w.dtype)
         return jnp.where(batch["mask"], wrong, 0).sum() / counted
 
-    report = oa.check_equivalence(fun, jnp.float32(0.5), BATCH, 2)
+    report = oa.diagnose.check_equivalence(fun, jnp.float32(0.5), BATCH, 2)
     assert_differs(report, "weights")
 
 
@@ -508,7 +508,9 @@ def test_arguments_that_are_no_arrays():
 
     for b in (0.5, np.float32(0.5)):
         params = PARAMS | {"b": b}
-        report = oa.check_equivalence(fun, params, BATCH, K, args=("mean", jnp.tanh))
+        report = oa.diagnose.check_equivalence(
+            fun, params, BATCH, K, args=("mean", jnp.tanh)
+        )
         assert_differs(report, "weights")
 
 
@@ -532,7 +534,7 @@ def test_it_prints_the_worst_leaves_alone():
         return sum((x * p) ** 2 for p in params).mean()
 
     params = [jnp.float32(i + 1) for i in range(30)]
-    report = oa.check_equivalence(fun, params, X, K)
+    report = oa.diagnose.check_equivalence(fun, params, X, K)
     assert report
     assert "  and 18 more, of which none differ" in str(report)
 
@@ -559,20 +561,12 @@ def test_as_an_assertion():
         (errors, {}, TypeError, "`fun` must return a real floating scalar"),
         (mean, {"k": None}, ValueError, "exactly one of `num_microbatches`"),
         (mean, {"k": 5}, ValueError, "`num_microbatches=5` does not divide"),
-        (mean, {"tolerance": -1}, ValueError, "`tolerance` is the largest relative"),
         (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
-        (mean, {"wight": count}, TypeError, "got 'wight', which is no option of"),
         (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),
         (mean, {"weight": lambda *_: 0}, ValueError, "`weight` is 0 for this batch"),
         (mean, {"args": X}, TypeError, "`args` must be a tuple or list"),
-        (mean, {"kwargs": [1]}, TypeError, "`kwargs` must be a dict"),
     ],
 )
 def test_errors(fun, options, error, words):
     with pytest.raises(error, match=words):
         check(fun, **options)
-
-
-def test_inside_jit_there_are_no_values():
-    with pytest.raises(TypeError, match="`check_equivalence` looks at values"):
-        jax.jit(lambda x: check(mean, x).value)(X)

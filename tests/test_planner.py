@@ -16,9 +16,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from optax_accum import _memory, _planner
+from optax_accum.diagnose import _memory, _plan
 
 WIDTH, BATCH = 64, 512
+KIB = 1024
 
 
 def loss(w, x):
@@ -37,8 +38,8 @@ SHAPES = (
 
 
 def plan(make_step=make_step, *args, **options):
-    options = {"batch_size": BATCH, "memory_limit": "300KiB", "headroom": 0} | options
-    return oa.plan_microbatches(make_step, *(args or SHAPES), **options)
+    options = {"batch_size": BATCH, "memory_limit": 300 * KIB, "headroom": 0} | options
+    return oa.diagnose.plan_microbatches(make_step, *(args or SHAPES), **options)
 
 
 # --- The search, a function of a memory curve ---
@@ -48,13 +49,12 @@ CANDIDATES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96]
 
 def searched(curve, limit, candidates=CANDIDATES):
     """What the search finds, and what it asked for."""
-    asked = []
-
-    def memory(number):
-        asked.append(number)
-        return curve(number)
-
-    return _planner.search(candidates, memory, limit), asked
+    sizes = {}
+    while (number := _plan.next_to_try(candidates, sizes, limit)) is not None:
+        assert number not in sizes
+        sizes[number] = curve(number)
+    found = min((k for k, size in sizes.items() if size <= limit), default=None)
+    return found, list(sizes)
 
 
 @pytest.mark.parametrize("limit", [2, 5, 9.5, 20, 33, 49, 80, 97, 300])
@@ -66,29 +66,27 @@ def test_on_a_falling_curve_it_finds_the_fewest_that_fit(limit, floor):
     expected = next((k for k in CANDIDATES if curve(k) <= limit), None)
     found, asked = searched(curve, limit)
     assert found == expected
-    assert len(asked) == len(set(asked)) <= 2 * math.log2(len(CANDIDATES)) + 2
+    assert len(asked) <= 2 * math.log2(len(CANDIDATES)) + 2
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, 1), (9, None)])
 def test_on_a_flat_curve_it_asks_little(limit, expected):
     found, asked = searched(lambda _: 10, limit)
     assert found == expected
-    assert len(asked) == (1 if expected else len(set(asked)))
-    assert len(asked) <= 5
+    assert len(asked) <= (1 if expected else 5)
 
 
 def test_where_nothing_fits_it_has_asked_beside_the_smallest():
     found, asked = searched(lambda k: 10 + abs(math.log2(k / 6)), 5)
     assert found is None
     assert {4, 6, 8} <= set(asked)
-    assert len(asked) == len(set(asked)) < len(CANDIDATES)
+    assert len(asked) < len(CANDIDATES)
 
 
 def test_a_valley_between_the_doublings_is_found():
     valley = {3: 8, 4: 6, 6: 4, 8: 6, 12: 8}
-    found, asked = searched(lambda k: valley.get(k, 20), 4)
+    found, _ = searched(lambda k: valley.get(k, 20), 4)
     assert found == 6
-    assert len(asked) == len(set(asked))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -96,7 +94,6 @@ def test_on_any_curve_what_it_finds_fits_and_the_one_before_does_not(seed):
     random = np.random.default_rng(seed)
     curve = dict(zip(CANDIDATES, random.random(len(CANDIDATES)), strict=True))
     found, asked = searched(curve.get, 0.4)
-    assert len(asked) == len(set(asked))
     if found is None:
         assert min(curve[k] for k in asked) > 0.4
     else:
@@ -116,7 +113,7 @@ def test_one_candidate(limit):
 def test_the_plan_is_the_fewest_micro_batches_that_fit():
     found = plan()
     sizes = {c.num_microbatches: c.memory.total for c in found.candidates}
-    limit = 300 * 1024
+    limit = 300 * KIB
     assert found.num_microbatches == min(
         k for k, size in sizes.items() if size <= limit
     )
@@ -127,7 +124,7 @@ def test_the_plan_is_the_fewest_micro_batches_that_fit():
 
 
 def test_the_figures_are_those_of_the_compiled_program():
-    found = plan(memory_limit="1GiB")
+    found = plan(memory_limit=2**30)
     (candidate,) = found.candidates
     analysis = make_step(1).lower(*SHAPES).compile().memory_analysis()
     assert candidate.memory == (
@@ -190,19 +187,21 @@ def test_a_step_that_is_lowered_already():
         part = jax.ShapeDtypeStruct((BATCH // k, WIDTH), jnp.float32)
         return jax.jit(micro_step, donate_argnums=(0, 1)).lower(w, state, part)
 
-    found = oa.plan_microbatches(lowered, batch_size=BATCH, memory_limit="100KiB")
+    found = oa.diagnose.plan_microbatches(
+        lowered, batch_size=BATCH, memory_limit=100 * KIB
+    )
     assert found.num_microbatches > 1
     # Those of the whole batch alone would not have fitted.
-    assert found.candidates[0].memory.arguments > 100 * 1024
+    assert found.candidates[0].memory.arguments > 100 * KIB
     memory = found.candidates[-1].memory
     assert memory.arguments < 4 * BATCH * WIDTH
 
 
 def test_a_step_that_is_compiled_already():
-    found = oa.plan_microbatches(
+    found = oa.diagnose.plan_microbatches(
         lambda k: make_step(k).lower(*SHAPES).compile(),
         batch_size=BATCH,
-        memory_limit="300KiB",
+        memory_limit=300 * KIB,
         headroom=0,
     )
     assert found.num_microbatches == plan().num_microbatches
@@ -225,7 +224,7 @@ def test_figures_are_per_device():
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     w, x = SHAPES
-    found = plan(make, placed(w), placed(x, "data"), memory_limit="1GiB")
+    found = plan(make, placed(w), placed(x, "data"), memory_limit=2**30)
     memory = found.candidates[0].memory
     assert memory.arguments == 4 * (WIDTH * WIDTH + BATCH * WIDTH // devices)
 
@@ -237,7 +236,7 @@ def test_candidates_that_are_named():
 
 
 def test_headroom_is_left_free():
-    exact = plan(memory_limit="1GiB").candidates[0].memory.total
+    exact = plan(memory_limit=2**30).candidates[0].memory.total
     assert plan(memory_limit=exact).num_microbatches == 1
     assert plan(memory_limit=exact, headroom=0.1).num_microbatches > 1
     roomy = plan(memory_limit=math.ceil(exact / 0.9) + 1, headroom=0.1)
@@ -255,13 +254,15 @@ def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
     def make(k):
         return Refuses() if k < 4 else make_step(k).lower(*SHAPES)
 
-    found = oa.plan_microbatches(make, batch_size=BATCH, memory_limit="1GiB")
+    found = oa.diagnose.plan_microbatches(make, batch_size=BATCH, memory_limit=2**30)
     assert found.num_microbatches == 4
     assert "out of memory" in str(found)
     assert found.candidates[0].memory is None
 
     with pytest.raises(ValueError, match="nothing fits") as error:
-        oa.plan_microbatches(lambda _: Refuses(), candidates=[1, 2], memory_limit=4096)
+        oa.diagnose.plan_microbatches(
+            lambda _: Refuses(), candidates=[1, 2], memory_limit=4096
+        )
     assert "Give it more memory" in str(error.value)
 
 
@@ -274,7 +275,9 @@ def test_other_errors_of_the_compiler_are_raised():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        oa.plan_microbatches(lambda _: Fails(), candidates=[1], memory_limit=4096)
+        oa.diagnose.plan_microbatches(
+            lambda _: Fails(), candidates=[1], memory_limit=4096
+        )
 
 
 # --- What people see ---
@@ -309,63 +312,7 @@ def test_each_candidate_is_logged(caplog):
     assert "does not fit (compiled in " in messages[1]
 
 
-def test_plot_draws_every_candidate_and_the_limit():
-    mpl = pytest.importorskip("matplotlib")
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    found = plan()
-    axes = found.plot()
-    bars = [patch for patch in axes.patches if patch.get_height()]
-    totals = {c.num_microbatches: c.memory.total for c in found.candidates}
-    tops = {}
-    for bar in bars:
-        x = round(bar.get_x() + bar.get_width() / 2)
-        tops[x] = max(tops.get(x, 0), bar.get_y() + bar.get_height())
-    np.testing.assert_allclose(
-        [tops[i] * 1024 for i in range(len(totals))], list(totals.values())
-    )
-    assert axes.get_ylabel() == "KiB per device"
-    (line,) = axes.get_lines()
-    np.testing.assert_allclose(line.get_ydata(), 300)
-    assert found.plot(axes) is axes
-    plt.close("all")
-
-
-def test_plot_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match="`plot` needs Matplotlib"):
-        plan(memory_limit="1GiB").plot()
-
-
 # --- Sizes and limits ---
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        (123, 123),
-        (np.int64(5), 5),
-        (1.5e3, 1500),
-        ("17B", 17),
-        ("16GiB", 16 * 2**30),
-        ("16 GiB", 16 * 2**30),
-        ("1.5 kB", 1500),
-        ("800MB", 800_000_000),
-        (".5tib", 2**39),
-        (" 2 KiB ", 2048),
-    ],
-)
-def test_sizes(text, size):
-    assert _memory.parse_size("memory_limit", text) == size
-
-
-@pytest.mark.parametrize("text", ["16", "16Gi", "16G", "GiB", "-1GiB", "1e3MB", "x"])
-def test_sizes_that_cannot_be_read(text):
-    with pytest.raises(ValueError, match="`memory_limit` must be") as error:
-        plan(memory_limit=text)
-    assert "B, KB, KiB, MB, MiB, GB, GiB, TB, TiB" in str(error.value)
-    assert repr(text) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -432,11 +379,14 @@ def test_it_asks_the_devices_of_the_arguments():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"batch_size": None}, ValueError, ["`batch_size` or `candidates`", "neither"]),
+        (
+            {"batch_size": None},
+            ValueError,
+            ["`batch_size` or `candidates`", "candidates=None"],
+        ),
         ({"batch_size": 0}, ValueError, ["`batch_size` must be an int >= 1", "got 0"]),
         ({"batch_size": 2.5}, TypeError, ["`batch_size`", "2.5"]),
-        ({"candidates": 4}, TypeError, ["`candidates` must be several", "got 4"]),
-        ({"candidates": []}, ValueError, ["`candidates` is empty"]),
+        ({"candidates": []}, ValueError, ["is needed", "candidates=[]"]),
         ({"candidates": [0]}, ValueError, ["`candidates` must be an int >= 1"]),
         (
             {"candidates": [2, 3, 5]},
@@ -445,18 +395,21 @@ def test_it_asks_the_devices_of_the_arguments():
         ),
         ({"headroom": 1}, ValueError, ["`headroom`", "less than 1", "got 1"]),
         ({"headroom": "10%"}, TypeError, ["`headroom`", "'10%'"]),
-        ({"memory_limit": 16}, ValueError, ["is 16 bytes", "such as '16GiB'"]),
-        ({"memory_limit": 0}, ValueError, ["at least one byte", "got 0"]),
-        ({"memory_limit": math.nan}, ValueError, ["at least one byte", "nan"]),
-        ({"memory_limit": [1]}, TypeError, ["`memory_limit`", "[1] of type list"]),
+        ({"memory_limit": 16}, ValueError, ["is 16 bytes", "pass 16 * 2**30"]),
+        ({"memory_limit": 0}, ValueError, ["`memory_limit` must be", "got 0"]),
+        ({"memory_limit": "16GiB"}, TypeError, ["`memory_limit`", "'16GiB' of type"]),
+        ({"memory_limit": 1.6e10}, TypeError, ["`memory_limit`", "of type float"]),
         ({"memory_limit": True}, TypeError, ["`memory_limit`", "bool"]),
         (
-            {"memory_limit": "100KiB", "headroom": 0.1},
+            {"memory_limit": 100 * KIB, "headroom": 0.1},
             ValueError,
-            ["100 KiB, less `headroom` 10%", "arguments of the step alone", "144 KiB"],
+            [
+                "100 KiB, less `headroom` 10%",
+                "of which 144 KiB are arguments and outputs",
+            ],
         ),
         (
-            {"memory_limit": "150KiB"},
+            {"memory_limit": 150 * KIB},
             ValueError,
             [
                 "nothing fits into `memory_limit` of 150 KiB",
@@ -481,22 +434,16 @@ def test_where_the_arguments_of_lowered_steps_do_not_fit():
         return make_step(k).lower(*SHAPES)
 
     with pytest.raises(ValueError, match="are arguments and outputs, which") as error:
-        oa.plan_microbatches(lowered, candidates=[1, 2], memory_limit="100KiB")
+        oa.diagnose.plan_microbatches(
+            lowered, candidates=[1, 2], memory_limit=100 * KIB
+        )
     assert "of which 144 KiB are arguments and outputs" in str(error.value)
-    with pytest.raises(TypeError, match="there are 2 more in `args`"):
-        plan(lowered)
 
 
-def test_what_is_called_how_where_the_arguments_do_not_fit_the_step():
-    with pytest.raises(TypeError) as error:
-        plan(make_step, SHAPES[0])
-    assert "what it returned with the 1 `args`" in "".join(error.value.__notes__)
-
-
-def test_nothing_is_compiled_where_the_arguments_alone_are_too_much():
+def test_only_one_is_compiled_where_the_arguments_alone_are_too_much():
     made = []
-    with pytest.raises(ValueError, match="the arguments of the step alone"):
-        plan(lambda k: made.append(k) or make_step(k), memory_limit="100KiB")
+    with pytest.raises(ValueError, match="144 KiB are arguments"):
+        plan(lambda k: made.append(k) or make_step(k), memory_limit=100 * KIB)
     assert made == [1]
 
 
@@ -505,15 +452,6 @@ def test_a_cpu_needs_a_limit():
     with pytest.raises(ValueError, match="`memory_limit` is needed") as error:
         plan(memory_limit=None)
     assert "does not report how much memory it has" in str(error.value)
-
-
-def test_a_step_that_is_none():
-    with pytest.raises(TypeError, match="`make_step` must return") as error:
-        plan(lambda k: k)
-    assert "got int" in str(error.value)
-    with pytest.raises(TypeError, match="`make_step` must be a function") as error:
-        plan(3)
-    assert "got int" in str(error.value)
 
 
 def test_a_backend_that_does_not_tell():
@@ -556,7 +494,7 @@ def test_on_an_accelerator_the_plan_runs_and_one_less_does_not_fit():
         grad = oa.grad(deep, num_microbatches=k)
         return jax.jit(lambda w, x: w - grad(w, x), donate_argnums=0)
 
-    found = oa.plan_microbatches(make, *shapes, batch_size=batch)
+    found = oa.diagnose.plan_microbatches(make, *shapes, batch_size=batch)
     w, x = (jnp.zeros(s.shape, s.dtype) for s in shapes)
     found.step(w, x).block_until_ready()
     # More than the limit, and not only more than what the headroom leaves of it.

@@ -7,8 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
+from jax.typing import ArrayLike
 
 from optax_accum import _arguments, _devices, _microbatch, _split, _window
+
+Tree = Any  # arrays in any structure: a gradient, an argument or a result of the loss
+Batch = list[Tree]  # the arguments that are split, in the order of `Call.places`
+Option = Any  # one of those of `value_and_grad`
+Place = int | str  # of an argument: its position, or its keyword
 
 _SAMPLES = 16384  # entries of a leaf that are enough to tell one gradient from another
 _SMALL = 0.01  # of a leaf's usual size, below which it is judged as if it had this
@@ -27,7 +34,7 @@ class Result(NamedTuple):
     """
 
     value: float
-    grads: Any
+    grads: Tree
     weight: float = 1.0
     skipped: int = 0
 
@@ -90,12 +97,12 @@ class Errors(NamedTuple):
         """The largest; a NaN is larger than any."""
         return float(np.max([self.value, *(leaf.error for leaf in self.leaves)]))
 
-    def forgiven(self, sized: "Errors", tolerance: float) -> "Errors":
-        """These, but where `sized` is within the tolerance, what that says."""
-        pairs = zip(self.leaves, sized.leaves, strict=True)
+    def replaced_within(self, tolerance: float, others: "Errors") -> "Errors":
+        """Each of these, or that of `others` where it is within the tolerance."""
+        pairs = zip(self.leaves, others.leaves, strict=True)
         return Errors(
-            value=sized.value if sized.value <= tolerance else self.value,
-            leaves=tuple(s if s.error <= tolerance else own for own, s in pairs),
+            value=others.value if others.value <= tolerance else self.value,
+            leaves=tuple(b if b.error <= tolerance else a for a, b in pairs),
         )
 
 
@@ -121,10 +128,10 @@ def compare(a: Result, b: Result, sizes: Sizes | None = None) -> Errors:
 class Problem:
     """A loss with its arguments and the options of `value_and_grad`."""
 
-    fun: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    options: dict[str, Any]  # all of them
+    fun: Callable[..., Tree]
+    args: tuple[Tree, ...]
+    kwargs: dict[str, Tree]
+    options: dict[str, Option]
     call: _arguments.Call
     split: _split.Split
     shards: int  # devices that each run as many micro-batches
@@ -132,10 +139,10 @@ class Problem:
     @classmethod
     def of(
         cls,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        options: dict[str, Any],
+        fun: Callable[..., Tree],
+        args: tuple[Tree, ...],
+        kwargs: dict[str, Tree],
+        options: dict[str, Option],
     ) -> "Problem":
         """Checks them as `value_and_grad` does.
 
@@ -189,16 +196,16 @@ class Problem:
         """As given, or its default."""
         return self.options.get("batch_axis", 0)
 
-    def others(self) -> Iterator[tuple[int | str, str, Any]]:
+    def others(self) -> Iterator[tuple[Place, str, Tree]]:
         """Position or keyword, name and value of all arguments that are no batch."""
         names = self.call.names
-        places: list[tuple[int | str, str, Any]] = [
+        places: list[tuple[Place, str, Tree]] = [
             (i, names[i], x) for i, x in enumerate(self.args)
         ]
         places += [(name, name, x) for name, x in self.kwargs.items()]
         return (other for other in places if other[0] not in self.call.places)
 
-    def unsplit(self) -> Iterator[tuple[int | str, str, Any]]:
+    def unsplit(self) -> Iterator[tuple[Place, str, Tree]]:
         """Those of them that look like a batch, as `others` gives them."""
         axis, examples = self.batch_axis, self.batch_size
         special = {*self.call.keys, self.call.carry}
@@ -211,7 +218,7 @@ class Problem:
 
     # --- The same, but for something ---
 
-    def with_argument(self, place: int | str, argument: Any) -> "Problem":
+    def with_argument(self, place: Place, argument: Tree) -> "Problem":
         """With another argument, at this position or of this name."""
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(place, str):
@@ -220,7 +227,7 @@ class Problem:
             args[place] = argument
         return dataclasses.replace(self, args=tuple(args), kwargs=kwargs)
 
-    def with_batch(self, batch: list[Any]) -> "Problem":
+    def with_batch(self, batch: Batch) -> "Problem":
         """On another batch."""
         problem = self
         for place, argument in zip(self.call.places, batch, strict=True):
@@ -234,7 +241,7 @@ class Problem:
         )
         return self.with_batch(batch)
 
-    def with_options(self, **options: Any) -> "Problem":
+    def with_options(self, **options: Option) -> "Problem":
         """With other options."""
         return Problem.of(self.fun, self.args, self.kwargs, self.options | options)
 
@@ -243,7 +250,7 @@ class Problem:
         position = self.call.carry
         assert position is not None
 
-        def fun(*args, **kwargs):
+        def fun(*args: Tree, **kwargs: Tree) -> Tree:
             value, rest = self.fun(*args, **kwargs)
             carry = args[position]
             return value, ((rest[0], carry) if self.options.get("has_aux") else carry)
@@ -254,7 +261,7 @@ class Problem:
         """At parameters that are a tenth of their size away, each of its own."""
         random = np.random.default_rng(seed)
 
-        def move(x):
+        def move(x: jax.Array) -> jax.Array:
             if not _window.is_inexact(x):
                 return x
             noise = jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
@@ -268,15 +275,15 @@ class Problem:
 
     # --- Parts of the batch, for `with_batch` ---
 
-    def microbatches(self) -> list[list[Any]]:
-        """Each micro-batch."""
+    def microbatches(self) -> list[Batch]:
+        """Each micro-batch, the smaller remainder last."""
         indices = jnp.arange(self.split.whole)
         parts = [self.split.take(self.call.batch, i) for i in indices]
         if self.split.tail:
             parts.append(self.split.take_tail(self.call.batch))
         return parts
 
-    def halves(self) -> list[list[Any]]:
+    def halves(self) -> list[Batch]:
         """The first half of the micro-batches together, and the other ones."""
         parts = self.microbatches()
         middle = len(parts) // 2
@@ -331,22 +338,23 @@ class Problem:
 
         return gradient
 
-    def narrowest_dtype(self) -> Any:
+    def narrowest_dtype(self) -> np.dtype:
         """The narrowest floating dtype that `fun` or its gradient computes in."""
         arrays, function = self._traceable(self._at_once())
-        jaxpr = jax.jit(function).trace(arrays).jaxpr.jaxpr
+        jaxpr = jax.make_jaxpr(function)(arrays).jaxpr
         dtypes = {d for d in _dtypes(jaxpr) if jnp.issubdtype(d, jnp.inexact)}
-        return max(dtypes, key=lambda d: jnp.finfo(d).eps, default=jnp.float32)
+        return max(dtypes, key=lambda d: jnp.finfo(d).eps, default=np.dtype("float32"))
 
-    def _at_once(self) -> dict[str, Any]:
+    def _at_once(self) -> dict[str, Option]:
+        """The options with which the whole batch is one micro-batch."""
         kept = {k: v for k, v in self.options.items() if k not in _PARTS_ONLY}
         return kept | {"num_microbatches": 1}
 
-    def _run(self, options: dict[str, Any]) -> Result:
+    def _run(self, options: dict[str, Option]) -> Result:
         function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
         return self._on_host(function(*self.args, **self.kwargs))
 
-    def _on_host(self, output: Any) -> Result:
+    def _on_host(self, output: Tree) -> Result:
         """What `value_and_grad` returned, without aux and carry."""
         (value, grads), info = output
         has_extra = self.options.get("has_aux") or self.call.carry is not None
@@ -355,19 +363,21 @@ class Problem:
         )
         return Result(float(value), grads, float(info.weight), int(info.skipped))
 
-    def _traceable(self, options: dict[str, Any]) -> tuple[list[Any], Callable]:
+    def _traceable(
+        self, options: dict[str, Option]
+    ) -> tuple[list[Tree], Callable[[list[Tree]], Tree]]:
         """The arrays among the arguments, and the gradient as a function of them."""
         function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
         arrays, rebuild = _arguments.arrays_in((self.args, self.kwargs))
 
-        def of_arrays(arrays):
+        def of_arrays(arrays: list[Tree]) -> Tree:
             args, kwargs = rebuild(arrays)
             return function(*args, **kwargs)
 
         return arrays, of_arrays
 
 
-def _error(a: Any, b: Any, least: float) -> float:
+def _error(a: ArrayLike, b: ArrayLike, least: float) -> float:
     """‖a − b‖ over the larger norm, or over `least`, if that is larger."""
     x, y = _wide(a), _wide(b)
     difference = float(np.linalg.norm(x - y))
@@ -375,35 +385,38 @@ def _error(a: Any, b: Any, least: float) -> float:
     return 0.0 if difference == 0 else difference / float(np.max(norms))
 
 
-def _root_mean_square(leaves: list[Any]) -> float:
+def _root_mean_square(leaves: list[ArrayLike]) -> float:
+    """Of all entries together."""
     entries = sum(np.size(x) for x in leaves)
     squares = sum(float(np.sum(np.abs(_wide(x)) ** 2)) for x in leaves)
     return float(np.sqrt(squares / entries)) if entries else 0.0
 
 
-def _leaves(grads: Any) -> list[Any]:
+def _leaves(grads: Tree) -> list[ArrayLike]:
+    """The leaves that are floating or complex."""
     return jax.tree.leaves(_window.keep_inexact(grads))
 
 
-def _wide(x: Any) -> np.ndarray:
+def _wide(x: ArrayLike) -> np.ndarray:
     """The entries in double precision."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64).ravel()
 
 
-def _real(x: Any) -> np.ndarray:
+def _real(x: ArrayLike) -> np.ndarray:
+    """The same, with real and imaginary parts after one another."""
     return _wide(x).view(np.float64)
 
 
-def _dtypes(jaxpr: Any) -> set[Any]:
+def _dtypes(jaxpr: core.Jaxpr) -> set[np.dtype]:
     """The dtypes of all that is computed in `jaxpr`, inner functions included."""
-    found = set()
+    found: set[np.dtype] = set()
     for equation in jaxpr.eqns:
         found |= {v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")}
         for parameter in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
         ):
             inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
+            if isinstance(inner, core.Jaxpr):
                 found |= _dtypes(inner)
     return found

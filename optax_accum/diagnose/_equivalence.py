@@ -1,21 +1,17 @@
 """Whether k micro-batches give what the global batch gives, for one's own loss."""
 
 import dataclasses
-import inspect
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _checks, _probes, _problem
-from optax_accum._microbatch import value_and_grad
+from optax_accum.diagnose import _probes, _problem
+from optax_accum.diagnose._problem import Option, Tree
 
 _MOST_LEAVES = 12  # that are printed
 _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
-_OPTIONS = inspect.signature(value_and_grad).parameters
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,15 +95,15 @@ class EquivalenceReport:
 
 
 def check_equivalence(
-    fun: Callable[..., Any],
-    params: Any,
-    batch: Any,
+    fun: Callable[..., Tree],
+    params: Tree,
+    batch: Tree,
     num_microbatches: int | None = None,
     *,
-    args: Sequence[Any] = (),
-    kwargs: dict[str, Any] | None = None,
+    args: Sequence[Tree] = (),
+    kwargs: Mapping[str, Tree] | None = None,
     tolerance: float | None = None,
-    **options: Any,
+    **options: Option,
 ) -> EquivalenceReport:
     """Compares the gradient of a batch in micro-batches with that of it as a whole.
 
@@ -130,20 +126,21 @@ def check_equivalence(
         root of the machine epsilon of the narrowest dtype that `fun` and its gradient
         compute in: 3.5e-4 for float32, 0.09 for bfloat16.
       **options: Those of `value_and_grad`: `weight`, `reduction`, `rng_argnums`, ...
+        Keyword arguments of `fun` are not among them, and go into `kwargs`.
 
     Returns:
       An `EquivalenceReport`, which is true where the two agree.
 
       The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). A leaf or a value in which the
-      micro-batches' own ones cancel is all rounding, and is forgiven if the difference
-      is within the tolerance over their norms. A leaf that is zero but for rounding, as
-      a bias before a normalisation, is measured by a hundredth of what leaves of its
-      size have on average.
+      micro-batches' own ones cancel is all rounding: it also counts as equal if the
+      difference is within the tolerance of the sum of their norms. A leaf that is zero
+      but for rounding, as a bias before a normalisation, is measured by a hundredth of
+      what leaves of its size have on average.
 
     Raises:
-      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say. An
-        option that it does not have; a call where there are no values, under `jax.jit`.
-      ValueError: As `value_and_grad`; a `tolerance` that is none; a batch of weight 0.
+      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; `args`
+        that are not several.
+      ValueError: As `value_and_grad`; a batch of weight 0.
 
     Examples:
       A mean over the tokens that are no padding, of which micro-batches hold different
@@ -155,7 +152,7 @@ def check_equivalence(
       ...     return errors.sum() / batch["mask"].sum()
       >>> x = jnp.arange(24.0).reshape(8, 3)
       >>> batch = {"x": x, "mask": jnp.array([1.0, 1, 1, 1, 1, 0, 1, 0])}
-      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2)
+      >>> report = oa.diagnose.check_equivalence(loss, jnp.ones(3), batch, 2)
       >>> bool(report), report.cause.name
       (False, 'weights')
 
@@ -163,33 +160,25 @@ def check_equivalence(
 
       >>> def count(w, batch):
       ...     return batch["mask"].sum()
-      >>> report = oa.check_equivalence(loss, jnp.ones(3), batch, 2, weight=count)
+      >>> report = oa.diagnose.check_equivalence(
+      ...     loss, jnp.ones(3), batch, 2, weight=count
+      ... )
       >>> assert report, str(report)
 
     Note:
       It is for a look or a test, not for a training step: it compiles everything anew,
-      and fetches all gradients. Use a small model and a few examples.
+      fetches all gradients, and so cannot be inside a `jax.jit`. Use a small model and
+      a few examples.
     """
-    if tolerance is not None:
-        tolerance = _checks.fraction(
-            "tolerance", tolerance, "the largest relative error that counts as equal"
-        )
-    _check_arguments(args, kwargs)
-    leaves = jax.tree.leaves((params, batch, args, kwargs))
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if not isinstance(args, tuple | list):
         raise TypeError(
-            "`check_equivalence` looks at values, and was called where there are none, "
-            "inside jax.jit or another transformation. Call it outside"
+            "`args` must be a tuple or list of the arguments of `fun` after `batch`; "
+            f"got {type(args).__name__}. A single one is args=(key,)"
         )
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(
-                f"`check_equivalence` got {name!r}, which is no option of "
-                "`value_and_grad`. Arguments of `fun` go into `args` and `kwargs`: "
-                f"args=(key,), or kwargs={{{name!r}: ...}}"
-            )
     options["num_microbatches"] = num_microbatches
-    problem = _problem.Problem.of(fun, (params, batch, *args), kwargs or {}, options)
+    problem = _problem.Problem.of(
+        fun, (params, batch, *args), dict(kwargs or {}), options
+    )
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
 
@@ -211,9 +200,10 @@ def check_equivalence(
     errors, sizes = _problem.compare(whole, parts), None
     gradient = problem.raw_gradient()
     if not errors.worst <= tolerance and whole.is_finite() and parts.is_finite():
+        # Where parts cancel, what is left is their rounding: small beside them alone.
         sizes = problem.sizes(gradient, whole.weight)
-        sized = _problem.compare(whole, parts, sizes)
-        errors = errors.forgiven(sized, tolerance)
+        beside_parts = _problem.compare(whole, parts, sizes)
+        errors = errors.replaced_within(tolerance, beside_parts)
     report = EquivalenceReport(
         num_microbatches=problem.num_microbatches,
         value=whole.value,
@@ -227,17 +217,3 @@ def check_equivalence(
         return report
     seen = _probes.Comparison(problem, gradient, whole, parts, sizes, tolerance)
     return dataclasses.replace(report, cause=_probes.find_cause(seen))
-
-
-def _check_arguments(args: Any, kwargs: Any) -> None:
-    """Raises unless they are several arguments, with values."""
-    if not isinstance(args, tuple | list):
-        raise TypeError(
-            "`args` must be a tuple or list of the arguments of `fun` after `batch`; "
-            f"got {type(args).__name__}. A single one is args=(key,)"
-        )
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise TypeError(
-            "`kwargs` must be a dict of the keyword arguments of `fun`; got "
-            f"{type(kwargs).__name__}"
-        )

@@ -1,20 +1,12 @@
 """How much memory a compiled program takes, and how much a device has."""
 
-import math
-import re
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_UNITS = {"B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[f"{_letter}B"] = 1000**_power
-    _UNITS[f"{_letter}iB"] = 1024**_power
-
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)\s*")
+Tree = Any  # arrays or their shapes, in any structure
 
 
 class Memory(NamedTuple):
@@ -39,8 +31,8 @@ class Memory(NamedTuple):
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
     @classmethod
-    def of(cls, compiled: Any) -> "Memory":
-        """Reads it from a `jax.stages.Compiled`.
+    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
+        """Reads it from a compiled program.
 
         Raises:
           RuntimeError: This backend does not tell.
@@ -59,36 +51,6 @@ class Memory(NamedTuple):
         )
 
 
-def parse_size(name: str, value: Any) -> int:
-    """A number of bytes, from an int or from a text like ``"16GiB"``.
-
-    Raises:
-      TypeError: Neither a number nor a text.
-      ValueError: An unknown unit, or nothing that is a positive size.
-    """
-    units = ", ".join(_UNITS)
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        by_name = {unit.lower(): factor for unit, factor in _UNITS.items()}
-        factor = by_name.get(match["unit"].lower()) if match else None
-        if match is None or factor is None:
-            raise ValueError(
-                f"`{name}` must be a number of bytes or a text like '16GiB', with one "
-                f"of the units {units}; got {value!r}"
-            )
-        size = float(match["number"]) * factor
-    elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"`{name}` must be a number of bytes or a text like '16GiB'; got "
-            f"{value!r} of type {type(value).__name__}"
-        )
-    else:
-        size = float(value)
-    if not (math.isfinite(size) and size >= 1):
-        raise ValueError(f"`{name}` must be at least one byte; got {value!r}")
-    return int(size)
-
-
 def show_size(size: float) -> str:
     """`size` bytes in the unit in which it reads best: ``"1.5 GiB"``."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -99,7 +61,7 @@ def show_size(size: float) -> str:
     return f"{size:{digits}} {units[0]}"
 
 
-def available(args: Any) -> int:
+def available(args: Tree) -> int:
     """What the devices of `args` report as theirs, less what else is in use.
 
     Arrays in `args` are in use already, and the program counts them again: they do not
@@ -109,8 +71,10 @@ def available(args: Any) -> int:
       ValueError: A device reports nothing, as CPUs do.
     """
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    held: dict[Any, int] = {}
-    for shard in {id(s.data): s for x in arrays for s in x.addressable_shards}.values():
+    # An array that is passed twice is in memory once.
+    shards = {id(s.data): s for x in arrays for s in x.addressable_shards}
+    held: dict[jax.Device, int] = {}
+    for shard in shards.values():
         held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     free = []
     for device in _devices(args):
@@ -118,7 +82,8 @@ def available(args: Any) -> int:
         if "bytes_limit" not in stats:
             raise ValueError(
                 f"`memory_limit` is needed, because {device} does not report how much "
-                "memory it has; got None. Pass bytes or a text: memory_limit='16GiB'"
+                "memory it has; got None. Pass a number of bytes: for 16 GiB "
+                "memory_limit=16 * 2**30"
             )
         in_use = stats.get("bytes_in_use", 0) - held.get(device, 0)
         free.append(stats["bytes_limit"] - max(in_use, 0))
@@ -135,7 +100,7 @@ def agreed(size: int) -> int:
     return min(int(high) * 2**31 + int(low) for high, low in np.asarray(gathered))
 
 
-def _devices(args: Any) -> list[Any]:
+def _devices(args: Tree) -> list[jax.Device]:
     """This process's devices among those of `args`, or its first one."""
     shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
     devices = {d for s in shardings if s is not None for d in s.device_set}

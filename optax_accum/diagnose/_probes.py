@@ -14,14 +14,16 @@ What randomness, hidden state and a carry do is asked before, by running the sam
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_accum import _arguments
-from optax_accum._problem import Problem, Result, Sizes, compare
+from optax_accum.diagnose._problem import Batch, Problem, Result, Sizes, Tree, compare
+
+Equations = list[tuple[np.ndarray, np.ndarray]]  # matrix and right-hand side, each
 
 
 class Cause(NamedTuple):
@@ -145,7 +147,7 @@ def _randomness(seen: Comparison) -> Cause | None:
     return None
 
 
-def _other(argument: Any) -> Any:
+def _other(argument: Tree) -> Tree:
     """The same with other random keys."""
     return jax.tree.map(
         lambda x: jax.random.fold_in(x, 1) if _arguments.is_key(x) else x, argument
@@ -227,7 +229,7 @@ def _weights(seen: Comparison) -> Cause | None:
     points = [problem, *map(problem.elsewhere, range(1, 4))]
     wholes = [seen.gradient(point).sample() for point in points]
 
-    def equations(parts: list[list[Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def equations(parts: list[Batch]) -> Equations:
         """For every point the parts as columns, and what they are to add up to."""
         found = []
         for point, whole in zip(points, wholes, strict=True):
@@ -253,20 +255,15 @@ def _weights(seen: Comparison) -> Cause | None:
     return _weights_cause(problem, _combination(in_parts, seen.tolerance))
 
 
-def _explains(
-    coefficients: np.ndarray,
-    equations: list[tuple[np.ndarray, np.ndarray]],
-    tolerance: float,
-) -> bool:
+def _explains(coefficients: np.ndarray, equations: Equations, tolerance: float) -> bool:
+    """Whether the parts, multiplied by `coefficients`, add up at every point."""
     return all(
         np.linalg.norm(columns @ coefficients - whole) <= tolerance
         for columns, whole in equations
     )
 
 
-def _combination(
-    equations: list[tuple[np.ndarray, np.ndarray]], tolerance: float
-) -> np.ndarray | None:
+def _combination(equations: Equations, tolerance: float) -> np.ndarray | None:
     """The coefficients >= 0 that explain all equations, where they can be told.
 
     They are fitted to all points but the last, and tried at all.
