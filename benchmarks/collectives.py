@@ -126,8 +126,8 @@ def micro_batch(setup: Setup) -> jax.Array:
 
 def shard_map_windows(setup: Setup, *, check: bool, static: bool) -> list[Program]:
     tx = oa.accumulate(optimizer(), None if static else setup.k, axis_name=AXIS)
-    state = oa.stack_windows(tx.init(setup.params), setup.devices)
-    specs = P(), oa.window_specs(state, AXIS)
+    state = oa.sharding.stack_windows(tx.init(setup.params), setup.devices)
+    specs = P(), oa.sharding.window_specs(state, AXIS)
 
     def step(params, state, x, boundary):
         local = jax.lax.pcast(params, AXIS, to="varying") if check else params

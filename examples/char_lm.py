@@ -177,7 +177,7 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
 
 def plan(
     model: Decoder, options: argparse.Namespace, paragraphs: Batch
-) -> oa.MicrobatchPlan:
+) -> oa.diagnose.MicrobatchPlan:
     """The fewest micro-batches whose step fits into the limit."""
     graphdef, params = nnx.split(model)
     loss = functools.partial(mean_over_tokens, graphdef)
@@ -187,7 +187,7 @@ def plan(
         run = Run("", options.batch_size // micro_batches)
         return jax.jit(make_step(run, loss, tx), donate_argnums=(0, 1))
 
-    return oa.plan_microbatches(
+    return oa.diagnose.plan_microbatches(
         step_in,
         params,
         jax.eval_shape(tx.init, params),

@@ -94,7 +94,8 @@ def micro_batch_step(tx, params, state, batch, *, boundary):
     params, state = tx.update_params(
         grads, state, params, weight=len(batch[1]), boundary=boundary, value=loss
     )
-    return params, state, state.value / state.weight  # the window's mean loss so far
+    window = state.window
+    return params, state, window.value / window.weight  # its mean loss so far
 
 
 @dataclasses.dataclass
@@ -143,7 +144,7 @@ def make_optimizer(options: argparse.Namespace) -> optax.GradientTransformation:
     )
 
 
-def plan(options: argparse.Namespace, params: Any) -> oa.MicrobatchPlan:
+def plan(options: argparse.Namespace, params: Any) -> oa.diagnose.MicrobatchPlan:
     """The fewest micro-batches, of all equal sizes, whose step fits into the limit."""
     batch_size = options.batch_size
 
@@ -156,7 +157,7 @@ def plan(options: argparse.Namespace, params: Any) -> oa.MicrobatchPlan:
         step = functools.partial(micro_batch_step, tx, boundary=None)
         return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
 
-    return oa.plan_microbatches(
+    return oa.diagnose.plan_microbatches(
         lowered,
         batch_size=batch_size,
         candidates=[k for k in range(2, batch_size + 1) if batch_size % k == 0],

@@ -110,7 +110,8 @@ def main() -> None:
         for part, boundary in oa.with_boundaries(parts, options.every_k):
             state = train_step(state, images[part], labels[part], boundary=boundary)
             if boundary:  # the host knows, and waits for nothing
-                losses.append(state.opt_state.value / state.opt_state.weight)
+                window = state.opt_state.window
+                losses.append(window.value / window.weight)
         print(
             f"epoch {epoch + 1}: {int(state.step)} micro-steps, "
             f"{int(state.gradient_step)} updates, "

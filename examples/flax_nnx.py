@@ -110,8 +110,8 @@ def main() -> None:
                 continue
             micro_step(model, optimizer, batch, boundary=boundary)
             if boundary:  # the host knows, and waits for nothing
-                state = nnx.as_pure(optimizer.opt_state)
-                losses.append(state.value / state.weight)
+                window = nnx.as_pure(optimizer.opt_state).window
+                losses.append(window.value / window.weight)
         correct = accuracy(
             nnx.view(model, use_running_average=True, deterministic=True), *test
         )

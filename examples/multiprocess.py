@@ -119,11 +119,11 @@ def train(process: int, processes: int) -> Any:
     # Parameters are the same everywhere, an open window is each device's own.
     params = initial_params()
     shapes = jax.eval_shape(tx.init, params)
-    specs = P(), oa.window_specs(shapes, "data")
+    specs = P(), oa.sharding.window_specs(shapes, "data")
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     def start(params):
-        return params, oa.stack_windows(tx.init(params), jax.device_count())
+        return params, oa.sharding.stack_windows(tx.init(params), jax.device_count())
 
     params, state = jax.jit(start, out_shardings=shardings)(params)
     step = jax.jit(

@@ -120,9 +120,9 @@ def train(options: argparse.Namespace) -> tuple[list[Row], list[Check]]:
     """Trains, and returns what was seen."""
     data, test_data = load_data()
     random = np.random.default_rng(options.seed)
-    every_k = oa.adaptive_k(2, options.max_k)
+    every_k = oa.noise.adaptive_k(2, options.max_k)
     inner = optax.sgd(options.learning_rate)
-    tx = oa.accumulate(inner, every_k, noise_scale=MEASURED_OVER)
+    tx = oa.accumulate(inner, every_k, noise_decay=MEASURED_OVER)
     params = init(jax.random.key(options.seed))
     state = tx.init(params)
     step = make_step(tx)
@@ -138,15 +138,15 @@ def train(options: argparse.Namespace) -> tuple[list[Row], list[Check]]:
         examples += options.micro_batch
         if not oa.has_updated(state):
             continue
-        scale = oa.noise_scale(state)
+        scale = oa.noise.estimate(state)
         rows.append(
             Row(
                 examples,
-                float(state.value / state.weight),
+                float(state.window.value / state.window.weight),
                 float(scale.signal),
                 float(scale.noise),
                 float(scale.batch_size),
-                int(state.noise_scale.k),
+                int(state.noise.k),
             )
         )
         if len(rows) % options.check_every == 0:
