@@ -380,7 +380,9 @@ class _Accumulation:
         # if both are local or neither is.
         is_static = isinstance(closing.boundary, bool)
         may_reuse = not (two_phase or is_static or self.has_devices)
-        reused = _boundary.Reused.plan(shapes, closing.window.grads if may_reuse else ())
+        reused = _boundary.Reused.plan(
+            shapes, closing.window.grads if may_reuse else ()
+        )
         buffers = _boundary.run_inner(
             closing,
             inner.update,
@@ -401,7 +403,7 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
-        step = self._check(grads, state, params, weight, boundary, value)
+        step = self._check(grads, state, params, weight, boundary, value, applies=True)
         new, closing = self._add(step, state, params)
         inner = _Inner(self, grads, params, extra_args, value is not None)
         _, two_phase = inner.plan(step, new, closing)
@@ -422,6 +424,8 @@ class _Accumulation:
         weight: Any,
         boundary: Boundary,
         value: Any,
+        *,
+        applies: bool = False,
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
         boundary = _validate.boundary(boundary, self.every_k)
@@ -434,7 +438,7 @@ class _Accumulation:
                 sums = _windows.without_leading_axis(sums)
             narrow = self.accumulator_dtype is not None
             _validate.gradients(grads, sums, narrow=narrow)
-        elif params is not None:
+        if applies or (params is not None and not self.has_accumulator):
             _validate.gradients(grads, params, narrow=True)
         grads = _tree.as_arrays(_tree.keep_inexact(grads))
         _collectives.check_local(self.devices.axis_name, grads)
@@ -468,6 +472,9 @@ class _Accumulation:
             # Without an accumulator every micro-step is the first of its window.
             first=(state.micro_step == 0) | (not self.has_accumulator),
         )
+        if not self.tracker.measures:
+            # What a state brings along from before stays, and costs nothing.
+            window = window._replace(noise=state.window.noise)
         boundary = step.boundary
         if boundary is None:
             boundary = self._count_closes(state, micro_steps, arrived)
@@ -506,12 +513,20 @@ class _Accumulation:
             window = window._replace(grads=step.grads, value=step.value)
             reduction = "sum" if reduction == "mean" else reduction
         may_be_empty = not step.is_positive or self.skip is not None
-        if may_be_empty and not self.has_devices and not isinstance(step.boundary, bool):
+        if (
+            may_be_empty
+            and not self.has_devices
+            and not isinstance(step.boundary, bool)
+        ):
             # One device knows W before the boundary, several only at it.
             boundary, may_be_empty = boundary & (window.weight != 0), False
+        square = None
+        if not (self.has_devices or isinstance(boundary, bool)):
+            square = self.tracker.square_before(boundary, window)
         return _boundary.Closing(
             boundary=boundary,
             window=window,
+            square=square,
             micro_steps=micro_steps.astype(window.weight.dtype),
             may_be_empty=may_be_empty,
             reduction=reduction,

@@ -265,15 +265,14 @@ def from_the_front(
 
 def _place_of(name: str, names: list[str], kwargs: dict[str, Any]) -> Place:
     """Where the argument called `name` stands."""
-    if name in names:
-        return names.index(name)
     if name in kwargs:
         return name
-    called = sorted({*names, *kwargs})
+    if name in names:
+        return names.index(name)
     raise ValueError(
         f"`batch_argnames` names the argument {name!r}, but the function was called "
-        f"with {called or 'none'}. Pass it by keyword, or give its position in "
-        "`batch_argnums`"
+        f"with {', '.join([*names, *kwargs])}. Give its name in the signature of "
+        "`fun`, or its position in `batch_argnums`"
     )
 
 

@@ -52,9 +52,9 @@ class Tracker(Protocol):
     """What measures the noise scale."""
 
     def close(
-        self, noise: Tree, total: Window, micro_steps: Scalar
-    ) -> tuple[Tree, Window]:
-        """What a window of these totals changes, and the window to go on with."""
+        self, noise: Tree, total: Window, square: Scalar | None, micro_steps: Scalar
+    ) -> Tree:
+        """The averages after a window of these totals; `square` is ‖S‖², if known."""
 
 
 class Closing(NamedTuple):
@@ -63,6 +63,7 @@ class Closing(NamedTuple):
     Attributes:
       boundary: Whether it is; a Python bool builds no `lax.cond`.
       window: Its sums, each device's own.
+      square: ‖S‖², if the noise scale needs it before the branch.
       micro_steps: How many there were.
       may_be_empty: Whether W, over all devices, may be 0 at the boundary. Then
         everything stays as it is.
@@ -73,6 +74,7 @@ class Closing(NamedTuple):
 
     boundary: bool | jax.Array
     window: Window
+    square: Scalar | None
     micro_steps: Scalar
     may_be_empty: bool
     reduction: Reduction
@@ -108,10 +110,10 @@ def run_inner(
         total = window.over_devices(closing.devices)
 
         def apply(buffers: Buffers) -> Buffers:
-            noise, divided = closing.tracker.close(
-                buffers.noise, total, closing.micro_steps
+            noise = closing.tracker.close(
+                buffers.noise, total, closing.square, closing.micro_steps
             )
-            value, grads = divided.result(closing.reduction)
+            value, grads = total.result(closing.reduction)
             updates, inner_state = inner(grads, buffers.inner_state, value)
             return write(updates, buffers)._replace(
                 has_updated=~buffers.has_updated, inner_state=inner_state, noise=noise

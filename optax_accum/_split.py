@@ -16,7 +16,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from optax_accum import _tree, _validate

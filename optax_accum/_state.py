@@ -1,4 +1,4 @@
-"""The state of `accumulate`, the queries that find it, and the way from `MultiSteps`."""
+"""The state of `accumulate`, queries that find it, and the way from `MultiSteps`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ from optax_accum._window import Window
 class AccumulateState(NamedTuple):
     """The state of `accumulate`; a pytree that any checkpointer saves as it is.
 
-    The sums in `window` are those of the open window only while ``micro_step > 0``. At a
-    boundary `window.weight` and `window.value` stay those of the window that it closes,
-    until the next one's first micro-step; what `window.grads` holds then is undefined,
-    because the updates use its memory.
+    The sums in `window` are those of the open window only while ``micro_step > 0``. At
+    a boundary `window.weight` and `window.value` stay those of the window that it
+    closes, until the next one's first micro-step; what `window.grads` holds then is
+    undefined, because the updates use its memory.
 
     Across devices (`axis_name`), `window` and `skip_state` are each device's own; the
     rest is the same everywhere.
@@ -200,10 +200,10 @@ def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
         )
     if jnp.ndim(window.weight):
         raise ValueError(
-            f"`opt_state` is a stack of {jnp.shape(window.weight)} windows. If they are "
-            "those of several devices, sum them: oa.accumulated(oa.sharding.sum_windows"
-            "(opt_state)). Where all else is stacked too, as by jax.pmap and jax.vmap, "
-            "jax.vmap(oa.accumulated)(opt_state) asks each of them"
+            f"`opt_state` is a stack of {jnp.shape(window.weight)} windows. If they "
+            "are those of several devices, sum them: oa.accumulated("
+            "oa.sharding.sum_windows(opt_state)). If all else is stacked too, as by "
+            "jax.pmap and jax.vmap, jax.vmap(oa.accumulated)(opt_state) asks each"
         )
     is_open = jnp.asarray(state.micro_step) > 0
     sums, weight = plain_arrays(window.grads), jnp.asarray(window.weight)
@@ -235,7 +235,7 @@ def from_multi_steps(
     Returns:
       The state for ``accumulate(inner, every_k)`` with the same inner optimizer and
       the same k; with ``skip`` and ``on_skip="wait"`` if there was a
-      ``should_skip_update_fn``. `window.skipped` starts from 0, and so does `window.value`.
+      ``should_skip_update_fn``. `window.skipped` and `window.value` start from 0.
 
     Raises:
       TypeError: `multi_steps_state` is not an `optax.MultiStepsState`.
@@ -279,8 +279,8 @@ def from_multi_steps(
         gradient_step=gradient_step,
         has_updated=(count == 0) & (gradient_step > 0),
         window=Window(
-            grads=jax.tree.map(as_sum, old.acc_grads),
             value=jnp.zeros_like(weight),
+            grads=jax.tree.map(as_sum, old.acc_grads),
             weight=weight,
             skipped=jnp.zeros([], jnp.int32),
             noise=_window.NoNoiseSums(),

@@ -52,7 +52,8 @@ def every_k(value: Any) -> Any:
 def scheduled_k(value: Any) -> Scalar:
     """What a schedule returned, as a real scalar; Optax's schedules return floats."""
     k = jnp.asarray(value)
-    if k.shape != () or not jnp.issubdtype(k.dtype, jnp.number):
+    is_number = jnp.issubdtype(k.dtype, jnp.number) and not jnp.iscomplexobj(k)
+    if k.shape != () or not is_number:
         raise TypeError(
             "`every_k` as a schedule must return one real number, how many micro-steps "
             f"the window has; got shape {k.shape} and dtype {k.dtype}"
@@ -141,7 +142,8 @@ def state(value: Any, grads: Grads, has_accumulator: bool, has_devices: bool) ->
 def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
     """The weight as an array ``dtype[]``, and whether it is known to be positive."""
     is_known = isinstance(value, bool | int | float | np.generic | np.ndarray)
-    if not is_known and not isinstance(value, jax.Array):
+    is_number = is_known or isinstance(value, jax.Array)
+    if not is_number or _tree.is_complex(value):
         raise TypeError(
             "`weight` must be a real scalar, the number of units that this "
             f"micro-batch's mean was taken over; got {value!r} of type "

@@ -347,12 +347,16 @@ class Settings:
         result, info = self.run(args, kwargs)
         return (result, info) if self.returns_info else result
 
-    def take_apart(
+    def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_arguments.Call, _split.Split]:
-        """The arguments of one call by their roles, and how its batch is split."""
-        call = self.roles.bind(self.fun, args, kwargs)
-        split = _split.plan(
+    ) -> tuple[Any, MicrobatchInfo]:
+        """The result of one call, and the info."""
+        self.devices.check_place()
+        return self.run_call(self.roles.bind(self.fun, args, kwargs))
+
+    def split(self, call: _arguments.Call) -> _split.Split:
+        """How the batch of a call is split."""
+        return _split.plan(
             call.batch,
             call.batch_names,
             self.batch_axis,
@@ -360,14 +364,10 @@ class Settings:
             self.microbatch_size,
             self.devices.shards,
         )
-        return call, split
 
-    def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, MicrobatchInfo]:
-        """The result of one call, and the info."""
-        self.devices.check_place()
-        call, split = self.take_apart(args, kwargs)
+    def run_call(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
+        """The same of a call that was taken apart."""
+        split = self.split(call)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name)

@@ -47,7 +47,7 @@ def zeros(tree: Tree, dtype: DType = None) -> Tree:
 
 
 def contributions(tree: Tree, weight: Scalar, reduction: Reduction) -> Tree:
-    """What a micro-batch adds to S, in at least float32: nothing where `weight` is 0."""
+    """What a micro-batch adds to S, in at least float32; nothing if `weight` is 0."""
 
     def contribution(x: Any) -> jax.Array:
         x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
@@ -118,7 +118,11 @@ class NoiseSums(NamedTuple):
         return cls(jnp.zeros([], dtype), jnp.zeros([], jnp.int32))
 
     def add(
-        self, grads: Grads, weight: Scalar, reduction: Reduction, first: Scalar | None
+        self,
+        grads: Grads,
+        weight: Scalar,
+        reduction: Reduction,
+        first: Scalar | None = None,
     ) -> "NoiseSums":
         """With one more micro-batch in them."""
         square = _tree.squared_norm(grads, self.squares.dtype)
@@ -154,11 +158,11 @@ class Window(NamedTuple):
     Across devices each device has its own, until the boundary sums them.
 
     Attributes:
-      grads: S, in the parameters' structure and shapes and at least float32; ``None``
-        for leaves that are not accumulated.
       value: ``f32[]``, the sum of the losses, weighted as the gradients are
         (``f64[]`` in double precision). With ``reduction="mean"``, ``value / weight``
         is the window's mean loss.
+      grads: S, in the parameters' structure and shapes and at least float32; ``None``
+        for leaves that are not accumulated.
       weight: W, ``f32[]`` or ``f64[]``.
       skipped: ``i32[]``, how many micro-batches were rejected. `accumulate` keeps
         counting from window to window.
@@ -166,8 +170,9 @@ class Window(NamedTuple):
         estimated; ``()`` where it is not measured.
     """
 
-    grads: Grads
+    # In this order XLA's loop needs no more memory than one that is written by hand.
     value: Scalar
+    grads: Grads
     weight: Scalar
     skipped: Scalar
     noise: NoiseSums | NoNoiseSums
@@ -197,8 +202,8 @@ class Window(NamedTuple):
             noise = NoiseSums.empty(_tree.dtype_of(weight))
             noise = _tree.vary_like(noise, weight, *leaves)
         return cls(
-            grads=_tree.vary_like(zeros(grads, accumulator_dtype), weight),
             value=_tree.vary_like(zeros(value), weight),
+            grads=_tree.vary_like(zeros(grads, accumulator_dtype), weight),
             weight=_tree.zeros_like(weight),
             skipped=_tree.zeros_like(weight, jnp.int32),
             noise=noise,
@@ -229,8 +234,8 @@ class Window(NamedTuple):
         """
         relative = weight / relative_to if relative_to != 1 else weight
         return Window(
-            grads=add(self.grads, grads, relative, reduction, first=first),
             value=add(self.value, value, relative, reduction, first=first),
+            grads=add(self.grads, grads, relative, reduction, first=first),
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
             noise=self.noise.add(grads, weight, reduction, first),

@@ -57,7 +57,7 @@ def inside(way, function, in_axes, out_axes, donate=()):
 
     def call(*args):
         specs = [
-            oa.window_specs(x, AXIS) if axis == "state" else spec(axis)
+            oa.sharding.window_specs(x, AXIS) if axis == "state" else spec(axis)
             for x, axis in zip(args, in_axes, strict=True)
         ]
         states = [s for s, axis in zip(specs, in_axes, strict=True) if axis == "state"]
@@ -125,7 +125,7 @@ def windows(way, tx, update="update_params", **static):
     else:
         axes = None, "state", 0, 0, None
         mapped = inside(way, step, axes, (None, "state"), (0, 1))
-        start = jax.tree.map(jnp.copy, PARAMS), oa.stack_windows(state, COUNT)
+        start = jax.tree.map(jnp.copy, PARAMS), oa.sharding.stack_windows(state, COUNT)
 
     def one_at_a_time(*args):
         # Made-up devices share a few threads: programs that wait for each other can

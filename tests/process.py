@@ -43,9 +43,11 @@ def main(address, processes, process, file):
         tx = oa.accumulate(inner, k, axis_name=devices.AXIS)
         step, _ = devices.windows(way, tx)
         state = tx.init(devices.PARAMS)
-        specs = oa.window_specs(state, devices.AXIS)
+        specs = oa.sharding.window_specs(state, devices.AXIS)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        stack = jax.jit(oa.stack_windows, static_argnums=1, out_shardings=shardings)
+        stack = jax.jit(
+            oa.sharding.stack_windows, static_argnums=1, out_shardings=shardings
+        )
         state = stack(jax.tree.map(np.asarray, state), devices.COUNT)
         params = jax.device_put(jax.tree.map(np.asarray, devices.PARAMS), everywhere)
         for i in range(steps):
@@ -87,7 +89,7 @@ def main(address, processes, process, file):
         for shard in p.addressable_shards
     }
     # Each was told another limit, one of more than 32 bits; all must plan alike.
-    plan = oa.plan_microbatches(
+    plan = oa.diagnose.plan_microbatches(
         lambda _: jax.jit(devices.loss),
         devices.PARAMS,
         x[0],

@@ -81,9 +81,9 @@ def accumulated(inner=ADAM, every_k=K, **options):
     return oa.accumulate(inner, every_k, **options)
 
 
-EVERYTHING = {"skip": oa.skip_not_finite, "noise_scale": 0.9}
+EVERYTHING = {"skip": oa.skip_not_finite, "noise_decay": 0.9}
 VARIANTS = {
-    "everything": lambda: accumulated(every_k=oa.adaptive_k(2, 4), **EVERYTHING),
+    "everything": lambda: accumulated(every_k=oa.noise.adaptive_k(2, 4), **EVERYTHING),
     "chain": lambda: optax.chain(
         optax.clip(0.5), accumulated(skip=oa.skip_not_finite), optax.scale(0.5)
     ),
@@ -213,7 +213,7 @@ def test_donated_steps_overtake_a_save(tmp_path):
             assert (saved.gradient_step, saved.micro_step) == divmod(i, K)
             if saved.micro_step > 0:
                 np.testing.assert_array_equal(
-                    saved.acc_grads["w"], sum(range(i - i % K, i))
+                    saved.window.grads["w"], sum(range(i - i % K, i))
                 )
 
 
@@ -266,7 +266,7 @@ def test_stacked_windows_on_one_device(tmp_path):
     )
     params, state = checkpoints.restore("stacked", shapes)
     assert {x.sharding for x in jax.tree.leaves(state)} == {here}
-    state = oa.sum_windows(state)
+    state = oa.sharding.sum_windows(state)
     tx = oa.accumulate(MOMENTUM, K)
     x, mask = devices.examples(2 * K)
 
@@ -287,13 +287,17 @@ def test_unreplicate_loses_the_other_devices_sums():
     """The trap: what is right for parameters is wrong for an open window."""
     (params, state), go_on = half_a_window("pmap")
     one = flax.jax_utils.unreplicate(state)
-    every = oa.sum_windows(state)
-    weights = np.asarray(state.weight)
-    assert float(one.weight) == weights[0]
-    assert float(every.weight) == weights.sum() > weights[0]
+    every = oa.sharding.sum_windows(state)
+    weights = np.asarray(state.window.weight)
+    assert float(one.window.weight) == weights[0]
+    assert float(every.window.weight) == weights.sum() > weights[0]
     wanted, _ = go_on(params, state)
     kept, lost = (
-        go_on(*jax.device_get((params, oa.stack_windows(s, COUNT, all_leaves=True))))[0]
+        go_on(
+            *jax.device_get(
+                (params, oa.sharding.stack_windows(s, COUNT, all_leaves=True))
+            )
+        )[0]
         for s in (every, one)
     )
     chex.assert_trees_all_close(kept, wanted, rtol=1e-5, atol=1e-6)
@@ -321,7 +325,7 @@ def test_on_another_mesh(tmp_path):
     checkpoints = Orbax(tmp_path)
     checkpoints.save("whole", straight)
     resumed = checkpoints.restore("whole", jax.tree.map(parts, straight))
-    sums = resumed[1].acc_grads["w"]
+    sums = resumed[1].window.grads["w"]
     assert [s.data.shape for s in sums.addressable_shards] == [(1, 2)] * COUNT
     checkpoints.save("parts", resumed)
     resumed = step(*resumed, grads[2], weight=weights[2])
@@ -381,23 +385,25 @@ class TestChanges:
 
     def test_to_no_accumulator_by_closing_the_window(self, saved):
         old, new = oa.accumulate(MOMENTUM, 4), oa.accumulate(MOMENTUM, 1)
-        with pytest.raises(ValueError, match=r"acc_grads"):
+        with pytest.raises(ValueError, match=r"window.*grads"):
             saved(new)
         params, state = saved(old)
         close = jax.jit(functools.partial(old.update_params, weight=0, boundary=True))
         params, state = close(jax.tree.map(jnp.zeros_like, PARAMS), state, params)
         assert oa.has_updated(state)
-        params, state = run(new, params, state._replace(acc_grads=()), [2])
+        state = state._replace(window=state.window._replace(grads=()))
+        params, state = run(new, params, state, [2])
         is_momentum_after(params, slice(2), slice(2, 3))
 
     def test_from_no_accumulator(self, tmp_path):
         old, new = oa.accumulate(MOMENTUM, 1), oa.accumulate(MOMENTUM, 2)
         checkpoints = Orbax(tmp_path)
         checkpoints.save("saved", run(old, PARAMS, old.init(PARAMS), [0]))
-        with pytest.raises(ValueError, match=r"acc_grads"):
+        with pytest.raises(ValueError, match=r"window.*grads"):
             checkpoints.restore("saved", (PARAMS, new.init(PARAMS)))
         params, state = checkpoints.restore("saved", (PARAMS, old.init(PARAMS)))
-        state = state._replace(acc_grads=new.init(params).acc_grads)
+        grads = new.init(params).window.grads
+        state = state._replace(window=state.window._replace(grads=grads))
         params, _ = run(new, params, state, [1, 2])
         is_momentum_after(params, slice(1), slice(1, 3))
 
@@ -420,7 +426,7 @@ class TestChanges:
         params, state = run(old, *saved(old), [2, 3])
         start = new.init(params)
         state = state._replace(
-            skip_state=start.skip_state, noise_scale=start.noise_scale
+            skip_state=start.skip_state, window=start.window, noise=start.noise
         )
         params, state = run(new, params, state, [4, 5], boundary=True)
         is_momentum_after(params, slice(4), slice(4, 5), slice(5, 6))
@@ -472,7 +478,7 @@ class TestTheFirstVersion:
         same_bits(jax.tree.leaves(restored), leaves_of(stored, "saved"))
         _, state = restored
         assert (state.gradient_step, state.micro_step) == (1, first.K - 1)
-        assert state.skipped == 1
+        assert state.window.skipped == 1
 
     @pytest.mark.usefixtures("loose_promotion")
     def test_it_goes_on_to_the_same_parameters(self, stored, restored):

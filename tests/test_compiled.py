@@ -129,7 +129,7 @@ def test_every_k_1_costs_what_the_inner_optimizer_costs(way):
     params, inner = params_of(), OPTIMIZERS["adamw"]
     tx = oa.accumulate(inner, every_k=1)
     state = jax.eval_shape(tx.init, params)
-    assert state.acc_grads == ()
+    assert state.window.grads == ()
     program = window_program(tx, way, params)
     alone = window_program(inner, "update", params)
     assert hlo.operations(program, "conditional") == []

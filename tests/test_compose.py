@@ -62,7 +62,7 @@ class TestOptax:
     def test_frozen_parameters_get_no_accumulator(self):
         tx = optax.masked(oa.accumulate(ADAM, K), {"w": True, "b": False})
         state = tx.init(PARAMS)
-        accumulators = jax.tree.leaves(state.inner_state.acc_grads)
+        accumulators = jax.tree.leaves(state.inner_state.window.grads)
         assert [a.shape for a in accumulators] == [PARAMS["w"].shape]
 
     @pytest.mark.parametrize("way", WAYS)

@@ -417,7 +417,7 @@ def wide(params, x):
 @pytest.mark.parametrize("way", ["checked", "unchecked", *devices.OUTSIDE])
 def test_scattered_gradients(way):
     """A reduce-scatter in place of the all-reduce; what cannot be cut stays whole."""
-    specs = oa.scatter_specs(WIDE, devices.mesh(), AXIS)
+    specs = oa.sharding.scatter_specs(WIDE, devices.mesh(), AXIS)
     assert specs == {"w": P(None, AXIS), "b": P(AXIS), "odd": P()}
     f = devices.in_step(
         way, wide, num_microbatches=2, scatter=True, outputs=((P(), specs),)
@@ -450,7 +450,7 @@ def test_training_with_a_sharded_optimizer_state(way):
     """ZeRO-2: gradients and moments in parts, parameters whole."""
     inner = loosely(optax.adamw(0.05))
     mesh = mesh_of(way)
-    specs = oa.scatter_specs(WIDE, mesh, AXIS)
+    specs = oa.sharding.scatter_specs(WIDE, mesh, AXIS)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     f = oa.value_and_grad(
         wide, num_microbatches=2, axis_name=AXIS, mesh=mesh, scatter=True
@@ -494,12 +494,12 @@ def test_which_axis_is_scattered():
         "empty": jnp.ones((0, 3)),
         "taken": taken,
     }
-    specs = oa.scatter_specs(leaves, mesh, AXIS)
+    specs = oa.sharding.scatter_specs(leaves, mesh, AXIS)
     none = dict.fromkeys(("none", "scalar", "empty"), P())
     second = dict.fromkeys(("second", "taken"), P(None, AXIS))
     assert specs == {"first": P(AXIS)} | none | second
     shapes = jax.eval_shape(lambda: {k: leaves[k] for k in ("first", "second")})
-    assert oa.scatter_specs(shapes, mesh, AXIS) == {"first": P(AXIS)} | {
+    assert oa.sharding.scatter_specs(shapes, mesh, AXIS) == {"first": P(AXIS)} | {
         "second": P(None, AXIS)
     }
 
@@ -735,7 +735,7 @@ def test_micro_batches_inside_and_windows_outside(every_k):
 
     axes = None, "state", 0
     step = devices.inside("checked", step, axes, (None, "state"))
-    params, state = SMALL, oa.stack_windows(tx.init(SMALL), COUNT)
+    params, state = SMALL, oa.sharding.stack_windows(tx.init(SMALL), COUNT)
     wanted = {} if every_k is None else {"all-reduce, branch": 1}
     assert hlo.exchanges(step.lower(params, state, X).compile()) == wanted
     if every_k is None:
@@ -855,7 +855,7 @@ def test_a_mesh_without_that_axis():
     with pytest.raises(ValueError, match="`scatter=True` needs `axis_name`"):
         oa.value_and_grad(small, num_microbatches=2, scatter=True)
     with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
-        oa.scatter_specs(SMALL, devices.mesh(), "batch")
+        oa.sharding.scatter_specs(SMALL, devices.mesh(), "batch")
 
 
 @outside

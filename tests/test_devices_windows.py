@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from training import WAYS, loosely, slow, stepper
 
 import optax_accum as oa
-from optax_accum import _stacked
+from optax_accum.sharding import _windows
 
 pytestmark = pytest.mark.several_devices
 K = 3
@@ -94,7 +94,7 @@ def test_a_window_with_nothing_anywhere(way, boundaries):
     if way == "pmap":
         inner_state = devices.stacked(inner_state)
     chex.assert_trees_all_equal(state.inner_state, inner_state)
-    assert not np.any(state.emitted)
+    assert not np.any(state.has_updated)
     assert np.all(np.asarray(state.micro_step) == 0)
 
 
@@ -116,7 +116,7 @@ def test_a_device_that_skips_still_counts(way):
     counted = mask.at[K - 1, own].set(False).at[K, own].set(False)
     wanted = global_batches(ADAMW, x, counted)
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
-    assert state.skipped.tolist() == [0, 2] + [0] * (COUNT - 2)
+    assert state.window.skipped.tolist() == [0, 2] + [0] * (COUNT - 2)
 
 
 @ways
@@ -188,7 +188,7 @@ def test_windows_inside_a_scan(way):
 
     x, mask = devices.examples(2 * K)
     state, axes = tx.init(PARAMS), (None, "state", 0, 0)
-    state = oa.stack_windows(state, COUNT, all_leaves=way == "pmap")
+    state = oa.sharding.stack_windows(state, COUNT, all_leaves=way == "pmap")
     # [steps, examples of all devices, ...] -> [the same examples, steps, ...]
     batch = devices.whole(way, jax.tree.map(lambda a: a.swapaxes(0, 1), (x, mask)))
     params, _ = devices.inside(way, steps, axes, (None, "state"))(PARAMS, state, *batch)
@@ -207,13 +207,13 @@ def test_parameters_that_are_sharded_over_another_axis(kind, update):
     w = jax.device_put(jnp.ones((3, 4)), NamedSharding(mesh, P(None, "model")))
     grads = jnp.arange(2.0 * len(mesh.devices)).reshape(2, -1)
     grads = jax.device_put(grads, NamedSharding(mesh, P(None, AXIS)))
-    specs = oa.window_specs(jax.eval_shape(tx.init, w), AXIS)
+    specs = oa.sharding.window_specs(jax.eval_shape(tx.init, w), AXIS)
 
     def steps(w, grads):
         state = tx.init(w)
         for g in grads:
             w, state = stepper(tx, update)(w, state, jnp.full_like(w, 1.0) * g[0])
-        return w, _stacked.put_row(state)
+        return w, _windows.stacked(state)
 
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(
@@ -229,7 +229,7 @@ def test_parameters_that_are_sharded_over_another_axis(kind, update):
     mean = jnp.full((3, 4), np.asarray(grads).mean())
     updates, _ = ADAMW.update(mean, ADAMW.init(jnp.ones((3, 4))), jnp.ones((3, 4)))
     np.testing.assert_allclose(got, 1 + updates, rtol=1e-5)
-    assert state.acc_grads.shape == (len(mesh.devices), 3, 4)
+    assert state.window.grads.shape == (len(mesh.devices), 3, 4)
 
 
 # --- The compiled program ---
@@ -260,7 +260,7 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
     else:
         axes = None, "state", 0, 0
         jitted = devices.inside(way, step, axes, (None, "state"), (0, 1))
-        state = oa.stack_windows(state, COUNT)
+        state = oa.sharding.stack_windows(state, COUNT)
     return jitted.lower(params, state, grads, weight).compile()
 
 
@@ -352,7 +352,7 @@ def test_one_window_of_all_devices_goes_on_alone(way):
     _, _, params, state, x, mask = half_a_window(way)
     if way == "pmap":
         params = devices.first(params)
-    state = oa.sum_windows(state)
+    state = oa.sharding.sum_windows(state)
     tx = oa.accumulate(ADAMW, K, skip=oa.skip_not_finite)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
     assert state.micro_step == 1
@@ -375,7 +375,7 @@ def test_from_one_device_to_all(way):
         grads, alone.init(PARAMS), PARAMS, weight=len(counted)
     )
     step, _ = devices.windows(way, oa.accumulate(ADAMW, 2, axis_name=AXIS))
-    state = oa.stack_windows(state, COUNT, all_leaves=way == "pmap")
+    state = oa.sharding.stack_windows(state, COUNT, all_leaves=way == "pmap")
     if way == "pmap":
         params = devices.stacked(params)
     params, _ = step(params, state, *devices.whole(way, (x[1], mask[1])), None)
@@ -399,22 +399,24 @@ class TestStackedStates:
     @pytest.mark.parametrize("all_leaves", [True, False])
     def test_there_and_back(self, all_leaves):
         state = self.state()
-        stacked = oa.stack_windows(state, 4, all_leaves=all_leaves)
-        chex.assert_trees_all_equal(oa.sum_windows(stacked), state)
-        chex.assert_trees_all_equal_shapes_and_dtypes(oa.sum_windows(stacked), state)
+        stacked = oa.sharding.stack_windows(state, 4, all_leaves=all_leaves)
+        chex.assert_trees_all_equal(oa.sharding.sum_windows(stacked), state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            oa.sharding.sum_windows(stacked), state
+        )
 
     def test_random_keys_in_the_inner_state(self):
         tx = oa.accumulate(optax.noisy_sgd(0.1, key=jax.random.key(3)), 4)
         state = tx.init(PARAMS)
         for all_leaves in (True, False):
-            stacked = oa.stack_windows(state, 4, all_leaves=all_leaves)
-            chex.assert_trees_all_equal(oa.sum_windows(stacked), state)
+            stacked = oa.sharding.stack_windows(state, 4, all_leaves=all_leaves)
+            chex.assert_trees_all_equal(oa.sharding.sum_windows(stacked), state)
 
     def test_only_what_is_local_is_stacked(self):
         state = self.state()
-        stacked = oa.stack_windows(state, 4)
-        specs = oa.window_specs(state, "data")
-        assert oa.window_specs(stacked, "data") == specs
+        stacked = oa.sharding.stack_windows(state, 4)
+        specs = oa.sharding.window_specs(state, "data")
+        assert oa.sharding.window_specs(stacked, "data") == specs
         for one, many, spec in zip(
             jax.tree.leaves(state),
             jax.tree.leaves(stacked),
@@ -431,13 +433,15 @@ class TestStackedStates:
         state = oa.accumulate(optax.sgd(0.1), 4).init(LARGE)
         shardings = jax.tree.map(
             lambda spec: NamedSharding(devices.mesh(), spec),
-            oa.window_specs(state, AXIS),
+            oa.sharding.window_specs(state, AXIS),
         )
-        stack = jax.jit(oa.stack_windows, static_argnums=1, out_shardings=shardings)
+        stack = jax.jit(
+            oa.sharding.stack_windows, static_argnums=1, out_shardings=shardings
+        )
         memory = stack.lower(state, COUNT).compile().memory_analysis()
         assert memory.output_size_in_bytes < 1.5 * hlo.nbytes(LARGE)
         assert memory.temp_size_in_bytes < 0.5 * hlo.nbytes(LARGE)
-        rows = stack(state, COUNT).acc_grads["w"]
+        rows = stack(state, COUNT).window.grads["w"]
         assert [s.data.shape for s in rows.addressable_shards] == [
             (1, SIDE, SIDE)
         ] * COUNT
@@ -447,24 +451,28 @@ class TestStackedStates:
         state = self.state()
         mesh = devices.mesh(kind)
         shardings = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec), oa.window_specs(state, AXIS)
+            lambda spec: NamedSharding(mesh, spec),
+            oa.sharding.window_specs(state, AXIS),
         )
-        placed = jax.device_put(oa.stack_windows(state, COUNT), shardings)
-        chex.assert_trees_all_equal(oa.sum_windows(placed), state)
-        chex.assert_trees_all_equal(jax.jit(oa.sum_windows)(placed), state)
+        placed = jax.device_put(oa.sharding.stack_windows(state, COUNT), shardings)
+        chex.assert_trees_all_equal(oa.sharding.sum_windows(placed), state)
+        chex.assert_trees_all_equal(jax.jit(oa.sharding.sum_windows)(placed), state)
 
     def test_what_cannot_be_stacked_or_summed(self):
         for number in (0, -1):
             with pytest.raises(ValueError, match="`num_devices` must be an int >= 1"):
-                oa.stack_windows(self.state(), number)
+                oa.sharding.stack_windows(self.state(), number)
         with pytest.raises(TypeError, match="`num_devices` must be an int >= 1"):
-            oa.stack_windows(self.state(), "4")
+            oa.sharding.stack_windows(self.state(), "4")
         state = oa.accumulate(optax.sgd(0.1), 4).init(PARAMS)
         with pytest.raises(ValueError, match="`opt_state` is stacked already"):
-            oa.stack_windows(oa.stack_windows(state, 2), 4)
+            oa.sharding.stack_windows(oa.sharding.stack_windows(state, 2), 4)
         with pytest.raises(ValueError, match="holds one window, not one per device"):
-            oa.sum_windows(state)
-        for ask in (oa.sum_windows, lambda s: oa.window_specs(s, "data")):
+            oa.sharding.sum_windows(state)
+        for ask in (
+            oa.sharding.sum_windows,
+            lambda s: oa.sharding.window_specs(s, "data"),
+        ):
             with pytest.raises(ValueError, match="must hold the state of"):
                 ask(optax.adam(0.1).init(PARAMS))
 
@@ -494,7 +502,7 @@ def test_the_windows_of_another_number_of_devices(way):
     """They reach each device as several rows, or none at all."""
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS)
     step, (params, _) = devices.windows(way, tx)
-    state = oa.stack_windows(tx.init(PARAMS), 2 * COUNT)
+    state = oa.sharding.stack_windows(tx.init(PARAMS), 2 * COUNT)
     x, mask = devices.examples(1)
     with pytest.raises(
         ValueError, match=r"holds 2 windows on this device.*sum_windows"
@@ -504,7 +512,7 @@ def test_the_windows_of_another_number_of_devices(way):
 
 def test_the_windows_of_several_devices_on_one():
     tx = oa.accumulate(optax.sgd(0.1), 2)
-    state = oa.stack_windows(tx.init(PARAMS), COUNT)
+    state = oa.sharding.stack_windows(tx.init(PARAMS), COUNT)
     with pytest.raises(ValueError, match=f"`state` holds {COUNT} windows.*sum_windows"):
         tx.update(PARAMS, state, PARAMS)
 

@@ -45,8 +45,8 @@ def test_ones_in_bfloat16_sum_to_their_number():
 )
 def test_the_accumulator_is_at_least_float32(own, accumulator):
     state = oa.accumulate(optax.identity(), 2).init(jnp.zeros(3, own))
-    assert state.acc_grads.dtype == accumulator
-    assert state.weight.dtype == state.value.dtype == jnp.float32
+    assert state.window.grads.dtype == accumulator
+    assert state.window.weight.dtype == state.window.value.dtype == jnp.float32
 
 
 @pytest.mark.usefixtures("float64")
@@ -59,8 +59,8 @@ def test_double_precision_stays(dtype):
     grads = [jnp.asarray(random.normal(size=4), dtype) for _ in range(3)]
     weights = [0.1, 0.2, 0.7]
     state = tx.init(params)
-    assert state.acc_grads.dtype == dtype
-    assert state.weight.dtype == jnp.float64
+    assert state.window.grads.dtype == dtype
+    assert state.window.weight.dtype == jnp.float64
     result = params
     for g, w in zip(grads, weights, strict=True):
         result, state = tx.update_params(g, state, result, weight=w)
@@ -154,7 +154,7 @@ def test_a_requested_dtype_is_kept():
     params = jnp.zeros(3)
     state = tx.init(params)
     for _ in range(3):
-        assert state.acc_grads.dtype == jnp.bfloat16
+        assert state.window.grads.dtype == jnp.bfloat16
         params, state = tx.update_params(jnp.ones(3), state, params)
     # The inner optimizer computes in it: the bfloat16 next to 0.1.
     np.testing.assert_allclose(params, -0.1, rtol=1e-3)
@@ -185,9 +185,9 @@ class TestPassingThrough:
 
     def test_they_get_no_accumulator(self):
         state = oa.accumulate(optax.identity(), 2).init(self.params)
-        assert state.acc_grads["count"] is None
-        assert state.acc_grads["flag"] is None
-        assert len(jax.tree.leaves(state.acc_grads)) == 2
+        assert state.window.grads["count"] is None
+        assert state.window.grads["flag"] is None
+        assert len(jax.tree.leaves(state.window.grads)) == 2
 
     @pytest.mark.parametrize("every_k", [1, 2])
     @pytest.mark.parametrize("integer", [float0, jnp.arange(3)])
@@ -280,7 +280,7 @@ def test_numpy_arrays_are_what_jax_makes_of_them():
     state = tx.init(params)
     for _ in range(2):
         params, state = tx.update_params({"w": np.ones(3)}, state, params)
-    assert state.acc_grads["w"].dtype == jnp.float32
+    assert state.window.grads["w"].dtype == jnp.float32
     np.testing.assert_allclose(params["w"], 0.9, rtol=1e-6)
 
 

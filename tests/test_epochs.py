@@ -118,7 +118,7 @@ class TestTheIteration:
 
 
 class TestErrorsAtTheCall:
-    @pytest.mark.parametrize("every_k", [lambda _: 2, oa.adaptive_k(2, 8)])
+    @pytest.mark.parametrize("every_k", [lambda _: 2, oa.noise.adaptive_k(2, 8)])
     def test_a_schedule(self, every_k):
         words = ("`every_k` must be an int >= 1 or None", "schedule", "`accumulate`")
         with pytest.raises(TypeError, match=saying(*words)):
@@ -304,7 +304,7 @@ class TestMetricsOverTheWindow:
         for batch, boundary in oa.with_boundaries(cut(examples, 5), 3):
             params, state = step(params, state, batch, boundary)
             if boundary:
-                losses.append(state.value / state.weight)
+                losses.append(state.window.value / state.window.weight)
         whole = [loss_fn(self.PARAMS, batch) for batch in cut(examples, 15)]
         chex.assert_trees_all_close(losses, whole, rtol=1e-5)
 

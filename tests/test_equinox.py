@@ -131,7 +131,7 @@ def test_across_steps_it_trains_as_in_global_batches(model, way, donate):
         for part, boundary in oa.with_boundaries(parts(batch)):
             model, state = step(part, model, state, boundary)
         chex.assert_trees_all_close(trained(model), trained(expected), rtol=2e-5)
-        np.testing.assert_allclose(state.weight, sum(SIZES))
+        np.testing.assert_allclose(state.window.weight, sum(SIZES))
     assert model.activation is jnp.tanh
     np.testing.assert_array_equal(model.offsets, jnp.arange(4))
 
@@ -174,11 +174,11 @@ def test_what_is_not_trained_has_neither_accumulator_nor_gradient(model):
     assert grads.offsets is None
     tx = oa.accumulate(INNER, 2)
     state = tx.init(trained(model))
-    assert state.acc_grads.activation is None
-    assert state.acc_grads.offsets is None
+    assert state.window.grads.activation is None
+    assert state.window.grads.offsets is None
     updates, state = tx.update(grads, state, trained(model))
     structure = jax.tree.structure(trained(model))
-    for tree in (updates, state.acc_grads, oa.accumulated(state)):
+    for tree in (updates, state.window.grads, oa.accumulated(state)):
         assert jax.tree.structure(tree) == structure
 
 
@@ -198,7 +198,7 @@ def test_a_part_of_the_model_can_be_trained(model):
     inner = optax.sgd(0.1)
     tx = oa.accumulate(inner, len(SIZES))
     now, state = params, tx.init(params)
-    assert [x.shape for x in jax.tree.leaves(state.acc_grads)] == [(2, 8)]
+    assert [x.shape for x in jax.tree.leaves(state.window.grads)] == [(2, 8)]
     for part in parts(WINDOWS[0]):
         grads = gradient(now, part)
         now, state = tx.update_params(grads, state, now, weight=len(part[0]))

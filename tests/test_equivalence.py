@@ -485,7 +485,7 @@ def test_a_carry_that_holds_a_key():
 
 def test_a_key_by_keyword():
     report = check(dropout, kwargs={"key": jax.random.key(0)})
-    assert_differs(report, "randomness", "another `key`", "pass it by position")
+    assert_differs(report, "randomness", "another `key`", "pass rng_argnums=2")
 
 
 def test_a_batch_argument_by_keyword_that_is_not_named():
@@ -562,6 +562,7 @@ def test_as_an_assertion():
         (mean, {"k": None}, ValueError, "exactly one of `num_microbatches`"),
         (mean, {"k": 5}, ValueError, "`num_microbatches=5` does not divide"),
         (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
+        (mean, {"wight": count}, TypeError, "got 'wight', which is not an option of"),
         (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),
         (mean, {"weight": lambda *_: 0}, ValueError, "`weight` is 0 for this batch"),
         (mean, {"args": X}, TypeError, "`args` must be a tuple or list"),

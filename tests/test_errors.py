@@ -70,17 +70,6 @@ class TestSettings:
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, on_skip="wait", axis_name="batch")
 
-    def test_a_skip_that_is_no_function(self):
-        with pytest.raises(
-            TypeError, match=saying("`skip` must be a function", "True")
-        ):
-            oa.accumulate(SGD, 2, skip=True)
-
-    def test_an_accumulator_dtype_that_is_none(self):
-        words = ("`accumulator_dtype` must be a dtype", "'single precision'")
-        with pytest.raises(TypeError, match=saying(*words)):
-            oa.accumulate(SGD, 2, accumulator_dtype="single precision")
-
     def test_double_precision_that_jax_does_not_have(self):
         words = ("`accumulator_dtype` is float64", "jax_enable_x64")
         with pytest.raises(ValueError, match=saying(*words)):
@@ -105,7 +94,7 @@ class TestBoundary:
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD))
 
-    @pytest.mark.parametrize("value", [1, "yes", 0.0])
+    @pytest.mark.parametrize("value", [1, 0.0])
     def test_no_bool(self, value):
         words = ("`boundary` must be a bool", repr(value), type(value).__name__)
         with pytest.raises(TypeError, match=saying(*words)):
@@ -139,7 +128,7 @@ class TestWeight:
 
     def test_complex(self):
         with pytest.raises(
-            TypeError, match=saying("`weight` must be real", "complex64")
+            TypeError, match=saying("`weight` must be a real scalar", "complex64")
         ):
             update(oa.accumulate(SGD, 2), weight=jnp.array(1j))
 
@@ -236,11 +225,13 @@ class TestState:
         words = (
             "`state` holds an accumulator",
             "`every_k=1`",
-            "_replace(acc_grads=())",
+            "_replace(grads=())",
         )
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 1).update(PARAMS, state, PARAMS)
-        oa.accumulate(SGD, 1).update(PARAMS, state._replace(acc_grads=()), PARAMS)
+        oa.accumulate(SGD, 1).update(
+            PARAMS, state._replace(window=state.window._replace(grads=())), PARAMS
+        )
 
     @pytest.mark.parametrize("params", [None, {"layer": {"w": jnp.ones(1)}}])
     def test_parameters_that_are_not_those_of_the_gradients(self, params):

@@ -228,9 +228,9 @@ def test_scalar_statistics_in_shard_map():
         batch_stats={"sigma": jnp.zeros([])},
     )
     count = jax.device_count()
-    state = state.replace(opt_state=oa.stack_windows(state.opt_state, count))
+    state = state.replace(opt_state=oa.sharding.stack_windows(state.opt_state, count))
     specs = jax.tree.map(lambda _: P(), state)
-    specs = specs.replace(opt_state=oa.window_specs(state.opt_state, "data"))
+    specs = specs.replace(opt_state=oa.sharding.window_specs(state.opt_state, "data"))
 
     def apply(state, grads):
         return state.apply_gradients(grads=grads, batch_stats={"sigma": jnp.ones([])})

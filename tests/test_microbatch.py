@@ -113,6 +113,41 @@ def test_keyword_batches(names):
         same(f(w, x, y=y, scale=2.0), wanted)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_argnums": (1, 2)},
+        {"batch_argnums": (), "batch_argnames": ("x", "y")},
+        {"batch_argnames": "y"},
+        {"batch_argnames": ("x", "y")},
+    ],
+    ids=str,
+)
+def test_a_role_finds_its_argument_by_position_or_by_name(options):
+    def loss(w, x, y=None):
+        return jnp.mean((x @ w - y) ** 2)
+
+    w, x, y = normal(3, 2), normal(B, 3), normal(B, 2)
+    wanted = jax.value_and_grad(loss)(w, x, y)
+    f = jax.jit(oa.value_and_grad(loss, num_microbatches=3, **options))
+    same(f(w, x, y), wanted)
+    same(f(w, x, y=y), wanted)
+    same(f(w, y=y, x=x), wanted)
+
+
+def test_the_weight_is_called_as_the_function_is():
+    def loss(w, x, mask):
+        return jnp.sum(mask * (x @ w)) / mask.sum()
+
+    def count(*args, **kwargs):
+        assert len(args) == 2
+        return kwargs["mask"].sum()
+
+    w, x, mask = normal(3), normal(B, 3), normal(B) ** 2
+    f = oa.value_and_grad(loss, num_microbatches=3, batch_argnums=(1, 2), weight=count)
+    same(f(w, x, mask=mask), jax.value_and_grad(loss)(w, x, mask))
+
+
 def test_a_keyword_that_is_called_as_a_position():
     def loss(w, x, /, **more):
         return jnp.mean(x @ w * more["x"])

@@ -234,7 +234,7 @@ def test_micro_batches_inside_and_windows_outside(optimizer, reduction):
             part = slice(8 * i, 8 * i + 8)
             params, state = micro_step(params, state, x[part], mask[part])
         wanted, inner_state, value = global_step(wanted, inner_state, x, mask)
-        same(state.value / state.weight, value)
+        same(state.window.value / state.window.weight, value)
         same(params, wanted)
 
 

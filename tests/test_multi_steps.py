@@ -118,7 +118,7 @@ class TestMoving:
             _, state = old.update(NAN, state, PARAMS)
         tx = oa.accumulate(ADAM, 2, skip=optax.skip_not_finite, on_skip="wait")
         _, ours = tx.update(NAN, oa.from_multi_steps(state), PARAMS)
-        assert (ours.micro_step, ours.skipped) == (1, 1)
+        assert (ours.micro_step, ours.window.skipped) == (1, 1)
         _, ours = tx.update(GRADS[1], ours, PARAMS)
         assert ours.gradient_step == 1
 
@@ -135,7 +135,7 @@ class TestMoving:
         """Its accumulator is float32 even there, and keeps its dtype."""
         params = jnp.ones(2, jnp.float64)
         state = oa.from_multi_steps(optax.MultiSteps(ADAM, 2).init(params))
-        assert state.acc_grads.dtype == jnp.float32
+        assert state.window.grads.dtype == jnp.float32
         tx = oa.accumulate(ADAM, 2, accumulator_dtype=jnp.float32)
         _, state = tx.update(params, state, params)
-        assert state.acc_grads.dtype == jnp.float32
+        assert state.window.grads.dtype == jnp.float32

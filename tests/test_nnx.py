@@ -160,7 +160,6 @@ class TestValueAndGrad:
             loss_fn,
             num_microbatches=8,
             skip=oa.skip_not_finite,
-            return_info=True,
             noise_scale=True,
         )
         (value, _), info = nnx.jit(in_parts)(model, x)
@@ -293,7 +292,7 @@ class TestValueAndGrad:
         with pytest.raises(
             ValueError, match=r"`batch_argnums` names .*`batch_argnames`"
         ):
-            oaf.value_and_grad(loss_fn, num_microbatches=2)(MLP(), x=X)
+            oaf.value_and_grad(loss_fn, num_microbatches=2)(MLP())
         with pytest.raises(
             ValueError, match="`num_microbatches` and `microbatch_size`"
         ):
@@ -419,11 +418,11 @@ class TestOptimizer:
 
     def test_the_noise_scale_is_numbers(self):
         model = MLP()
-        tx = oa.accumulate(INNER, 2, noise_scale=0.9)
+        tx = oa.accumulate(INNER, 2, noise_decay=0.9)
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
         for x in PARTS[2:4]:
             step(model, optimizer, x)
-        assert oa.noise_scale(optimizer).count > 0
+        assert oa.noise.estimate(optimizer).count > 0
 
     def test_comparing_the_state_itself_raises_and_a_query_does_not(self):
         """The trap: `nnx.Optimizer` keeps every leaf in a variable."""
@@ -565,10 +564,12 @@ class TestDevices:
         model, expected = Named(), Named()
         own = nnx.Optimizer(expected, INNER, wrt=nnx.Param)
         own.update(expected, nnx.grad(loss_fn)(expected, BATCH))
-        options = {"skip": oa.skip_not_finite, "noise_scale": 0.9}
+        options = {"skip": oa.skip_not_finite, "noise_decay": 0.9}
         tx = wrap(oa.accumulate(INNER, 2, axis_name="data", **options))
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
-        optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, COUNT))
+        optimizer.opt_state = nnx.data(
+            oa.sharding.stack_windows(optimizer.opt_state, COUNT)
+        )
         sharding = oaf.window_sharding(optimizer, "data")
 
         @nnx.jit

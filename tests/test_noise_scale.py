@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from training import WAYS, loosely, micro_batches, slow, stepper
 
 import optax_accum as oa
-from optax_accum import _noise_scale
+from optax_accum import _tree, _window
+from optax_accum.noise import _noise_scale
 
 UNEVEN = np.array([1.0, 5.0, 9.0, 2.0, 15.0])
 DIM, TRACE = 8, 6.0
@@ -45,14 +46,14 @@ def sample_gradients(key, shape, weights):
 
 def estimate(grads, weights, reduction="mean"):
     """Through the library's own sums."""
-    sums = _noise_scale.Sums.empty(jnp.float32)
+    sums = _window.NoiseSums.empty(jnp.float32)
     total = jnp.zeros(grads.shape[1:])
     for g, w in zip(grads, weights, strict=True):
         sums = sums.add(g, jnp.float32(w), reduction)
         total = total + jnp.float32(w if reduction == "mean" else 1) * g
     weight = jnp.float32(sum(weights))
-    square = _noise_scale.squared_norm(total, jnp.float32) / weight**2
-    return _noise_scale.of_batch(sums, square, weight)
+    square = _tree.squared_norm(total, jnp.float32) / weight**2
+    return _noise_scale.of_window(sums, square, weight)
 
 
 # --- The estimate ---
@@ -85,7 +86,7 @@ def test_a_ratio_of_averages_is_the_noise_scale():
     def add(average, sample):
         return average.add(sample, 0.999), None
 
-    average, _ = jax.lax.scan(add, oa.NoiseScale.empty(), samples)
+    average, _ = jax.lax.scan(add, oa.noise.NoiseScale.empty(), samples)
     assert int(average.count) == 4000
     np.testing.assert_allclose(average.batch_size, TRUE, rtol=0.1)
     ratios = samples.noise / samples.signal
@@ -95,10 +96,12 @@ def test_a_ratio_of_averages_is_the_noise_scale():
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
 def test_the_averages_are_corrected_for_their_start(decay):
     values = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
-    average = oa.NoiseScale.empty()
+    average = oa.noise.NoiseScale.empty()
     raw = np.zeros(2)
     for n, (signal, noise) in enumerate(values, start=1):
-        sample = oa.NoiseScale(jnp.float32(signal), jnp.float32(noise), jnp.int32(1))
+        sample = oa.noise.NoiseScale(
+            jnp.float32(signal), jnp.float32(noise), jnp.int32(1)
+        )
         average = average.add(sample, decay)
         raw = decay * raw + (1 - decay) * np.array([signal, noise])
         expected = raw / (1 - decay**n)
@@ -108,10 +111,10 @@ def test_the_averages_are_corrected_for_their_start(decay):
 
 def test_a_decay_that_is_nearly_one():
     """In float32 it is 1; the average is then the mean of all."""
-    average = oa.NoiseScale.empty()
+    average = oa.noise.NoiseScale.empty()
     for x in (1.0, 2.0, 6.0):
-        sample = oa.NoiseScale(jnp.float32(x), jnp.float32(-x), jnp.int32(1))
-        average = jax.jit(oa.NoiseScale.add, static_argnums=2)(
+        sample = oa.noise.NoiseScale(jnp.float32(x), jnp.float32(-x), jnp.int32(1))
+        average = jax.jit(oa.noise.NoiseScale.add, static_argnums=2)(
             average, sample, 0.999999999
         )
     np.testing.assert_allclose(average[:2], (3, -3), rtol=1e-6)
@@ -120,31 +123,31 @@ def test_a_decay_that_is_nearly_one():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("decay", [np.float64(0.9), 0.9])
 def test_averages_keep_their_dtype(decay):
-    average = oa.NoiseScale.empty()
-    added = average.add(oa.NoiseScale.empty(jnp.float64), decay)
+    average = oa.noise.NoiseScale.empty()
+    added = average.add(oa.noise.NoiseScale.empty(jnp.float64), decay)
     assert [x.dtype for x in added] == [x.dtype for x in average]
 
 
 def test_nothing_is_nan_in_a_window_that_is_fine():
     """Someone may look for NaN with jax_debug_nans."""
     grads, weights = micro_batches(PARAMS, 2)
-    tx = oa.accumulate(optax.sgd(0.1), noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), noise_decay=0.9)
     state = tx.init(PARAMS)
     with jax.debug_nans(True):
         for g, w, boundary in zip(grads, weights, (False, True), strict=True):
             _, state = tx.update(g, state, PARAMS, weight=w, boundary=boundary)
-    assert int(oa.noise_scale(state).count) == 1
+    assert int(oa.noise.estimate(state).count) == 1
 
 
 def test_a_sample_of_nothing_changes_nothing():
-    average = oa.NoiseScale(jnp.float32(2), jnp.float32(6), jnp.int32(3))
+    average = oa.noise.NoiseScale(jnp.float32(2), jnp.float32(6), jnp.int32(3))
     nothing = estimate(jnp.ones((1, DIM)), [4.0])
     assert np.isnan(nothing.signal)
     assert np.isnan(nothing.noise)
     assert int(nothing.count) == 0
     jax.tree.map(np.testing.assert_array_equal, average.add(nothing, 0.9), average)
     assert float(average.batch_size) == 3
-    assert np.isnan(oa.NoiseScale.empty().batch_size)
+    assert np.isnan(oa.noise.NoiseScale.empty().batch_size)
 
 
 def test_the_signal_may_be_negative():
@@ -169,7 +172,7 @@ def test_complex_and_narrow_and_integer_leaves():
         "b": jnp.full(1000, 2.0, jnp.bfloat16),
         "i": jnp.ones(3, jnp.int32),
     }
-    assert float(_noise_scale.squared_norm(tree, jnp.float32)) == 26 + 4000
+    assert float(_tree.squared_norm(tree, jnp.float32)) == 26 + 4000
 
 
 # --- Across steps ---
@@ -196,13 +199,13 @@ def test_windows_are_averaged(way, reduction):
             jax.tree.map(lambda x, w=w: x * w, g)
             for g, w in zip(grads, weights, strict=True)
         ]
-    tx = oa.accumulate(optax.sgd(0.1), k, reduction=reduction, noise_scale=decay)
+    tx = oa.accumulate(optax.sgd(0.1), k, reduction=reduction, noise_decay=decay)
     _, state = run(tx, given, weights, way)
     raw = np.zeros(2)
     for n in range(windows):
         part = slice(n * k, (n + 1) * k)
         raw = decay * raw + (1 - decay) * np.array(by_hand(grads[part], weights[part]))
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], raw / (1 - decay**windows), rtol=1e-4)
     assert int(found.count) == windows
 
@@ -212,19 +215,21 @@ def test_nothing_else_changes(way):
     grads, weights = micro_batches(PARAMS, 6)
     inner = loosely(optax.adamw(1e-2))
     plain = run(oa.accumulate(inner, 3), grads, weights, way)
-    measured = run(oa.accumulate(inner, 3, noise_scale=0.9), grads, weights, way)
-    assert plain[1].noise_scale == ()
-    without = measured[1]._replace(noise_scale=())
+    measured = run(oa.accumulate(inner, 3, noise_decay=0.9), grads, weights, way)
+    assert plain[1].noise == ()
+    without = measured[1]._replace(
+        noise=(), window=measured[1].window._replace(noise=plain[1].window.noise)
+    )
     jax.tree.map(np.testing.assert_array_equal, plain, (measured[0], without))
 
 
 def test_it_costs_nothing_where_it_is_not_asked_for():
     tx = oa.accumulate(optax.sgd(0.1), 4)
     state = tx.init(PARAMS)
-    assert state.noise_scale == ()
+    assert state.noise == ()
     text = jax.jit(tx.update_params).lower(PARAMS, state, PARAMS).as_text()
     assert "reduce" not in text
-    asked = oa.accumulate(optax.sgd(0.1), 4, noise_scale=0.9)
+    asked = oa.accumulate(optax.sgd(0.1), 4, noise_decay=0.9)
     text = jax.jit(asked.update_params).lower(PARAMS, asked.init(PARAMS), PARAMS)
     assert "reduce" in text.as_text()
 
@@ -233,7 +238,7 @@ def test_it_costs_nothing_where_it_is_not_asked_for():
 @pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)])
 def test_it_is_free_of_copies(way, inner):
     params = {"w": jnp.zeros((1024, 512)), "b": jnp.zeros(1000)}
-    tx = oa.accumulate(loosely(inner), 4, noise_scale=0.99)
+    tx = oa.accumulate(loosely(inner), 4, noise_decay=0.99)
     state = tx.init(params)
     program = compiled(
         stepper(tx, way), params, state, jax.tree.map(jnp.copy, params), donate=(0, 1)
@@ -250,10 +255,10 @@ def test_it_is_free_of_copies(way, inner):
 def test_what_does_not_count_is_excluded(skip, on_skip, bad):
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
-    tx = oa.accumulate(optax.sgd(0.1), 5, noise_scale=0.9, skip=skip, on_skip=on_skip)
+    tx = oa.accumulate(optax.sgd(0.1), 5, noise_decay=0.9, skip=skip, on_skip=on_skip)
     given = [*grads[:2], nan, *grads[2:]]
     _, state = run(tx, given, [*weights[:2], jnp.float32(bad), *weights[2:]])
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
@@ -263,26 +268,26 @@ def test_what_waits_is_excluded():
     tx = oa.accumulate(
         optax.sgd(0.1),
         4,
-        noise_scale=0.9,
+        noise_decay=0.9,
         skip=oa.skip_not_finite,
         on_skip="wait",
     )
     _, state = run(tx, [nan, *grads], [jnp.float32(3), *weights])
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
 @pytest.mark.parametrize("every_k", [1, 2])
 def test_windows_of_one_micro_batch_say_nothing(every_k):
     grads, weights = micro_batches(PARAMS, 3)
-    tx = oa.accumulate(optax.sgd(0.1), every_k, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), every_k, noise_decay=0.9)
     state = tx.init(PARAMS)
     params = PARAMS
     for g, w in zip(grads, weights, strict=True):
         params, state = jax.jit(
             lambda *args, w=w: tx.update_params(*args, weight=w, boundary=True)
         )(g, state, params)
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     assert int(found.count) == 0
     assert np.isnan(found.batch_size)
     assert int(oa.gradient_step(state)) == 3
@@ -292,32 +297,32 @@ def test_a_nan_does_not_outlive_its_window():
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
     inner = optax.chain(loosely(optax.zero_nans()), optax.sgd(0.1))
-    tx = oa.accumulate(inner, 2, noise_scale=0.9)
+    tx = oa.accumulate(inner, 2, noise_decay=0.9)
     _, state = run(tx, [nan, *grads[1:]], weights)
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads[2:], weights[2:]), rtol=1e-4)
     assert int(found.count) == 1
 
 
 def test_an_empty_window_changes_nothing():
     grads, weights = micro_batches(PARAMS, 2)
-    tx = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     params, state = run(tx, grads, weights)
-    before = oa.noise_scale(state)
+    before = oa.noise.estimate(state)
     for g in grads:
         params, state = jax.jit(stepper(tx))(params, state, g, weight=jnp.float32(0))
-    jax.tree.map(np.testing.assert_array_equal, before, oa.noise_scale(state))
+    jax.tree.map(np.testing.assert_array_equal, before, oa.noise.estimate(state))
 
 
 @pytest.mark.parametrize("boundary", [True, jnp.array(True)])
 def test_a_boundary_of_the_caller(boundary):
     grads, weights = micro_batches(PARAMS, 3)
-    tx = oa.accumulate(optax.sgd(0.1), noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), noise_decay=0.9)
     params, state = PARAMS, tx.init(PARAMS)
     for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
         closes = boundary if i == 2 else jnp.array(False)
         params, state = tx.update_params(g, state, params, weight=w, boundary=closes)
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
@@ -325,9 +330,9 @@ def test_bfloat16_parameters():
     """There the updates and the inner state are computed in turn."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     grads, weights = micro_batches(params, 4)
-    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, noise_scale=0.9)
+    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, noise_decay=0.9)
     _, state = run(tx, grads, weights, params=params)
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
@@ -335,26 +340,29 @@ def test_bfloat16_parameters():
 def test_float64():
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
     grads, weights = micro_batches(params, 3)
-    tx = oa.accumulate(optax.sgd(0.1), 3, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), 3, noise_decay=0.9)
     _, state = run(tx, grads, weights, params=params)
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     assert found.signal.dtype == jnp.float64
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-12)
 
 
 def test_a_state_from_before():
     old = oa.accumulate(optax.sgd(0.1), 2)
-    new = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    new = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     grads, weights = micro_batches(PARAMS, 2)
     params, state = run(old, grads, weights)
-    with pytest.raises(ValueError, match="made without this `noise_scale`") as error:
+    with pytest.raises(ValueError, match="made without this `noise_decay`") as error:
         new.update_params(grads[0], state, params)
-    assert "state._replace(noise_scale=tx.init(params).noise_scale)" in str(error.value)
-    state = state._replace(noise_scale=new.init(params).noise_scale)
+    assert "state._replace(window=new.window, noise=new.noise)" in str(error.value)
+    start = new.init(params)
+    state = state._replace(window=start.window, noise=start.noise)
     new.update_params(grads[0], state, params)
     # And back: what is not measured any more is kept.
     _, kept = old.update_params(grads[0], state, params)
-    jax.tree.map(np.testing.assert_array_equal, kept.noise_scale, state.noise_scale)
+    jax.tree.map(np.testing.assert_array_equal, kept.noise, state.noise)
+    sums = kept.window.noise, state.window.noise
+    jax.tree.map(np.testing.assert_array_equal, *sums)
 
 
 # --- Inside one step, and over devices ---
@@ -388,7 +396,6 @@ def in_step(k, **options):
         batch_argnums=(1, 2),
         weight=count,
         noise_scale=True,
-        return_info=True,
         **options,
     )
 
@@ -413,7 +420,6 @@ def test_in_one_step_with_equal_weights_and_sums():
             num_microbatches=3,
             reduction=reduction,
             noise_scale=True,
-            return_info=True,
         )
         _, info = jax.jit(f)(WEIGHTS, X)
         np.testing.assert_allclose(info.noise_scale[:2], expected, rtol=1e-4)
@@ -421,7 +427,6 @@ def test_in_one_step_with_equal_weights_and_sums():
         lambda p, x: total(p, x) / len(x),
         microbatch_size=5,  # 5, 5 and 2
         noise_scale=True,
-        return_info=True,
     )
     _, info = jax.jit(f)(WEIGHTS, X)
     cut = [X[:5], X[5:10], X[10:]]
@@ -452,7 +457,7 @@ def test_rejected_micro_batches_are_excluded_in_one_step():
 
 def test_without_it_the_info_is_as_before():
     f = oa.value_and_grad(
-        lambda p, x: (x @ p).mean(), num_microbatches=2, return_info=1
+        lambda p, x: (x @ p).mean(), num_microbatches=2, return_info=True
     )
     _, info = f(jnp.ones(3), X)
     assert info.noise_scale == ()
@@ -505,7 +510,6 @@ def test_gradients_that_are_scattered_have_the_same_norm():
             axis_name=AXIS,
             scatter=scatter,
             noise_scale=True,
-            return_info=True,
         )
         scales.append(jax.jit(f)(params, x)[1].noise_scale)
     np.testing.assert_allclose(*scales, rtol=1e-4)
@@ -530,13 +534,14 @@ def test_in_one_step_on_every_device(way):
 def test_gradients_in_parts_over_another_axis_are_refused():
     if COUNT % 2:
         pytest.skip("needs an even number of devices")
-    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS, noise_decay=0.9)
     two_axes = jax.make_mesh(
         (COUNT // 2, 2), (AXIS, "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
     params = jnp.ones(4)
-    state = oa.stack_windows(tx.init(params), COUNT // 2)
-    specs = oa.window_specs(state, AXIS)._replace(acc_grads=P(AXIS, "model"))
+    state = oa.sharding.stack_windows(tx.init(params), COUNT // 2)
+    specs = oa.sharding.window_specs(state, AXIS)
+    specs = specs._replace(window=specs.window._replace(grads=P(AXIS, "model")))
 
     def step(params, state):
         grads = jax.lax.pcast(params, AXIS, to="varying")
@@ -554,7 +559,7 @@ def test_gradients_in_parts_over_another_axis_are_refused():
 @pytest.mark.parametrize("every_k", [slow(1), 2])
 def test_windows_over_devices(way, every_k):
     """k·D samples, in the one exchange that there is."""
-    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_decay=0.9)
 
     def step(params, state, x, mask):
         local = (
@@ -571,14 +576,14 @@ def test_windows_over_devices(way, every_k):
         params, state = stacked((WEIGHTS, state))
     else:
         mapped = inside(way, step, (None, "state", 0, 0), (None, "state"))
-        params, state = WEIGHTS, oa.stack_windows(state, COUNT)
+        params, state = WEIGHTS, oa.sharding.stack_windows(state, COUNT)
     for i in range(every_k):
         cut = [a[:, i::every_k] for a in split]
         if way != "pmap":
             cut = [a.reshape(-1, *a.shape[2:]) for a in cut]
         program = mapped.lower(params, state, *cut).compile()
         params, state = jax.block_until_ready(mapped(params, state, *cut))
-    found = oa.noise_scale(state)
+    found = oa.noise.estimate(state)
     for got, wanted in zip(found, (*by_hand(*device_parts(every_k)), 1), strict=True):
         np.testing.assert_allclose(np.ravel(got), wanted, rtol=1e-4)
     place = "entry" if every_k == 1 else "branch"
@@ -595,17 +600,20 @@ def test_in_one_step_there_is_still_one_exchange():
 
 def test_windows_of_several_devices_can_be_stacked_and_summed():
     grads, weights = micro_batches(PARAMS, 3)
-    tx = oa.accumulate(optax.sgd(0.1), 2, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     _, state = run(tx, grads, weights)  # an open window, after a closed one
-    rows = oa.stack_windows(state, 4)
-    assert rows.noise_scale.sums.squares.shape == (4,)
-    assert rows.noise_scale.estimate.noise.shape == ()
-    jax.tree.map(np.testing.assert_array_equal, oa.sum_windows(rows), state)
-    everything = oa.stack_windows(state, 4, all_leaves=True)
-    assert everything.noise_scale.estimate.noise.shape == (4,)
-    jax.tree.map(np.testing.assert_array_equal, oa.sum_windows(everything), state)
-    specs = oa.window_specs(state, AXIS).noise_scale
-    assert [str(s) for s in (specs.sums.samples, specs.estimate.count)] == [
+    rows = oa.sharding.stack_windows(state, 4)
+    assert rows.window.noise.squares.shape == (4,)
+    assert rows.noise.estimate.noise.shape == ()
+    jax.tree.map(np.testing.assert_array_equal, oa.sharding.sum_windows(rows), state)
+    everything = oa.sharding.stack_windows(state, 4, all_leaves=True)
+    assert everything.noise.estimate.noise.shape == (4,)
+    jax.tree.map(
+        np.testing.assert_array_equal, oa.sharding.sum_windows(everything), state
+    )
+    specs = oa.sharding.window_specs(state, AXIS)
+    both = specs.window.noise.samples, specs.noise.estimate.count
+    assert [str(s) for s in both] == [
         str(jax.sharding.PartitionSpec(AXIS)),
         str(jax.sharding.PartitionSpec()),
     ]
@@ -615,10 +623,10 @@ def test_windows_of_several_devices_can_be_stacked_and_summed():
 def test_the_three_ways_agree(k):
     """Streaming, in one step, and by hand, on the same micro-batches."""
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
-    tx = oa.accumulate(optax.sgd(0.1), k, noise_scale=0.9)
+    tx = oa.accumulate(optax.sgd(0.1), k, noise_decay=0.9)
     grads, weights = parts(k)
     _, state = run(tx, grads, [jnp.float32(w) for w in weights], params=WEIGHTS)
-    np.testing.assert_allclose(oa.noise_scale(state), info.noise_scale, rtol=1e-5)
+    np.testing.assert_allclose(oa.noise.estimate(state), info.noise_scale, rtol=1e-5)
 
 
 # --- A k that follows ---
@@ -634,7 +642,7 @@ def quadratic(tx, true_scale, size, steps, seed=0):
         params, state = carry
         grads = mean + jnp.float32(deviation) * jax.random.normal(key, (dim,))
         params, state = tx.update_params(grads, state, params, weight=size)
-        return (params, state), state.noise_scale.k
+        return (params, state), state.noise.k
 
     keys = jax.random.split(jax.random.key(seed), steps)
     params = jnp.zeros(dim)
@@ -644,13 +652,15 @@ def quadratic(tx, true_scale, size, steps, seed=0):
 @pytest.mark.parametrize("powers_of_two", [True, False])
 @pytest.mark.parametrize("true_k", [3, 10, 50])
 def test_k_settles_at_the_noise_scale(true_k, powers_of_two):
-    every_k = oa.adaptive_k(2, 1000, powers_of_two=powers_of_two)
-    tx = oa.accumulate(optax.sgd(0.0), every_k, noise_scale=0.95)
+    every_k = oa.noise.adaptive_k(2, 1000, powers_of_two=powers_of_two)
+    tx = oa.accumulate(optax.sgd(0.0), every_k, noise_decay=0.95)
     (_, state), ks = quadratic(tx, 4.0 * true_k, 4, 6000)
     late = np.asarray(ks)[3000:]
     assert true_k / 2 <= late.min()
     assert late.max() <= true_k * 2
-    np.testing.assert_allclose(oa.noise_scale(state).batch_size, 4 * true_k, rtol=0.5)
+    np.testing.assert_allclose(
+        oa.noise.estimate(state).batch_size, 4 * true_k, rtol=0.5
+    )
     if powers_of_two:
         assert {int(k) & int(k - 1) for k in late} == {0}
     assert len(set(late.tolist())) <= 4  # it has settled
@@ -659,14 +669,14 @@ def test_k_settles_at_the_noise_scale(true_k, powers_of_two):
 def test_it_settles_while_it_trains():
     """A quadratic bowl with known noise: as it descends, the signal gets less."""
     dim, size, rate = 50, 4, 0.01
-    tx = oa.accumulate(optax.sgd(rate), oa.adaptive_k(2, 4096), noise_scale=0.8)
+    tx = oa.accumulate(optax.sgd(rate), oa.noise.adaptive_k(2, 4096), noise_decay=0.8)
 
     def step(carry, key):
         params, state = carry
         noise = jax.random.normal(key, (dim,)) / jnp.sqrt(jnp.float32(size))
         params, state = tx.update_params(params + noise, state, params, weight=size)
         true = dim / jnp.sum(params**2)  # tr Σ / ‖G‖²
-        return (params, state), (true, state.noise_scale.k)
+        return (params, state), (true, state.noise.k)
 
     start = jnp.full(dim, 2.0)
     keys = jax.random.split(jax.random.key(0), 6000)
@@ -681,18 +691,18 @@ def test_it_settles_while_it_trains():
 @pytest.mark.slow
 def test_k_has_bounds():
     def last_k(every_k, true_k):
-        tx = oa.accumulate(optax.sgd(0.0), every_k, noise_scale=0.9)
+        tx = oa.accumulate(optax.sgd(0.0), every_k, noise_decay=0.9)
         return int(quadratic(tx, 4.0 * true_k, 4, 800)[1][-1])
 
-    assert last_k(oa.adaptive_k(3, 12), 500) == 12
-    assert last_k(oa.adaptive_k(3, 12), 0.1) == 3
-    assert last_k(oa.adaptive_k(2, 500, multiple=4), 8) in (16, 32, 64)
+    assert last_k(oa.noise.adaptive_k(3, 12), 500) == 12
+    assert last_k(oa.noise.adaptive_k(3, 12), 0.1) == 3
+    assert last_k(oa.noise.adaptive_k(2, 500, multiple=4), 8) in (16, 32, 64)
 
 
 def test_without_signal_k_is_the_most():
-    adaptive = oa.adaptive_k(2, 64)
+    adaptive = oa.noise.adaptive_k(2, 64)
     k = jnp.int32(2)
-    lost = oa.NoiseScale(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
+    lost = oa.noise.NoiseScale(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
     for wanted in (4, 8, 16, 32, 64, 64):
         k = adaptive.next(k, lost, jnp.float32(1))
         assert int(k) == wanted
@@ -700,15 +710,15 @@ def test_without_signal_k_is_the_most():
 
 
 def test_before_the_first_measurement_k_stays():
-    adaptive = oa.adaptive_k(2, 64)
-    k = adaptive.next(jnp.int32(5), oa.NoiseScale.empty(), jnp.float32(1))
+    adaptive = oa.noise.adaptive_k(2, 64)
+    k = adaptive.next(jnp.int32(5), oa.noise.NoiseScale.empty(), jnp.float32(1))
     assert int(k) == 5
 
 
 @pytest.mark.parametrize(("wanted", "k"), [(11.9, 8), (12.1, 16), (5.4, 8), (5.2, 4)])
 def test_k_has_a_hysteresis(wanted, k):
-    adaptive = oa.adaptive_k(2, 64, hysteresis=0.5)
-    scale = oa.NoiseScale(jnp.float32(1), jnp.float32(wanted), jnp.int32(1))
+    adaptive = oa.noise.adaptive_k(2, 64, hysteresis=0.5)
+    scale = oa.noise.NoiseScale(jnp.float32(1), jnp.float32(wanted), jnp.int32(1))
     assert int(adaptive.next(jnp.int32(8), scale, jnp.float32(1))) == k
 
 
@@ -716,8 +726,8 @@ def test_k_has_a_hysteresis(wanted, k):
 @parametrized(INSIDE)
 def test_k_is_the_same_on_all_devices(way):
     """And one device may begin with windows of one, because there are others."""
-    every_k = oa.adaptive_k(1, 64)
-    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_scale=0.9)
+    every_k = oa.noise.adaptive_k(1, 64)
+    tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_decay=0.9)
     dim, true_k = 50, 8
     deviation = np.sqrt(true_k * COUNT / dim)
 
@@ -732,14 +742,14 @@ def test_k_is_the_same_on_all_devices(way):
         params, state = stacked((params, state))
     else:
         mapped = inside(way, step, (None, "state", 0), (None, "state"))
-        state = oa.stack_windows(state, COUNT)
+        state = oa.sharding.stack_windows(state, COUNT)
     random = np.random.default_rng(0)
     programs = []
     for _ in range(150):
         normal = jnp.asarray(random.normal(size=(COUNT, 1, dim)), jnp.float32)
         params, state = jax.block_until_ready(mapped(params, state, normal))
         programs.append(0 if way == "pmap" else mapped._cache_size())
-    ks = np.ravel(state.noise_scale.k)
+    ks = np.ravel(state.noise.k)
     assert len(set(ks.tolist())) == 1
     assert true_k / 2 <= ks[0] <= true_k * 2
     # The first call takes arrays that are not spread over the devices yet.
@@ -747,15 +757,15 @@ def test_k_is_the_same_on_all_devices(way):
 
 
 def test_it_compiles_once():
-    tx = oa.accumulate(optax.sgd(0.0), oa.adaptive_k(2, 32))
-    assert tx.init(PARAMS).noise_scale.k.shape == ()
+    tx = oa.accumulate(optax.sgd(0.0), oa.noise.adaptive_k(2, 32))
+    assert tx.init(PARAMS).noise.k.shape == ()
     step = jax.jit(stepper(tx))
     params, state = PARAMS, tx.init(PARAMS)
     grads, weights = micro_batches(PARAMS, 20)
     ks = set()
     for g, w in zip(grads, weights, strict=True):
         params, state = step(params, state, g, weight=w)
-        ks.add(int(state.noise_scale.k))
+        ks.add(int(state.noise.k))
     assert len(ks) > 1
     assert step._cache_size() == 1
 
@@ -766,58 +776,63 @@ def test_it_compiles_once():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: oa.adaptive_k(0, 4), ValueError, "`min_k` must be an int >= 1; got 0"),
-        (lambda: oa.adaptive_k(2.0, 4), TypeError, "`min_k` must be an int >= 1"),
-        (lambda: oa.adaptive_k(8, 4), ValueError, "`max_k` must not be less than"),
-        (lambda: oa.adaptive_k(2, 4, multiple=0), ValueError, "`multiple` must be pos"),
         (
-            lambda: oa.adaptive_k(2, 4, hysteresis=1.5),
+            lambda: oa.noise.adaptive_k(0, 4),
+            ValueError,
+            "`min_k` must be an int >= 1; got 0",
+        ),
+        (lambda: oa.noise.adaptive_k(2.0, 4), TypeError, "`min_k` must be an int >= 1"),
+        (
+            lambda: oa.noise.adaptive_k(8, 4),
+            ValueError,
+            "`max_k` must not be less than",
+        ),
+        (
+            lambda: oa.noise.adaptive_k(2, 4, multiple=0),
+            ValueError,
+            "`multiple` must be pos",
+        ),
+        (
+            lambda: oa.noise.adaptive_k(2, 4, hysteresis=1.5),
             ValueError,
             "`hysteresis` is how far off k may be",
         ),
         (
-            lambda: oa.accumulate(optax.sgd(1), oa.adaptive_k(1, 4)),
+            lambda: oa.accumulate(optax.sgd(1), oa.noise.adaptive_k(1, 4)),
             ValueError,
             "one micro-batch alone shows no noise.*Use min_k=2",
         ),
         (
-            lambda: oa.accumulate(optax.sgd(1), 2, noise_scale=1.0),
+            lambda: oa.accumulate(optax.sgd(1), 2, noise_decay=1.0),
             ValueError,
-            "`noise_scale` is the decay of the averages.*got 1.0",
+            "`noise_decay` is the decay of the averages.*got 1.0",
         ),
         (
-            lambda: oa.accumulate(optax.sgd(1), 2, noise_scale=True),
+            lambda: oa.accumulate(optax.sgd(1), 2, noise_decay=True),
             TypeError,
-            "`noise_scale` is the decay.*got True",
+            "`noise_decay` is the decay.*got True",
         ),
         (
-            lambda: oa.value_and_grad(loss, num_microbatches=2, noise_scale=True),
-            ValueError,
-            "`return_info` is False. Pass return_info=True",
-        ),
-        (
-            lambda: oa.value_and_grad(
-                loss, num_microbatches=2, noise_scale=0.9, return_info=True
-            ),
+            lambda: oa.value_and_grad(loss, num_microbatches=2, noise_scale=0.9),
             TypeError,
             "`noise_scale` must be True or False.*got 0.9",
         ),
         (
-            lambda: oa.NoiseScale.empty().add((), 0.9),
+            lambda: oa.noise.NoiseScale.empty().add((), 0.9),
             TypeError,
-            "`sample` must be an `oa.NoiseScale`.*got tuple",
+            "`sample` must be an `oa.noise.NoiseScale`.*got tuple",
         ),
         (
-            lambda: oa.accumulate(optax.sgd(1), oa.adaptive_k),
+            lambda: oa.accumulate(optax.sgd(1), oa.noise.adaptive_k),
             TypeError,
             "call it with its bounds",
         ),
         (
-            lambda: oa.noise_scale(oa.accumulate(optax.sgd(1), 2).init(PARAMS)),
+            lambda: oa.noise.estimate(oa.accumulate(optax.sgd(1), 2).init(PARAMS)),
             ValueError,
-            "holds no noise scale.*noise_scale=0.99",
+            "holds no noise scale.*noise_decay=0.99",
         ),
-        (lambda: oa.noise_scale(3), ValueError, "`opt_state` must hold the state"),
+        (lambda: oa.noise.estimate(3), ValueError, "`opt_state` must hold the state"),
     ],
 )
 def test_errors(make, error, words):
@@ -826,8 +841,8 @@ def test_errors(make, error, words):
 
 
 def test_what_a_call_is_told_where_it_is_wrong():
-    average = oa.NoiseScale.empty()
+    average = oa.noise.NoiseScale.empty()
     with pytest.raises(ValueError, match="`decay` is how much of the averages"):
         average.add(average, 1.0)
     with pytest.raises(ValueError, match="`multiple` must be positive"):
-        oa.adaptive_k(2, 4, multiple="2")
+        oa.noise.adaptive_k(2, 4, multiple="2")

@@ -147,7 +147,7 @@ def test_a_weight_sum_beyond_float32_is_one_rounding_off():
     add = jax.jit(functools.partial(tx.update, boundary=False))
     _, state = add(one, tx.init(one), one, weight=2**24)
     _, state = add(one, state, one, weight=1)
-    assert state.weight == 2**24
+    assert state.window.weight == 2**24
     np.testing.assert_allclose(oa.accumulated(state), 1, rtol=2 * U32)
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -54,7 +56,12 @@ def test_a_transformation_to_whoever_looks():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     init, update = tx
-    assert (init, update) == (tx.init, tx.update)
+    params = jnp.ones(3)
+    state = init(params)
+    chex.assert_trees_all_equal(state, tx.init(params))
+    chex.assert_trees_all_equal(
+        update(params, state, params), tx.update(params, state, params)
+    )
     assert callable(tx.update_params)
 
 

@@ -27,7 +27,7 @@ def test_shrink_keeps_the_place_with_weight_zero(predicate, place, way):
     params, state = feed(tx, batches, way)
     expected, _ = alone(ADAM, weighted_mean(GRADS[:2], WEIGHTS[:2]))
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
-    assert (state.micro_step, state.gradient_step, state.skipped) == (0, 1, 1)
+    assert (state.micro_step, state.gradient_step, state.window.skipped) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -38,7 +38,7 @@ def test_wait_holds_the_window_for_another(place, way):
     tx = oa.accumulate(ADAM, 3, skip=oa.skip_not_finite, on_skip="wait")
     params, state = feed(tx, batches, way)
     chex.assert_trees_all_equal(params, PARAMS)
-    assert (state.micro_step, state.gradient_step, state.skipped) == (2, 0, 1)
+    assert (state.micro_step, state.gradient_step, state.window.skipped) == (2, 0, 1)
     params, state = feed(tx, BATCHES[2:3], way, params, state)
     expected, _ = alone(ADAM, weighted_mean(GRADS[:3], WEIGHTS[:3]))
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
@@ -54,7 +54,7 @@ def test_a_window_of_nothing_but_rejects_updates_nothing(every_k, on_skip, way):
     params, state = feed(tx, [BAD, BAD], way)
     chex.assert_trees_all_equal(params, PARAMS)
     chex.assert_trees_all_equal(state.inner_state, start.inner_state)
-    assert (state.micro_step, state.gradient_step, state.skipped) == (0, 0, 2)
+    assert (state.micro_step, state.gradient_step, state.window.skipped) == (0, 0, 2)
 
 
 @pytest.mark.parametrize("on_skip", ["shrink", "wait"])
@@ -98,7 +98,7 @@ def test_optax_predicates_and_their_info_fit():
     _, state = jax.jit(tx.update)(large, state, PARAMS)
     np.testing.assert_allclose(state.skip_state["norm_squared"], 900)
     assert state.skip_state["should_skip"]
-    assert state.skipped == 1
+    assert state.window.skipped == 1
 
 
 def test_the_predicate_sees_the_gradient_step_and_the_parameters():
@@ -108,7 +108,7 @@ def test_the_predicate_sees_the_gradient_step_and_the_parameters():
 
     tx = oa.accumulate(SGD, 1, skip=predicate)
     _, state = feed(tx, BATCHES)
-    assert (state.gradient_step, state.skipped) == (1, 3)
+    assert (state.gradient_step, state.window.skipped) == (1, 3)
 
 
 class TestSkipNotFinite:

@@ -83,10 +83,11 @@ class TestReductions:
         ]
         (one, one_state), (other, other_state) = results
         chex.assert_trees_all_close(one, other, rtol=1e-6)
-        blank = {"acc_grads": None}
-        chex.assert_trees_all_close(
-            one_state._replace(**blank), other_state._replace(**blank), rtol=1e-6
+        one_state, other_state = (
+            state._replace(window=state.window._replace(grads=()))
+            for state in (one_state, other_state)
         )
+        chex.assert_trees_all_close(one_state, other_state, rtol=1e-6)
 
     def test_unit_weights_are_the_default(self):
         tx = oa.accumulate(SGD, 3)
@@ -99,7 +100,7 @@ class TestReductions:
         tx = oa.accumulate(SGD, 2)
         state = tx.init(PARAMS)
         _, state = tx.update(self.grads[0], state, PARAMS, weight=weight)
-        np.testing.assert_allclose(state.weight, float(weight))
+        np.testing.assert_allclose(state.window.weight, float(weight))
 
 
 def remember_value():
@@ -124,7 +125,7 @@ class TestZeroWeights:
         params, state = feed(oa.accumulate(ADAM, 3), batches, way)
         expected, _ = alone(ADAM, weighted_mean(grads, weights))
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
-        chex.assert_tree_all_finite((state.acc_grads, state.value))
+        chex.assert_tree_all_finite((state.window.grads, state.window.value))
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("boundary", [None, True, jnp.array(True)])
@@ -142,7 +143,7 @@ class TestZeroWeights:
         chex.assert_trees_all_equal(after_params, params)
         chex.assert_trees_all_equal(state.inner_state, before.inner_state)
         assert (state.micro_step, state.gradient_step) == (0, 1)
-        assert not state.emitted
+        assert not state.has_updated
         # And nothing of it is in the next one.
         params, state = feed(tx, [(g, {}) for g in grads], way, params, state)
         expected, _ = alone(ADAM, *[weighted_mean(grads, [1, 1])] * 2)
@@ -156,7 +157,7 @@ class TestZeroWeights:
         params, after = stepper(tx, way)(PARAMS, state, NAN, weight=weight)
         chex.assert_trees_all_equal(params, PARAMS)
         chex.assert_trees_all_equal(after.inner_state, state.inner_state)
-        assert not after.emitted
+        assert not after.has_updated
 
 
 class TestNotFinite:
@@ -275,11 +276,11 @@ class TestBoundaries:
         first = [(g, {"value": jnp.nan}) for g in self.grads[:2]]
         second = [(self.grads[2], {}), (self.grads[3], {"value": 2.0})]
         _, state = feed(tx, first + second)
-        np.testing.assert_allclose(state.value, 2.0)
+        np.testing.assert_allclose(state.window.value, 2.0)
 
     def test_an_open_window_does_not_leak_into_every_k_1(self):
         _, state = feed(oa.accumulate(SGD, 4), self.batches[:2])
-        state = state._replace(acc_grads=())
+        state = state._replace(window=state.window._replace(grads=()))
         tx = oa.accumulate(SGD, 1, reduction="ratio")
         params, state = feed(tx, self.batches[2:3], state=state)
         gradient = jax.tree.map(lambda g: g / self.weights[2], self.grads[2])
@@ -317,7 +318,7 @@ class TestBoundaries:
         ]
         _, state = feed(oa.accumulate(SGD, 2), batches)
         np.testing.assert_allclose(
-            state.value / state.weight,
+            state.window.value / state.window.weight,
             self.weights[1] / (self.weights[0] + self.weights[1]),
             rtol=1e-6,
         )

@@ -1,14 +1,17 @@
 """Whether k micro-batches give what the global batch gives, for one's own loss."""
 
 import dataclasses
+import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from optax_accum._types import Tree
+from optax_accum._value_and_grad import settings_of, value_and_grad
 from optax_accum.diagnose import _probes, _problem
-from optax_accum.diagnose._problem import Option, Tree
 
 _MOST_LEAVES = 12  # that are printed
 _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
@@ -103,7 +106,7 @@ def check_equivalence(
     args: Sequence[Tree] = (),
     kwargs: Mapping[str, Tree] | None = None,
     tolerance: float | None = None,
-    **options: Option,
+    **options: Any,
 ) -> EquivalenceReport:
     """Compares the gradient of a batch in micro-batches with that of it as a whole.
 
@@ -138,8 +141,8 @@ def check_equivalence(
       what leaves of its size have on average.
 
     Raises:
-      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; `args`
-        that are not several.
+      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; an
+        option that it does not have; `args` that are not several.
       ValueError: As `value_and_grad`; a batch of weight 0.
 
     Examples:
@@ -175,9 +178,15 @@ def check_equivalence(
             "`args` must be a tuple or list of the arguments of `fun` after `batch`; "
             f"got {type(args).__name__}. A single one is args=(key,)"
         )
-    options["num_microbatches"] = num_microbatches
+    for name in options.keys() - inspect.signature(value_and_grad).parameters:
+        raise TypeError(
+            f"`check_equivalence` got {name!r}, which is not an option of "
+            "`value_and_grad`. Arguments of `fun` go into `args` and `kwargs`: "
+            f"args=(key,), or kwargs={{{name!r}: ...}}"
+        )
+    function = value_and_grad(fun, num_microbatches=num_microbatches, **options)
     problem = _problem.Problem.of(
-        fun, (params, batch, *args), dict(kwargs or {}), options
+        settings_of(function), (params, batch, *args), dict(kwargs or {})
     )
     if tolerance is None:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from optax_accum import _checks
+from optax_accum import _validate
 from optax_accum.diagnose import _memory
 from optax_accum.diagnose._memory import show_size
 
@@ -153,7 +153,7 @@ def plan_microbatches(
       fits, while the next smaller number that was tried does not.
     """
     numbers = _numbers(batch_size, candidates)
-    _checks.fraction("headroom", headroom, "the part of the memory to leave free")
+    _validate.fraction("headroom", headroom, "the part of the memory to leave free")
     limit = _memory.agreed(_limit(memory_limit, args))
     usable = limit * (1 - headroom)
 
@@ -188,10 +188,14 @@ def plan_microbatches(
 
 def _numbers(batch_size: int | None, candidates: Iterable[int] | None) -> list[int]:
     """The numbers to choose from, the smallest first."""
-    size = _checks.size("batch_size", batch_size)
+    size = batch_size
+    if size is not None:
+        size = _validate.whole_number("batch_size", size)
     if candidates is None and size is not None:
         return [n for n in range(1, size + 1) if size % n == 0]
-    numbers = sorted({_checks.count("candidates", n) for n in candidates or ()})
+    numbers = sorted(
+        {_validate.whole_number("candidates", n) for n in candidates or ()}
+    )
     if not numbers:
         raise ValueError(
             "`batch_size` or `candidates` is needed: the size of the global batch, of "
@@ -212,7 +216,7 @@ def _limit(memory_limit: int | None, args: tuple[Argument, ...]) -> int:
     """The bytes that the step may take on each of this process's devices."""
     if memory_limit is None:
         return _memory.available(args)
-    limit = _checks.count("memory_limit", memory_limit)
+    limit = _validate.whole_number("memory_limit", memory_limit)
     if limit < 1024:
         raise ValueError(
             f"`memory_limit` is {limit} bytes, less than any step takes. It counts "

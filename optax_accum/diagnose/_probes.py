@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_accum import _arguments
-from optax_accum.diagnose._problem import Batch, Problem, Result, Sizes, Tree, compare
+from optax_accum._types import Tree
+from optax_accum.diagnose._problem import Batches, Problem, Result, Sizes, compare
 
 Equations = list[tuple[np.ndarray, np.ndarray]]  # matrix and right-hand side, each
 
@@ -129,7 +130,7 @@ def _randomness(seen: Comparison) -> Cause | None:
         if not moved:
             continue
         found = f"the loss is random: another `{name}` moves it by {moved:.1e}. "
-        if place in problem.call.keys or place == problem.call.carry:
+        if place in (*problem.call.key_places, problem.call.carry_place):
             advice = (
                 "Micro-batches draw their own, as they should, and so cannot draw what "
                 "the global batch draws; equal they are on average. Check again with "
@@ -156,11 +157,11 @@ def _other(argument: Tree) -> Tree:
 
 def _carry(seen: Comparison) -> Cause | None:
     problem = seen.problem
-    if problem.call.carry is None:
+    if problem.call.carry_place is None:
         return None
     if seen.moved(seen.whole, problem.with_one_carry().in_parts()):
         return None
-    name = problem.call.names[problem.call.carry]
+    name = problem.call.carry_name
     return Cause(
         "carry",
         f"the loss depends on `{name}`, its carry, which every micro-batch takes from "
@@ -171,17 +172,20 @@ def _carry(seen: Comparison) -> Cause | None:
 def _unsplit_argument(seen: Comparison) -> Cause | None:
     """Whether an argument that looks like a batch is one, and was not named."""
     problem = seen.problem
+    roles, call = problem.settings.roles, problem.call
     for place, name, _ in problem.unsplit():
-        role = "batch_argnames" if isinstance(place, str) else "batch_argnums"
-        places = (*(p for p in problem.call.places if type(p) is type(place)), place)
+        role, places = "batch_argnums", (*roles.batch_argnums, place)
+        if isinstance(place, str) or place >= call.num_positional:
+            role, places = "batch_argnames", (*roles.batch_argnames, name)
         try:
-            mended = problem.with_options(**{role: places}).in_parts()
-        except (TypeError, ValueError):  # Then it is no batch.
+            changed = problem.with_settings(roles=roles._replace(**{role: places}))
+            mended = changed.in_parts()
+        except (TypeError, ValueError):  # Then it is not a batch.
             continue
         if not seen.moved(seen.whole, mended):
             return Cause(
                 "unsplit argument",
-                f"`{name}` has {problem.batch_size} entries along axis "
+                f"`{name}` has {problem.split.examples} entries along axis "
                 f"{problem.batch_axis}, as many as the batch has examples, but reaches "
                 "every micro-batch whole. Split it as well, and the results agree: "
                 f"{role}={places!r}",
@@ -197,12 +201,12 @@ def _factor(seen: Comparison) -> Cause | None:
     if compare(seen.whole.times(factor), seen.parts).worst > seen.tolerance:
         return None
     problem = seen.problem
-    k = problem.num_microbatches * problem.shards
+    k = problem.num_microbatches * problem.settings.devices.shards
     found = f"the micro-batches' result is {factor:.4g} times the global batch's"
     if np.isclose(factor, k, rtol=1e-2):
         advice = (
             f", and there are {k} micro-batches: `fun` is a mean, and "
-            f'reduction="{problem.reduction}" adds it up. Use reduction="mean"'
+            f'reduction="{problem.settings.reduction}" adds it up. Use reduction="mean"'
         )
     elif np.isclose(factor, 1 / k, rtol=1e-2):
         advice = f", one over the number of micro-batches: {_is_a_sum(problem)}"
@@ -216,8 +220,8 @@ def _factor(seen: Comparison) -> Cause | None:
 
 def _is_a_sum(problem: Problem) -> str:
     return (
-        f'`fun` is a sum, and reduction="{problem.reduction}" averages it. Use '
-        'reduction="sum", or "ratio" with a `weight` to divide by'
+        f'`fun` is a sum, and reduction="{problem.settings.reduction}" averages it. '
+        'Use reduction="sum", or "ratio" with a `weight` to divide by'
     )
 
 
@@ -229,7 +233,7 @@ def _weights(seen: Comparison) -> Cause | None:
     points = [problem, *map(problem.elsewhere, range(1, 4))]
     wholes = [seen.gradient(point).sample() for point in points]
 
-    def equations(parts: list[Batch]) -> Equations:
+    def equations(parts: list[Batches]) -> Equations:
         """For every point the parts as columns, and what they are to add up to."""
         found = []
         for point, whole in zip(points, wholes, strict=True):
@@ -284,7 +288,7 @@ def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
     if shares is None:  # Too many to be told apart, or one without any gradient.
         found += "weighted otherwise"
     else:
-        if problem.reduction == "mean" and np.allclose(
+        if problem.settings.reduction == "mean" and np.allclose(
             shares, used / used.sum(), rtol=1e-2, atol=1e-3
         ):
             return None
@@ -294,12 +298,12 @@ def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
         ": `fun` averages over something of which they hold different amounts, such as "
         "valid tokens"
     )
-    if problem.reduction != "mean":
+    if problem.settings.reduction != "mean":
         advice = (
-            f', and reduction="{problem.reduction}" adds the means up. Use '
+            f', and reduction="{problem.settings.reduction}" adds the means up. Use '
             'reduction="mean", with `weight=`, a function that counts it'
         )
-    elif problem.options.get("weight"):
+    elif problem.settings.weight is not None:
         advice = ", and `weight` counts something else. Let it count the same"
     else:
         advice = (
@@ -312,7 +316,7 @@ def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
 def _constant_term(seen: Comparison) -> Cause | None:
     """Whether they differ by what does not grow if the batch is taken twice."""
     problem = seen.problem
-    if problem.reduction == "mean":
+    if problem.settings.reduction == "mean":
         return None
     twice = problem.map_batch(lambda x, axis: jnp.concatenate([x, x], axis))
     term = 2 * seen.gradient(problem).sample() - seen.gradient(twice).sample()
@@ -325,14 +329,14 @@ def _constant_term(seen: Comparison) -> Cause | None:
     return Cause(
         "constant term",
         "a part of `fun` does not depend on the batch, such as a penalty on the "
-        f'weights, and reduction="{problem.reduction}" adds it once per micro-batch. '
-        "Leave it out of `fun` and add its gradient to the result",
+        f'weights, and reduction="{problem.settings.reduction}" adds it once per '
+        "micro-batch. Leave it out of `fun` and add its gradient to the result",
     )
 
 
 def _dependence(seen: Comparison) -> Cause | None:
     problem = seen.problem
-    order = np.random.default_rng(0).permutation(problem.batch_size)
+    order = np.random.default_rng(0).permutation(problem.split.examples)
     exchanged = problem.map_batch(lambda x, axis: jnp.take(x, order, axis))
     moved = seen.moved(seen.parts, exchanged.in_parts())
     if moved:

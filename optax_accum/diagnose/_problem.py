@@ -1,6 +1,7 @@
 """A loss with its arguments, to be differentiated whole, in parts and elsewhere."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,17 +11,15 @@ import numpy as np
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from optax_accum import _arguments, _devices, _microbatch, _split, _window
+from optax_accum import _arguments, _split, _tree
+from optax_accum._types import Tree
+from optax_accum._value_and_grad import Settings
+from optax_accum.sharding._data_parallel import DataParallel
 
-Tree = Any  # arrays in any structure: a gradient, an argument or a result of the loss
-Batch = list[Tree]  # the arguments that are split, in the order of `Call.places`
-Option = Any  # one of those of `value_and_grad`
-Place = int | str  # of an argument: its position, or its keyword
+Batches = list[Tree]  # the arguments that are split, in the order of `Call.places`
 
 _SAMPLES = 16384  # entries of a leaf that are enough to tell one gradient from another
 _SMALL = 0.01  # of a leaf's usual size, below which it is judged as if it had this
-_PARTS_ONLY = ("microbatch_size", "skip", "axis_name", "mesh", "scatter")
-_REPORTS = ("return_info", "noise_scale")
 
 
 class Result(NamedTuple):
@@ -57,7 +56,7 @@ class Result(NamedTuple):
         """All of it multiplied."""
         grads = jax.tree.map(
             lambda x: _wide(x).reshape(np.shape(x)) * factor,
-            _window.keep_inexact(self.grads),
+            _tree.keep_inexact(self.grads),
         )
         return self._replace(value=self.value * factor, grads=grads)
 
@@ -110,9 +109,7 @@ def compare(a: Result, b: Result, sizes: Sizes | None = None) -> Errors:
     """The relative errors of value and leaves; `sizes` are the least they are over."""
     paths = [
         jax.tree_util.keystr(path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(
-            _window.keep_inexact(a.grads)
-        )
+        for path, _ in jax.tree_util.tree_leaves_with_path(_tree.keep_inexact(a.grads))
     ]
     x, y = _leaves(a.grads), _leaves(b.grads)
     least = sizes or Sizes(0.0, [0.0] * len(x))
@@ -126,89 +123,59 @@ def compare(a: Result, b: Result, sizes: Sizes | None = None) -> Errors:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A loss with its arguments and the options of `value_and_grad`."""
+    """A loss with its arguments and the settings of `value_and_grad`."""
 
-    fun: Callable[..., Tree]
+    settings: Settings
     args: tuple[Tree, ...]
     kwargs: dict[str, Tree]
-    options: dict[str, Option]
     call: _arguments.Call
     split: _split.Split
-    shards: int  # devices that each run as many micro-batches
 
     @classmethod
     def of(
-        cls,
-        fun: Callable[..., Tree],
-        args: tuple[Tree, ...],
-        kwargs: dict[str, Tree],
-        options: dict[str, Option],
+        cls, settings: Settings, args: tuple[Tree, ...], kwargs: dict[str, Tree]
     ) -> "Problem":
-        """Checks them as `value_and_grad` does.
-
-        Raises:
-          TypeError: As `value_and_grad`.
-          ValueError: As `value_and_grad`.
-        """
-        options = {k: v for k, v in options.items() if k not in _REPORTS}
-        _microbatch.value_and_grad(fun, **options)
-        roles = _arguments.Roles.of(
-            options.get("argnums", 0),
-            options.get("batch_argnums", 1),
-            options.get("batch_argnames", ()),
-            options.get("carry_argnum"),
-            options.get("rng_argnums", ()),
+        """Checks them as `value_and_grad` does."""
+        settings = dataclasses.replace(settings, noise_scale=False)
+        call = settings.roles.bind(settings.fun, args, kwargs)
+        split = settings.split(call)
+        # The probes cut the whole batch, and not one device's part of it.
+        shards = settings.devices.shards
+        split = split._replace(
+            size=split.size * shards, remainder=split.remainder * shards
         )
-        call = roles.bind(fun, args, kwargs)
-        split = _split.plan(
-            call.batch,
-            call.batch_names(),
-            options.get("batch_axis", 0),
-            options.get("num_microbatches"),
-            options.get("microbatch_size"),
-        )
-        axis_name, mesh = options.get("axis_name"), options.get("mesh")
-        shards = _devices.Devices.of(axis_name, mesh, False).shards
+        problem = cls(settings, args, kwargs, call, split)
         # As arrays, so that other parameters are passed in the same way.
-        own = list(args)
         for position in jax.tree.leaves(call.argnums):
-            own[position] = jax.tree.map(jnp.asarray, own[position])
-        problem = cls(fun, tuple(own), kwargs, options, call, split, shards)
+            own = jax.tree.map(jnp.asarray, call.args[position])
+            problem = problem.with_argument(position, own)
         return problem.with_batch(call.batch)
 
     @property
     def num_microbatches(self) -> int:
         """K, a smaller last micro-batch counted, on each device."""
-        return self.split.whole + bool(self.split.tail)
-
-    @property
-    def reduction(self) -> str:
-        """As given, or its default."""
-        return self.options.get("reduction", "mean")
-
-    @property
-    def batch_size(self) -> int:
-        """How many examples the batch has."""
-        return self.split.whole * self.split.size + self.split.tail
+        return self.split.count
 
     @property
     def batch_axis(self) -> int:
-        """As given, or its default."""
-        return self.options.get("batch_axis", 0)
+        """The axis of the examples."""
+        return self.settings.batch_axis
 
-    def others(self) -> Iterator[tuple[Place, str, Tree]]:
-        """Position or keyword, name and value of all arguments that are no batch."""
-        names = self.call.names
-        places: list[tuple[Place, str, Tree]] = [
-            (i, names[i], x) for i, x in enumerate(self.args)
+    def others(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
+        """Place, name and value of all arguments that are not a batch."""
+        args, kwargs, names = _arguments.bind_positions(
+            self.settings.fun, self.args, self.kwargs
+        )
+        places: list[tuple[_arguments.Place, str, Tree]] = [
+            (i, names[i], x) for i, x in enumerate(args)
         ]
-        places += [(name, name, x) for name, x in self.kwargs.items()]
+        places += [(name, name, x) for name, x in kwargs.items()]
         return (other for other in places if other[0] not in self.call.places)
 
-    def unsplit(self) -> Iterator[tuple[Place, str, Tree]]:
+    def unsplit(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
         """Those of them that look like a batch, as `others` gives them."""
-        axis, examples = self.batch_axis, self.batch_size
-        special = {*self.call.keys, self.call.carry}
+        axis, examples = self.batch_axis, self.split.examples
+        special = {*self.call.key_places, self.call.carry_place}
         special |= set(jax.tree.leaves(self.call.argnums))
         for place, name, argument in self.others():
             shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(argument)]
@@ -218,16 +185,18 @@ class Problem:
 
     # --- The same, but for something ---
 
-    def with_argument(self, place: Place, argument: Tree) -> "Problem":
+    def with_argument(self, place: _arguments.Place, argument: Tree) -> "Problem":
         """With another argument, at this position or of this name."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(place, str):
-            kwargs[place] = argument
-        else:
+        if isinstance(place, int) and place < len(args):
             args[place] = argument
+        else:
+            kwargs[self.call.names[place] if isinstance(place, int) else place] = (
+                argument
+            )
         return dataclasses.replace(self, args=tuple(args), kwargs=kwargs)
 
-    def with_batch(self, batch: Batch) -> "Problem":
+    def with_batch(self, batch: Batches) -> "Problem":
         """On another batch."""
         problem = self
         for place, argument in zip(self.call.places, batch, strict=True):
@@ -241,49 +210,50 @@ class Problem:
         )
         return self.with_batch(batch)
 
-    def with_options(self, **options: Option) -> "Problem":
-        """With other options."""
-        return Problem.of(self.fun, self.args, self.kwargs, self.options | options)
+    def with_settings(self, **changes: Any) -> "Problem":
+        """With other settings."""
+        settings = dataclasses.replace(self.settings, **changes)
+        return Problem.of(settings, self.args, self.kwargs)
 
     def with_one_carry(self) -> "Problem":
         """With the first carry for every micro-batch."""
-        position = self.call.carry
-        assert position is not None
+        has_aux, carry = self.settings.has_aux, self.call.carry
+        fun = self.settings.fun
 
-        def fun(*args: Tree, **kwargs: Tree) -> Tree:
-            value, rest = self.fun(*args, **kwargs)
-            carry = args[position]
-            return value, ((rest[0], carry) if self.options.get("has_aux") else carry)
+        @functools.wraps(fun)
+        def with_one_carry(*args: Tree, **kwargs: Tree) -> Tree:
+            value, rest = fun(*args, **kwargs)
+            return value, ((rest[0], carry) if has_aux else carry)
 
-        return dataclasses.replace(self, fun=fun)
+        return self.with_settings(fun=with_one_carry)
 
     def elsewhere(self, seed: int) -> "Problem":
         """At parameters that are a tenth of their size away, each of its own."""
         random = np.random.default_rng(seed)
 
         def move(x: jax.Array) -> jax.Array:
-            if not _window.is_inexact(x):
+            if not _tree.is_inexact(x):
                 return x
             noise = jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
             return jnp.where(x == 0, 0.1 * noise, x + x * noise)
 
         moved = self
         for position in jax.tree.leaves(self.call.argnums):
-            argument = jax.tree.map(move, self.args[position])
+            argument = jax.tree.map(move, self.call.args[position])
             moved = moved.with_argument(position, argument)
         return moved
 
     # --- Parts of the batch, for `with_batch` ---
 
-    def microbatches(self) -> list[Batch]:
+    def microbatches(self) -> list[Batches]:
         """Each micro-batch, the smaller remainder last."""
         indices = jnp.arange(self.split.whole)
         parts = [self.split.take(self.call.batch, i) for i in indices]
-        if self.split.tail:
-            parts.append(self.split.take_tail(self.call.batch))
+        if self.split.remainder:
+            parts.append(self.split.take_remainder(self.call.batch))
         return parts
 
-    def halves(self) -> list[Batch]:
+    def halves(self) -> list[Batches]:
         """The first half of the micro-batches together, and the other ones."""
         parts = self.microbatches()
         middle = len(parts) // 2
@@ -297,8 +267,8 @@ class Problem:
     # --- What comes out ---
 
     def in_parts(self) -> Result:
-        """As `value_and_grad` computes it with these options."""
-        return self._run(self.options)
+        """As `value_and_grad` computes it with these settings."""
+        return self._run(self.settings)
 
     def whole(self) -> Result:
         """The whole batch as one micro-batch, on one device, and nothing skipped."""
@@ -306,8 +276,10 @@ class Problem:
 
     def weight(self) -> float:
         """The weight of this batch."""
-        weight = self.options.get("weight")
-        return float(weight(*self.args, **self.kwargs) if weight else self.batch_size)
+        weight = self.settings.weight
+        if weight is None:
+            return float(self.split.examples)
+        return float(weight(*self.args, **self.kwargs))
 
     def sizes(
         self, gradient: Callable[["Problem"], Result], total_weight: float
@@ -317,10 +289,11 @@ class Problem:
         # One that is not finite can have weight 0.
         results = [r for r in results if r.is_finite()] or [self.whole().times(0)]
         by = {"mean": 1 / len(results), "sum": 1.0, "ratio": 1 / total_weight}
+        factor = by[self.settings.reduction]
         norms = [[np.linalg.norm(_wide(x)) for x in _leaves(r.grads)] for r in results]
         return Sizes(
-            value=sum(abs(r.value) for r in results) * by[self.reduction],
-            leaves=[float(s) for s in np.sum(norms, 0) * by[self.reduction]],
+            value=sum(abs(r.value) for r in results) * factor,
+            leaves=[float(s) for s in np.sum(norms, 0) * factor],
         )
 
     def raw_gradient(self) -> Callable[["Problem"], Result]:
@@ -328,12 +301,11 @@ class Problem:
 
         It is compiled once for each size of batch.
         """
-        options = self._at_once() | {"reduction": "sum", "weight": None}
-        _, function = self._traceable(options)
-        jitted = jax.jit(function)
+        settings = dataclasses.replace(self._at_once(), reduction="sum", weight=None)
+        jitted = jax.jit(self._traceable(settings)[1])
 
         def gradient(problem: "Problem") -> Result:
-            arrays, _ = problem._traceable(options)
+            arrays, _ = problem._traceable(settings)
             return self._on_host(jitted(arrays))
 
         return gradient
@@ -345,34 +317,35 @@ class Problem:
         dtypes = {d for d in _dtypes(jaxpr) if jnp.issubdtype(d, jnp.inexact)}
         return max(dtypes, key=lambda d: jnp.finfo(d).eps, default=np.dtype("float32"))
 
-    def _at_once(self) -> dict[str, Option]:
-        """The options with which the whole batch is one micro-batch."""
-        kept = {k: v for k, v in self.options.items() if k not in _PARTS_ONLY}
-        return kept | {"num_microbatches": 1}
+    def _at_once(self) -> Settings:
+        """The settings with which the whole batch is one micro-batch."""
+        return dataclasses.replace(
+            self.settings,
+            num_microbatches=1,
+            microbatch_size=None,
+            skip=None,
+            devices=DataParallel(),
+        )
 
-    def _run(self, options: dict[str, Option]) -> Result:
-        function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
-        return self._on_host(function(*self.args, **self.kwargs))
+    def _run(self, settings: Settings) -> Result:
+        return self._on_host(settings.run(self.args, self.kwargs))
 
     def _on_host(self, output: Tree) -> Result:
         """What `value_and_grad` returned, without aux and carry."""
         (value, grads), info = output
-        has_extra = self.options.get("has_aux") or self.call.carry is not None
-        value, grads, info = jax.device_get(
-            (value[0] if has_extra else value, grads, info)
-        )
+        value = value[0] if self.settings.has_extra else value
+        value, grads, info = jax.device_get((value, grads, info))
         return Result(float(value), grads, float(info.weight), int(info.skipped))
 
     def _traceable(
-        self, options: dict[str, Option]
+        self, settings: Settings
     ) -> tuple[list[Tree], Callable[[list[Tree]], Tree]]:
         """The arrays among the arguments, and the gradient as a function of them."""
-        function = _microbatch.value_and_grad(self.fun, **options, return_info=True)
         arrays, rebuild = _arguments.arrays_in((self.args, self.kwargs))
 
         def of_arrays(arrays: list[Tree]) -> Tree:
             args, kwargs = rebuild(arrays)
-            return function(*args, **kwargs)
+            return settings.run(tuple(args), kwargs)
 
         return arrays, of_arrays
 
@@ -394,7 +367,7 @@ def _root_mean_square(leaves: list[ArrayLike]) -> float:
 
 def _leaves(grads: Tree) -> list[ArrayLike]:
     """The leaves that are floating or complex."""
-    return jax.tree.leaves(_window.keep_inexact(grads))
+    return jax.tree.leaves(_tree.keep_inexact(grads))
 
 
 def _wide(x: ArrayLike) -> np.ndarray:

@@ -2,35 +2,35 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
-from optax_accum import _queries, _state
+from optax_accum import _state
+from optax_accum._boundary import apply_updates
+from optax_accum._types import Grads, Params, Scalar, Tree
 
 
 class Counts:
     """The answers of whatever has an `opt_state`."""
 
-    opt_state: Any
+    opt_state: Tree
 
     @property
-    def micro_step(self) -> jax.Array:
+    def micro_step(self) -> Scalar:
         """How many micro-steps the open window has seen, ``i32[]``."""
-        return _queries.micro_step(self.opt_state)
+        return _state.micro_step(self.opt_state)
 
     @property
-    def gradient_step(self) -> jax.Array:
+    def gradient_step(self) -> Scalar:
         """How many updates were made, ``i32[]``."""
-        return _queries.gradient_step(self.opt_state)
+        return _state.gradient_step(self.opt_state)
 
     @property
-    def has_updated(self) -> jax.Array:
+    def has_updated(self) -> Scalar:
         """Whether the last micro-step made an update, ``bool[]``: the time to log."""
-        return _queries.has_updated(self.opt_state)
+        return _state.has_updated(self.opt_state)
 
 
-def check(opt_state: Any) -> None:
+def check(opt_state: Tree) -> None:
     """Raises unless there is one `AccumulateState` in what `tx` made."""
     found = len(_state.states_in(opt_state))
     if found == 0 and hasattr(opt_state, "mini_step"):
@@ -52,8 +52,8 @@ def check(opt_state: Any) -> None:
 
 
 def apply(
-    tx: Any, grads: Any, opt_state: Any, params: Any, **arguments: Any
-) -> tuple[Any, Any]:
+    tx: Any, grads: Grads, opt_state: Tree, params: Params, **arguments: Any
+) -> tuple[Params, Tree]:
     """One micro-step of `tx`: the next parameters and state, without copies if it can.
 
     `oa.accumulate` itself has `update_params`; what is built around it has `update`.
@@ -65,11 +65,12 @@ def apply(
         if arguments[name] is None:
             del arguments[name]
     updates, opt_state = tx.update(grads, opt_state, params, **arguments)
-    return optax.apply_updates(params, updates), opt_state
+    return apply_updates(params, updates), opt_state
 
 
-def counted(weight: Any, before: Any, after: Any) -> jax.Array:
+def counted(weight: Any, before: Tree, after: Tree) -> Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
-    rejected = _queries.find(after).skipped > _queries.find(before).skipped
-    # Of a stacked state there is one row here.
+    before, after = _state.find(before), _state.find(after)
+    rejected = after.window.skipped > before.window.skipped
+    # Of a stacked state there is one window here.
     return (jnp.asarray(weight) != 0) & ~rejected.reshape(())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_accum import _checks
+from optax_accum import _validate
 from optax_accum.flax import _module
 
 
@@ -69,14 +69,14 @@ def combine_batch_stats(
       >>> print(jnp.allclose(norm.var[...], whole.var[...], rtol=1e-6))
       True
     """
-    momentum = _checks.fraction("momentum", momentum, "as BatchNorm has it")
+    momentum = _validate.fraction("momentum", momentum, "as BatchNorm has it")
     if any(isinstance(x, nnx.Variable) for x in _leaves(before)):
         raise ValueError(
             "`before` holds the module's own variables, which have moved on with it. "
             "Take their values before: nnx.as_pure(nnx.state(model, nnx.BatchStat))"
         )
     after = nnx.as_pure(after)
-    _checks.same_structure(
+    _validate.same_structure(
         "after",
         after,
         "before",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from optax_accum import _checks
+from optax_accum import _validate
 
 
 def names_of(path: Any) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def _types_of(*states: Any) -> dict[str, tuple[str, Any]]:
 
     def type_of(variable):
         leaves, structure = jax.tree.flatten(_value(variable))
-        name, types = type(variable).__name__, list(map(_checks.shown_type, leaves))
+        name, types = type(variable).__name__, list(map(_validate.shown_type, leaves))
         return f"{name} {', '.join(types)}", (name, structure, types)
 
     return {path: type_of(variable) for path, variable in _flat(*states).items()}

@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from optax_accum import _stacked
+from optax_accum._types import AxisName
 from optax_accum.flax import _accumulating, _module
+from optax_accum.sharding import window_specs
 
 
 class Optimizer(_accumulating.Counts, nnx.Optimizer):
@@ -75,8 +76,8 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.value / opt_state.weight``. Give it on every micro-step of a
-            window or on none.
+            ``opt_state.window.value / opt_state.window.weight``. Give it on every
+            micro-step of a window or on none.
           **extra_args: Further arguments of `tx`.
 
         Raises:
@@ -104,20 +105,20 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         self.step[...] += 1
 
 
-def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
+def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateSharding:
     """What of an `Optimizer` is each device's own: for ``in_specs`` of `nnx.shard_map`.
 
     Args:
       optimizer: An `Optimizer`, or an `nnx.Optimizer` whose `tx` accumulates; its
-        `opt_state` went through `oa.stack_windows`.
+        `opt_state` went through `oa.sharding.stack_windows`.
       axis_name: The axis, or several, of `oa.accumulate`.
 
     Returns:
-      An `nnx.StateSharding`: the open windows' rows over `axis_name`, and all else the
-      same on all devices, as `oa.window_specs` has them.
+      An `nnx.StateSharding`: the open windows over `axis_name`, and all else the
+      same on all devices, as `oa.sharding.window_specs` has them.
 
     Raises:
-      ValueError: As `oa.window_specs`.
+      ValueError: As `oa.sharding.window_specs`.
 
     Examples:
       >>> import jax, optax, optax_accum as oa, optax_accum.flax as oaf
@@ -128,10 +129,11 @@ def window_sharding(optimizer: Optimizer, axis_name: Any) -> nnx.StateSharding:
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2, axis_name="data")
       >>> optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
-      >>> optimizer.opt_state = nnx.data(oa.stack_windows(optimizer.opt_state, D))
+      >>> stacked = oa.sharding.stack_windows(optimizer.opt_state, D)
+      >>> optimizer.opt_state = nnx.data(stacked)
       >>> in_specs = (P(), oaf.window_sharding(optimizer, "data"), P("data"))
     """
-    specs = _stacked.window_specs(nnx.as_pure(optimizer.opt_state), axis_name)
+    specs = window_specs(nnx.as_pure(optimizer.opt_state), axis_name)
     leaves = jax.tree_util.tree_leaves_with_path(
         specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )

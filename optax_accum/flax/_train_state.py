@@ -9,7 +9,7 @@ from flax import serialization, struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from optax_accum import _checks
+from optax_accum import _validate
 from optax_accum.flax import _accumulating
 
 
@@ -95,8 +95,8 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.value / opt_state.weight``. Give it on every micro-step of a
-            window or on none.
+            ``opt_state.window.value / opt_state.window.weight``. Give it on every
+            micro-step of a window or on none.
           extra_args: Further arguments of `tx`, by name.
           **kwargs: Fields to replace, as in Flax. A micro-batch that does not count,
             because its weight is 0 or `skip` rejected it, leaves `batch_stats` as
@@ -140,7 +140,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
 def _select(counted: jax.Array, new: Any, old: Any) -> Any:
     """The statistics that go on, in the containers of the new ones, frozen or not."""
     as_dicts = [serialization.to_state_dict(stats) for stats in (new, old)]
-    _checks.same_structure(
+    _validate.same_structure(
         "batch_stats",
         as_dicts[0],
         "state.batch_stats",

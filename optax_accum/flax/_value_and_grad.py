@@ -1,12 +1,15 @@
 """`nnx.value_and_grad` whose batch runs in micro-batches."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from optax_accum import _arguments, _microbatch, _outputs
+from optax_accum import _outputs, _value_and_grad
+from optax_accum._types import Params
+from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
 
 
@@ -37,8 +40,9 @@ def value_and_grad(
 
     Returns:
       A function with the arguments of `loss_fn` that returns ``(value, grads)`` or
-      ``((value, aux), grads)``, with `return_info` the pair of that and an
-      `oa.MicrobatchInfo`. `grads` is an `nnx.State`, as `nnx.value_and_grad` returns.
+      ``((value, aux), grads)``, with `return_info` or `noise_scale` the pair of that
+      and an `oa.MicrobatchInfo`. `grads` is an `nnx.State`, as from
+      `nnx.value_and_grad`.
 
     Raises:
       TypeError: As `oa.value_and_grad`; an `argnums`; at the call, a first argument
@@ -83,59 +87,74 @@ def value_and_grad(
             "which carries its own state. Put what is to be carried into the module, "
             "as an nnx.Variable"
         )
-    # Where the carry stands is known at the call; all else is checked now.
-    _microbatch.value_and_grad(loss_fn, 0, has_aux, **options)
-    axis_name = options.get("axis_name")
-    return_info = options.get("return_info", False)
+    settings = settings_of(
+        _value_and_grad.value_and_grad(loss_fn, 0, has_aux, **options)
+    )
 
     @functools.wraps(loss_fn)
-    def value_and_grad_of_batch(model, *args, **kwargs):
+    def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+        settings.devices.check_place()
         graphdef, params, state = _module.split(model, wrt)
-
-        count = 1 + len(args)
-        settings: dict[str, Any] = {"batch_argnums": 1} | options
-        for role in ("batch_argnums", "rng_argnums"):
-            given = _arguments.as_positions(role, settings.get(role, ()))
-            settings[role] = _arguments.from_the_front(role, given, count)
-        settings["carry_argnum"] = count
-        names = _arguments.parameter_names(loss_fn, count)
-        for name, argument in [*zip(names[1:], args, strict=True), *kwargs.items()]:
+        call = settings.roles.bind(loss_fn, (params, *args), kwargs)
+        for name, argument in call.named():
             _module.check_no_streams(name, argument)
-
-        def merge(params, state):
-            if axis_name is not None:
-                state = _module.of_this_device(state, axis_name)
-            return nnx.merge(graphdef, params, *state, copy=True)
-
-        @functools.wraps(loss_fn)
-        def functional(params, *args_and_state, **kwargs):
-            *args, state = args_and_state
-            model = merge(params, state)
-            result = loss_fn(model, *args, **kwargs)
-            after = _module.state_after(model, wrt, graphdef, params, state)
-            if axis_name is not None:
-                after = state[0], after[1]
-            if not has_aux:
-                return result, after
-            value, aux = _outputs.pair(result, "(value, aux)")
-            return value, (aux, after)
-
-        if options.get("weight") is not None:
-
-            def weight(params, *args_and_state, **kwargs):
-                *args, state = args_and_state
-                return options["weight"](merge(params, state), *args, **kwargs)
-
-            settings["weight"] = weight
-
-        run = _microbatch.value_and_grad(functional, 0, has_aux, **settings)
-        result = run(params, *args, state, **kwargs)
-        result, info = result if return_info else (result, None)
-        (value, after), grads = result
+        loss = _Loss(settings, wrt, graphdef)
+        functional = dataclasses.replace(
+            settings,
+            fun=loss.value,
+            weight=None if settings.weight is None else loss.weight,
+            roles=settings.roles._replace(carry_argnum=(len(call.args),)),
+        )
+        (value, grads), info = functional.run_call(
+            call._replace(
+                args=[*call.args, state],
+                names=[*call.names, _STATE],
+                carry_place=len(call.args),
+            )
+        )
+        value, after = value
         if has_aux:
             aux, after = after
             value = value, aux
         nnx.update(model, *after)
-        return ((value, grads), info) if return_info else (value, grads)
+        result = value, grads
+        return (result, info) if settings.returns_info else result
 
     return value_and_grad_of_batch
+
+
+_STATE = "the module's state"  # an argument that no loss has by this name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """A loss over a module, as functions of its parameters and its state."""
+
+    settings: _value_and_grad.Settings  # with `loss_fn` as the function
+    wrt: Any
+    graphdef: Any
+
+    def value(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """What `loss_fn` returns, and the state after it as a carry."""
+        state = kwargs.pop(_STATE)
+        model = self._module(params, state)
+        result = self.settings.fun(model, *args, **kwargs)
+        after = _module.state_after(model, self.wrt, self.graphdef, params, state)
+        if self.settings.devices.axis_name is not None:
+            after = state[0], after[1]
+        if not self.settings.has_aux:
+            return result, after
+        value, aux = _outputs.pair(result, "(value, aux)")
+        return value, (aux, after)
+
+    def weight(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """What the user's `weight` returns."""
+        assert self.settings.weight is not None
+        state = kwargs.pop(_STATE)
+        return self.settings.weight(self._module(params, state), *args, **kwargs)
+
+    def _module(self, params: Params, state: tuple[Any, Any]) -> Any:
+        axis_name = self.settings.devices.axis_name
+        if axis_name is not None:
+            state = _module.of_this_device(state, axis_name)
+        return nnx.merge(self.graphdef, params, *state, copy=True)

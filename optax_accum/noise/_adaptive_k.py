@@ -80,13 +80,17 @@ def adaptive_k(
 
     Examples:
       >>> import optax, optax_accum as oa
-      >>> tx = oa.accumulate(optax.sgd(0.1), oa.noise.adaptive_k(2, 64), noise_decay=0.95)
+      >>> every_k = oa.noise.adaptive_k(2, 64)
+      >>> tx = oa.accumulate(optax.sgd(0.1), every_k, noise_decay=0.95)
 
     References:
       McCandlish et al., An Empirical Model of Large-Batch Training, 2018, sections 2.3
       and 5 (https://arxiv.org/abs/1812.06162).
     """
-    low, high = _validate.whole_number("min_k", min_k), _validate.whole_number("max_k", max_k)
+    low, high = (
+        _validate.whole_number("min_k", min_k),
+        _validate.whole_number("max_k", max_k),
+    )
     if high < low:
         raise ValueError(
             f"`max_k` must not be less than `min_k`; got max_k={high} and min_k={low}"

@@ -30,8 +30,8 @@ from optax_accum._window import NoiseSums
 class NoiseScale(NamedTuple):
     """An estimate of the simple noise scale: of one batch, or averaged over many.
 
-    `accumulate` averages by itself (see `oa.noise.estimate`). `value_and_grad` gives each
-    batch's own, to be averaged with `add`.
+    `accumulate` averages by itself (see `oa.noise.estimate`). `value_and_grad` gives
+    each batch's own, to be averaged with `add`.
 
     Attributes:
       signal: ``f32[]``, Ĝ², the squared norm of the true gradient. It is unbiased, and
@@ -109,8 +109,8 @@ class NoiseScale(NamedTuple):
         """
         if not isinstance(sample, NoiseScale):
             raise TypeError(
-                "`sample` must be an `oa.noise.NoiseScale`, such as the `noise_scale` of the "
-                "`MicrobatchInfo` that value_and_grad(..., noise_scale=True) "
+                "`sample` must be an `oa.noise.NoiseScale`, such as the `noise_scale` "
+                "of the `MicrobatchInfo` that value_and_grad(..., noise_scale=True) "
                 f"returns; got {type(sample).__name__}"
             )
         if not isinstance(decay, jax.Array):

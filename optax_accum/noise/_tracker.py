@@ -46,12 +46,15 @@ class NoTracker:
     def check(self, state: _state.AccumulateState, grads: Grads, axes: Any) -> None:
         """Any state will do."""
 
+    def square_before(self, boundary: jax.Array, window: Window) -> None:
+        """Nothing to know."""
+
     def close(
-        self, noise: Tree, total: Window, micro_steps: Scalar
-    ) -> tuple[Tree, Window]:
+        self, noise: Tree, total: Window, square: Scalar | None, micro_steps: Scalar
+    ) -> Tree:
         """Nothing changes."""
-        del micro_steps
-        return noise, total
+        del total, square, micro_steps
+        return noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +77,9 @@ class Tracker:
         if not state.window.noise or jax.tree.structure(state.noise) != wanted:
             raise ValueError(
                 "`state` was made without this `noise_decay` or `adaptive_k`, and has "
-                "nowhere to measure it. Give it a place, between two windows: "
-                "new = tx.init(params), then state._replace(noise=new.noise, "
-                "window=state.window._replace(noise=new.window.noise)), before "
-                "oa.sharding.stack_windows if it is stacked"
+                "nowhere to measure it. Between two windows, take both from a new one: "
+                "new = tx.init(params), and state._replace(window=new.window, "
+                "noise=new.noise), before oa.sharding.stack_windows if it is stacked"
             )
         everywhere = _tree.varying(jnp.asarray(state.noise.estimate.signal))
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -90,23 +92,31 @@ class Tracker:
                     "Leave `noise_decay` out where parameters are in parts"
                 )
 
-    def close(
-        self, noise: Tracked, total: Window, micro_steps: Scalar
-    ) -> tuple[Tracked, Window]:
-        """What a window of these totals changes, and the window.
+    def square_before(self, boundary: jax.Array, window: Window) -> Scalar:
+        """‖S‖², if this is the boundary, in a branch before that of the optimizer.
 
-        The updates may overwrite S. The barrier tells XLA that the norm reads it first;
-        otherwise it would read a copy.
+        Its updates overwrite S. Read in the same branch, S would be copied: nothing
+        tells XLA that the norm is taken first.
         """
-        dtype = total.weight.dtype
-        square, grads = lax.optimization_barrier(
-            (_tree.squared_norm(total.grads, dtype), total.grads)
+        dtype = window.weight.dtype
+        return lax.cond(
+            boundary,
+            lambda grads: _tree.squared_norm(grads, dtype),
+            lambda _: jnp.zeros([], dtype),
+            window.grads,
         )
+
+    def close(
+        self, noise: Tracked, total: Window, square: Scalar | None, micro_steps: Scalar
+    ) -> Tracked:
+        """The averages after a window of these totals; `square` is ‖S‖², if known."""
+        if square is None:
+            square = _tree.squared_norm(total.grads, total.weight.dtype)
         sample = of_window(total.noise, square / total.weight**2, total.weight)
         estimate, k = noise.estimate.add(sample, self.decay), noise.k
         if self.adaptive_k is not None:
             k = self.adaptive_k.next(k, estimate, total.weight / micro_steps)
-        return Tracked(estimate, k), total._replace(grads=grads)
+        return Tracked(estimate, k)
 
 
 def tracker(

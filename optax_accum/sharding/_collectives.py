@@ -124,7 +124,7 @@ def check_local(axis_name: AxisName | None, grads: Grads) -> None:
 
 
 def check_same(axis_name: AxisName | None, params: Params) -> None:
-    """Raises where types say that `params` differ between the devices of `axis_name`."""
+    """Raises where types say that `params` differ between devices of `axis_name`."""
     for name in _tree.axes_of(axis_name):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if isinstance(leaf, jax.Array) and name in _tree.varying(leaf):

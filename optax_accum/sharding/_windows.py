@@ -1,9 +1,9 @@
 """One open window per device, stacked along a leading axis.
 
 Inside `jax.pmap` and `jax.shard_map` a window's sums are each device's own until the
-boundary. Between two calls they are arrays with a leading axis of devices: the state is
-*stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is local is
-stacked, and `accumulate` takes such a state as it comes, with one window on each device.
+boundary. Between two calls they are arrays with a leading axis of devices: the state
+is *stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is local is
+stacked, and `accumulate` takes such a state as it comes, one window on each device.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,13 @@
-"""Writes `tests/data/first`: a checkpoint of the first version of this library.
+"""Writes `tests/data/first`: a checkpoint that every version must restore.
 
-    git worktree add --detach /tmp/first be22548
-    PYTHONPATH=/tmp/first python tests/data/write_checkpoint.py
-    git worktree remove /tmp/first
+    python tests/data/write_checkpoint.py
+
+It was run once, when the fields of `AccumulateState` became what they are, and is not
+to be run again: what it wrote then is in people's checkpoints.
 
 `checkpoint` was saved with Orbax in the middle of the second window, after `SAVED` of
 the micro-steps. `micro_steps.npz` holds what all of them were given, and the leaves of
 parameters and state when it was saved and in the end, as that version computed them.
-Only what that version had is used here, so that any later one can be asked the same.
 """
 
 import shutil
