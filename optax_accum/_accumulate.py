@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accum import _boundary, _skip, _tree, _validate, _window
+from optax_accum import _boundary, _inner, _skip, _tree, _validate, _window
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
     AxisName,
@@ -316,6 +316,7 @@ class _MicroStep(NamedTuple):
     is_positive: bool  # whether the weight is known to be
     boundary: Boundary
     value: Scalar
+    inner: _inner.Arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,23 +373,14 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
-        step = self._check(grads, state, params, weight, boundary, value)
-        new, closing = self._add(step, state, params)
-        inner = _Inner(self, grads, params, extra_args, value is not None)
-        shapes, two_phase = inner.plan(step, new, closing)
-        # The updates may overwrite the sums only if nothing reads these any more, and
-        # if both are local or neither is.
-        is_static = isinstance(closing.boundary, bool)
-        may_reuse = not (two_phase or is_static or self.has_devices)
-        reused = _boundary.Reused.plan(
-            shapes, closing.window.grads if may_reuse else ()
-        )
+        arguments = _inner.Arguments(grads, params, value is not None, extra_args)
+        step = self._check(arguments, state, weight, boundary, value)
+        new, closing = self._add(step, state)
+        inner, shapes = self._inner(step, closing)
+        two_phase = _boundary.rounds(closing, shapes)
+        reused = _boundary.Reused.plan(shapes, closing, two_phase=two_phase)
         buffers = _boundary.run_inner(
-            closing,
-            inner.update,
-            reused.write,
-            _buffers(new, closing, reused.others()),
-            two_phase=two_phase,
+            closing, inner, reused.write, reused.others(), two_phase=two_phase
         )
         return reused.read(buffers), self._finish(state, new, closing, buffers)
 
@@ -403,24 +395,23 @@ class _Accumulation:
         value: Any = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
-        step = self._check(grads, state, params, weight, boundary, value, applies=True)
-        new, closing = self._add(step, state, params)
-        inner = _Inner(self, grads, params, extra_args, value is not None)
-        _, two_phase = inner.plan(step, new, closing)
+        arguments = _inner.Arguments(grads, params, value is not None, extra_args)
+        step = self._check(arguments, state, weight, boundary, value, applies=True)
+        new, closing = self._add(step, state)
+        inner, shapes = self._inner(step, closing)
         buffers = _boundary.run_inner(
             closing,
-            inner.update,
+            inner,
             _boundary.write_params,
-            _buffers(new, closing, _tree.as_arrays(params)),
-            two_phase=two_phase,
+            _tree.as_arrays(params),
+            two_phase=_boundary.rounds(closing, shapes),
         )
         return buffers.out, self._finish(state, new, closing, buffers)
 
     def _check(
         self,
-        grads: Grads,
+        arguments: _inner.Arguments,
         state: AccumulateState,
-        params: Params,
         weight: Any,
         boundary: Boundary,
         value: Any,
@@ -428,6 +419,7 @@ class _Accumulation:
         applies: bool = False,
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
+        grads, params = arguments.grads, arguments.params
         boundary = _validate.boundary(boundary, self.every_k)
         _collectives.check_bound(self.devices.axis_name)
         _validate.state(state, grads, self.has_accumulator, self.has_devices)
@@ -446,15 +438,15 @@ class _Accumulation:
         number, is_positive = _validate.weight(weight, state.window.weight.dtype)
         value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
         value = value.astype(state.window.value.dtype)
-        return _MicroStep(grads, number, is_positive, boundary, value)
+        return _MicroStep(grads, number, is_positive, boundary, value, arguments)
 
     def _add(
-        self, step: _MicroStep, state: AccumulateState, params: Params
+        self, step: _MicroStep, state: AccumulateState
     ) -> tuple[AccumulateState, _boundary.Closing]:
         """The state with the micro-batch in its window, and the window at its end."""
         if _windows.is_stacked(state):
             state = _windows.unstacked(state)
-        rejected, skip_state = self._ask_skip(step.grads, state, params)
+        rejected, skip_state = self._ask_skip(step.grads, state, step.inner.params)
         arrived = ~rejected if self.on_skip == "wait" else jnp.ones([], bool)
         micro_steps = _count(state.micro_step, arrived)
 
@@ -483,7 +475,7 @@ class _Accumulation:
             window=window,
             skip_state=skip_state,
         )
-        return state, self._closing(step, window, boundary, micro_steps)
+        return state, self._closing(step, state, boundary, micro_steps)
 
     def _count_closes(
         self, state: AccumulateState, micro_steps: Scalar, arrived: Scalar
@@ -491,23 +483,24 @@ class _Accumulation:
         """Whether the count closes the window."""
         if self.every_k == 1:
             return True
-        k = self.every_k
-        if isinstance(k, AdaptiveK):
-            k = state.noise.k
-        elif callable(k):
-            k = k(state.gradient_step)
-        k = _validate.scheduled_k(k)
+        every_k: Any = self.every_k
+        if isinstance(every_k, AdaptiveK):
+            every_k = state.noise.k
+        elif callable(every_k):
+            every_k = every_k(state.gradient_step)
+        k = _validate.scheduled_k(every_k)
         # >=, so that a schedule that shrinks k still closes.
         return arrived & (micro_steps.astype(k.dtype) >= k)
 
     def _closing(
         self,
         step: _MicroStep,
-        window: Window,
+        state: AccumulateState,
         boundary: bool | jax.Array,
         micro_steps: Scalar,
     ) -> _boundary.Closing:
-        reduction = self.reduction
+        """The window at its end, as far as it is known before the branch."""
+        window, reduction = state.window, self.reduction
         if self.every_k == 1 and not self.has_devices:
             # A window of one gradient is not a sum, and its mean is that gradient.
             window = window._replace(grads=step.grads, value=step.value)
@@ -532,6 +525,20 @@ class _Accumulation:
             reduction=reduction,
             devices=self.devices,
             tracker=self.tracker,
+            inner_state=state.inner_state,
+            noise=state.noise,
+        )
+
+    def _inner(
+        self, step: _MicroStep, closing: _boundary.Closing
+    ) -> tuple[_inner.Inner, Updates]:
+        return _inner.on_window(
+            self.inner,
+            step.inner,
+            closing.window,
+            closing.inner_state,
+            self.devices,
+            has_branch=closing.has_branch,
         )
 
     def _finish(
@@ -574,93 +581,6 @@ class _Accumulation:
         )
         info = _tree.cast_like(info, state.skip_state)
         return rejected, jax.tree.map(_tree.vary_like, info, state.skip_state)
-
-
-class _Inner:
-    """The inner optimizer on the gradient of a whole window."""
-
-    def __init__(
-        self,
-        accumulation: _Accumulation,
-        grads: Grads,
-        params: Params,
-        extra_args: dict[str, Any],
-        takes_value: bool,
-    ):
-        """Everything that one micro-step gives it."""
-        self.devices = accumulation.devices
-        self.like: Updates = None
-        self.narrow_to: Grads = None
-
-        def call(mean: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
-            given = {**extra_args, "value": value} if takes_value else extra_args
-            whole = _tree.fill_inexact(grads, mean)
-            return accumulation.inner.update(whole, inner_state, params, **given)
-
-        self.call = call
-
-    def plan(
-        self, step: _MicroStep, state: AccumulateState, closing: _boundary.Closing
-    ) -> tuple[Updates, bool]:
-        """The shapes of the updates, and whether the state is to be computed later."""
-        has_branch = not isinstance(closing.boundary, bool)
-        if has_branch:
-            # What tells the shapes is the trace that the branch takes.
-            self.call = jax.jit(self.call, inline=True)
-
-        def over_devices(grads: Grads, value: Scalar) -> tuple[Updates, Tree]:
-            grads, value = self.devices.sum(grads, value)
-            return self.call(grads, state.inner_state, value)
-
-        # What the inner optimizer alone gives for gradients of the incoming dtype.
-        self.like, _ = jax.eval_shape(over_devices, step.grads, closing.window.value)
-        sums = closing.window.grads
-        own, wide = (jax.tree.map(_tree.dtype_of, tree) for tree in (step.grads, sums))
-        if own != wide:
-            try:
-                jax.eval_shape(over_devices, sums, closing.window.value)
-            except TypeError:
-                # Some, like `optax.novograd`, branch between a gradient and a moment,
-                # and only take gradients of the parameters' dtype.
-                self.narrow_to = step.grads
-        two_phase = (
-            # Across devices the gradients would be exchanged twice.
-            has_branch
-            and self.devices.axis_name is None
-            and _boundary.rounds(sums, self.like, state.inner_state)
-        )
-        return self.like, two_phase
-
-    def update(
-        self, mean: Grads, inner_state: Tree, value: Scalar
-    ) -> tuple[Updates, Tree]:
-        """Updates and state, in the types that the inner optimizer alone gives them."""
-        if self.narrow_to is not None:
-            mean = _tree.cast_like(mean, self.narrow_to)
-        updates, new_state = self.call(mean, inner_state, value)
-        _validate.same_structure(
-            "inner_state",
-            new_state,
-            "inner.init(params)",
-            inner_state,
-            "An optimizer whose state changes its structure cannot be compiled "
-            "into a boundary; put it beside `accumulate`, in an `optax.chain`",
-        )
-        new_state = _tree.cast_like(new_state, inner_state)
-        return _tree.cast_like(updates, self.like), new_state
-
-
-def _buffers(
-    state: AccumulateState, closing: _boundary.Closing, out: Tree
-) -> _boundary.Buffers:
-    """What the boundary may write to."""
-    return _boundary.Buffers(
-        has_updated=jnp.zeros([], bool),
-        sums=closing.window.grads,
-        out=out,
-        inner_state=state.inner_state,
-        noise=state.noise,
-    )
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

@@ -24,10 +24,9 @@ import optax
 from jax import dtypes, lax
 
 from optax_accum import _tree
+from optax_accum._inner import Inner
 from optax_accum._types import Grads, Params, Reduction, Scalar, Tree, Updates
 from optax_accum._window import Devices, Window
-
-Inner = Callable[[Grads, Tree, Scalar], tuple[Updates, Tree]]
 
 
 class Buffers(NamedTuple):
@@ -70,6 +69,8 @@ class Closing(NamedTuple):
       reduction: How the sums are divided.
       devices: Those that share the window.
       tracker: What measures the noise scale.
+      inner_state: The inner optimizer's state.
+      noise: The averages of the noise scale.
     """
 
     boundary: bool | jax.Array
@@ -80,13 +81,20 @@ class Closing(NamedTuple):
     reduction: Reduction
     devices: Devices
     tracker: Tracker
+    inner_state: Tree
+    noise: Tree
+
+    @property
+    def has_branch(self) -> bool:
+        """Whether the boundary is only known at run time."""
+        return not isinstance(self.boundary, bool)
 
 
 def run_inner(
     closing: Closing,
     inner: Inner,
     write: Callable[[Updates, Buffers], Buffers],
-    buffers: Buffers,
+    out: Tree,
     *,
     two_phase: bool,
 ) -> Buffers:
@@ -96,7 +104,7 @@ def run_inner(
       closing: The window, and whether it ends.
       inner: ``(grads, inner_state, value) -> (updates, inner_state)``.
       write: Puts the updates where they go.
-      buffers: What may be written to, with S in it.
+      out: The parameters, or zeros for the updates that do not leave in S.
       two_phase: Whether to compute the state in a second branch, after the updates.
         XLA removes from each branch what it does not return, but what updates and
         state have in common is computed twice, once per window.
@@ -121,7 +129,7 @@ def run_inner(
 
         if not closing.may_be_empty:
             return apply(buffers)
-        if isinstance(closing.boundary, bool):
+        if not closing.has_branch:
             return jax.tree.map(
                 lambda new, old: jnp.where(total.weight != 0, new, old),
                 apply(buffers),
@@ -133,6 +141,13 @@ def run_inner(
     def same(buffers: Buffers) -> Buffers:
         return buffers
 
+    buffers = Buffers(
+        has_updated=jnp.zeros([], bool),
+        sums=closing.window.grads,
+        out=out,
+        inner_state=closing.inner_state,
+        noise=closing.noise,
+    )
     if isinstance(closing.boundary, bool):
         return do_update(buffers) if closing.boundary else buffers
     if not two_phase:
@@ -153,8 +168,8 @@ def run_inner(
     return updated._replace(inner_state=after.inner_state, noise=after.noise)
 
 
-def rounds(accumulator: Grads, updates: Updates, inner_state: Tree) -> bool:
-    """Whether what the inner optimizer computed is rounded to be kept.
+def rounds(closing: Closing, updates: Updates) -> bool:
+    """Whether what the inner optimizer computes in a branch is rounded to be kept.
 
     Then a rounded moment and the unrounded one that the updates are computed from are
     live together, and XLA copies every moment unless the updates come first.
@@ -164,8 +179,11 @@ def rounds(accumulator: Grads, updates: Updates, inner_state: Tree) -> bool:
         leaves = jax.tree.leaves(_tree.keep_inexact(tree))
         return [jnp.finfo(x.dtype).bits for x in leaves if x.ndim]
 
-    widest = max(bits(accumulator), default=0)
-    return any(kept < widest for kept in bits((updates, inner_state)))
+    # Across devices the gradients would be exchanged twice.
+    if not closing.has_branch or closing.devices.axis_name is not None:
+        return False
+    widest = max(bits(closing.window.grads), default=0)
+    return any(kept < widest for kept in bits((updates, closing.inner_state)))
 
 
 def apply_updates(params: Params, updates: Updates) -> Params:
@@ -191,8 +209,15 @@ class Reused(NamedTuple):
     indices: list[int | None]
 
     @classmethod
-    def plan(cls, shapes: Updates, accumulator: Grads) -> "Reused":
-        """Finds a buffer of `accumulator` for each leaf of the updates."""
+    def plan(cls, shapes: Updates, closing: Closing, *, two_phase: bool) -> "Reused":
+        """Finds a buffer of the accumulator for each leaf of the updates.
+
+        There are none if the second phase still reads S, if nothing is gained because
+        there is no branch, or if S is each device's own and the updates are not.
+        """
+        is_local = closing.devices.axis_name is None
+        may_reuse = is_local and closing.has_branch and not two_phase
+        accumulator = closing.window.grads if may_reuse else ()
         leaves = jax.tree_util.tree_leaves_with_path(accumulator)
         buffers = {path: (i, buffer) for i, (path, buffer) in enumerate(leaves)}
 

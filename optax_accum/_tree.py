@@ -46,6 +46,11 @@ def is_complex(leaf: Any) -> bool:
     return jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
 
 
+def differ_in_dtype(a: Any, b: Any) -> bool:
+    """Whether two leaves have different dtypes."""
+    return dtype_of(a) != dtype_of(b)
+
+
 def at_least_float32(dtype: DType) -> Any:
     """float32, or `dtype` where that is wider or an integer.
 

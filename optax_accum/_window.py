@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree
-from optax_accum._types import DType, Grads, Reduction, Scalar, Tree
+from optax_accum._types import AxisName, DType, Grads, Reduction, Scalar, Tree
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
@@ -147,6 +147,10 @@ class NoNoiseSums(NamedTuple):
 
 class Devices(Protocol):
     """What a window needs to know of the devices that share it."""
+
+    @property
+    def axis_name(self) -> AxisName | None:
+        """Their axis, or several, or ``None``."""
 
     def sum(self, grads: Grads, rest: Tree) -> tuple[Grads, Tree]:
         """The sums over all devices, of the gradients and of everything else."""

@@ -1,0 +1,103 @@
+"""The inner optimizer on the gradient of a whole window.
+
+It computes in the accumulator's dtype, and what it returns has the dtypes that it alone
+would have given for gradients of the incoming dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optax_accum import _tree, _validate
+from optax_accum._types import Grads, Params, Scalar, Tree, Updates
+from optax_accum._window import Devices, Window
+
+Inner = Callable[[Grads, Tree, Scalar], tuple[Updates, Tree]]
+
+
+class Arguments(NamedTuple):
+    """What the boundary micro-step gives the inner optimizer besides the window.
+
+    Attributes:
+      grads: Its gradient, of which the leaves count that are not accumulated.
+      params: The parameters.
+      takes_value: Whether it is to be given the window's value.
+      extra_args: Everything else.
+    """
+
+    grads: Grads
+    params: Params
+    takes_value: bool
+    extra_args: dict[str, Any]
+
+
+def on_window(
+    optimizer: optax.GradientTransformationExtraArgs,
+    arguments: Arguments,
+    window: Window,
+    inner_state: Tree,
+    devices: Devices,
+    *,
+    has_branch: bool,
+) -> tuple[Inner, Updates]:
+    """The inner optimizer as a function of a window's result, and its updates' shapes.
+
+    Args:
+      optimizer: The inner optimizer.
+      arguments: What it is given besides the window.
+      window: The window, before its division.
+      inner_state: The optimizer's state.
+      devices: Those that share the window.
+      has_branch: Whether it will run in a branch. Then the trace that tells the shapes
+        serves the branch as well.
+
+    Returns:
+      ``(grads, inner_state, value) -> (updates, inner_state)``, and a tree of
+      `jax.ShapeDtypeStruct`.
+    """
+
+    def call(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
+        extra_args = arguments.extra_args
+        if arguments.takes_value:
+            extra_args = {**extra_args, "value": value}
+        grads = _tree.fill_inexact(arguments.grads, grads)
+        return optimizer.update(grads, inner_state, arguments.params, **extra_args)
+
+    if has_branch:
+        call = jax.jit(call, inline=True)
+
+    def shapes_for(grads: Grads) -> Updates:
+        def over_devices(grads: Grads, value: Scalar) -> tuple[Updates, Tree]:
+            grads, value = devices.sum(grads, value)
+            return call(grads, inner_state, value)
+
+        return jax.eval_shape(over_devices, grads, window.value)[0]
+
+    own = _tree.as_arrays(_tree.keep_inexact(arguments.grads))
+    shapes = shapes_for(own)
+    is_narrow = False
+    if any(map(_tree.differ_in_dtype, *map(jax.tree.leaves, (own, window.grads)))):
+        try:
+            shapes_for(window.grads)
+        except TypeError:
+            # Some, like `optax.novograd`, branch between a gradient and a moment, and
+            # only take gradients of the parameters' dtype.
+            is_narrow = True
+
+    def inner(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
+        grads = _tree.cast_like(grads, own) if is_narrow else grads
+        updates, new_state = call(grads, inner_state, value)
+        _validate.same_structure(
+            "inner_state",
+            new_state,
+            "inner.init(params)",
+            inner_state,
+            "An optimizer whose state changes its structure cannot be compiled "
+            "into a boundary; put it beside `accumulate`, in an `optax.chain`",
+        )
+        new_state = _tree.cast_like(new_state, inner_state)
+        return _tree.cast_like(updates, shapes), new_state
+
+    return inner, shapes
