@@ -35,7 +35,7 @@ from optax_accum.sharding import _collectives
 class Part(NamedTuple):
     """Which micro-batch an output is of."""
 
-    index: int | Scalar
+    number: int | Scalar
     size: int
     weight: Scalar
 
@@ -144,7 +144,9 @@ class Stack(_Kept):
 
     def start(self, weight: Any) -> jax.Array:
         del weight
-        return lax.broadcast(_tree.zeros_like(self.shape), (self.split.count,))
+        return lax.broadcast(
+            _tree.zeros_like(self.shape), (self.split.num_microbatches,)
+        )
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
         if output.shape != self.shape.shape:
@@ -154,7 +156,7 @@ class Stack(_Kept):
                 f'{self.shape.shape}. Use "concat" for outputs with one entry per '
                 "example, or a `microbatch_size` that divides the batch"
             )
-        return lax.dynamic_update_index_in_dim(carried, output, part.index, 0)
+        return lax.dynamic_update_index_in_dim(carried, output, part.number, 0)
 
     def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
         del weight
@@ -180,9 +182,9 @@ class Concat(_Kept):
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
         self._check(output.shape, part.size)
         if self.split.remainder:
-            start = part.index * self.split.size
+            start = part.number * self.split.size
             return lax.dynamic_update_slice_in_dim(carried, output, start, 0)
-        return lax.dynamic_update_index_in_dim(carried, output, part.index, 1)
+        return lax.dynamic_update_index_in_dim(carried, output, part.number, 1)
 
     def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
         del weight

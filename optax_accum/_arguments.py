@@ -134,39 +134,40 @@ class Roles(NamedTuple):
           TypeError: What is named as a key and is not one; an NNX module.
           ValueError: An argument that the call does not have, or with two roles.
         """
-        num_positional = len(args)
-        args, kwargs, names = bind_positions(fun, args, kwargs)
-        is_one = isinstance(self.argnums, int)
-        places: dict[str, list[Place]] = {
-            role: list(from_the_front(role, given, len(args), num_positional))
+        in_place, others, names = bind_positions(fun, args, kwargs)
+        several = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+        positions = {
+            role: from_the_front(role, given, len(in_place), len(args))
             for role, given in {
-                "argnums": (self.argnums,) if is_one else self.argnums,
+                "argnums": several,
                 "batch_argnums": self.batch_argnums,
                 "carry_argnum": self.carry_argnum,
                 "rng_argnums": self.rng_argnums,
             }.items()
         }
-        by_name = [_place_of(name, names, kwargs) for name in self.batch_argnames]
-        # Naming the default position as well is no mistake.
-        batch = places["batch_argnums"]
-        batch += [place for place in by_name if place not in batch]
-        _check_disjoint(places, names)
-        argnums: Any = tuple(places["argnums"])
-        for i in places["rng_argnums"]:
-            _check_keys(names[i], args[i])
+        places: list[Place] = [*positions["batch_argnums"]]
+        for name in self.batch_argnames:
+            place = _place_of(name, names, others)
+            # To name the default position as well is no mistake.
+            if place not in positions["batch_argnums"]:
+                places.append(place)
+        _check_disjoint({**positions, "batch_argnums": places}, names)
+        argnums = positions["argnums"]
+        for i in positions["rng_argnums"]:
+            _check_keys(names[i], in_place[i])
         for i in argnums:
-            _check_no_nnx_module(names[i], args[i])
-        arguments = {**dict(enumerate(args)), **kwargs}
+            _check_no_nnx_module(names[i], in_place[i])
+        batch = [others[p] if isinstance(p, str) else in_place[p] for p in places]
         return Call(
-            args=[None if i in batch else x for i, x in enumerate(args)],
-            kwargs={name: x for name, x in kwargs.items() if name not in batch},
+            args=[None if i in places else x for i, x in enumerate(in_place)],
+            kwargs={name: x for name, x in others.items() if name not in places},
             names=names,
-            num_positional=num_positional,
-            argnums=argnums[0] if is_one else argnums,
-            batch=[jax.tree.map(jnp.asarray, arguments[place]) for place in batch],
-            places=batch,
-            carry_place=next(iter(places["carry_argnum"]), None),
-            key_places=tuple(places["rng_argnums"]),
+            num_positional=len(args),
+            argnums=argnums[0] if isinstance(self.argnums, int) else argnums,
+            batch=jax.tree.map(jnp.asarray, batch),
+            places=places,
+            carry_place=next(iter(positions["carry_argnum"]), None),
+            key_places=positions["rng_argnums"],
         )
 
 
@@ -276,7 +277,7 @@ def _place_of(name: str, names: list[str], kwargs: dict[str, Any]) -> Place:
     )
 
 
-def _check_disjoint(places: dict[str, list[Any]], names: list[str]) -> None:
+def _check_disjoint(places: dict[str, Sequence[Any]], names: list[str]) -> None:
     """Raises where one argument has two roles, or one role twice."""
     seen: dict[Place, str] = {}
     for role, given in places.items():

@@ -31,7 +31,7 @@ class Split(NamedTuple):
     axis: int
 
     @property
-    def count(self) -> int:
+    def num_microbatches(self) -> int:
         """The number of micro-batches, a smaller last one counted."""
         return self.whole + bool(self.remainder)
 

@@ -461,7 +461,7 @@ class _Loop:
     ) -> _Microbatch:
         """Value and gradient on one micro-batch of `size` examples."""
         call, settings = self.call, self.settings
-        number = settings.devices.number(index, self.split.count)
+        number = settings.devices.number(index, self.split.num_microbatches)
         args, kwargs = call.for_microbatch(part, carry, number)
         for i in jax.tree.leaves(call.argnums):
             # So that `jax.grad` gives this device's gradient, and not the sum of all.
@@ -585,9 +585,8 @@ class _Loop:
         """The noise scale of the batch, if it was asked for."""
         if not self.settings.noise_scale:
             return ()
-        weight = total.weight
         square = self.settings.devices.squared_norm(
-            total.grads, shapes.grads, weight.dtype
+            total.grads, shapes.grads, total.weight.dtype
         )
-        square = square / (weight / self._relative_to) ** 2
-        return _noise_scale.of_window(total.noise, square, weight)
+        weight = total.weight / self._relative_to
+        return _noise_scale.of_window(total, square / weight**2)

@@ -53,7 +53,8 @@ def estimate(grads, weights, reduction="mean"):
         total = total + jnp.float32(w if reduction == "mean" else 1) * g
     weight = jnp.float32(sum(weights))
     square = _tree.squared_norm(total, jnp.float32) / weight**2
-    return _noise_scale.of_window(sums, square, weight)
+    window = _window.Window.empty((), weight, weight)
+    return _noise_scale.of_window(window._replace(weight=weight, noise=sums), square)
 
 
 # --- The estimate ---

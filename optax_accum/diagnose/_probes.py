@@ -174,12 +174,14 @@ def _unsplit_argument(seen: Comparison) -> Cause | None:
     problem = seen.problem
     roles, call = problem.settings.roles, problem.call
     for place, name, _ in problem.unsplit():
-        role, places = "batch_argnums", (*roles.batch_argnums, place)
         if isinstance(place, str) or place >= call.num_positional:
-            role, places = "batch_argnames", (*roles.batch_argnames, name)
+            role, names = "batch_argnames", (*roles.batch_argnames, name)
+            changed, advice = roles._replace(batch_argnames=names), repr(names)
+        else:
+            role, positions = "batch_argnums", (*roles.batch_argnums, place)
+            changed, advice = roles._replace(batch_argnums=positions), repr(positions)
         try:
-            changed = problem.with_settings(roles=roles._replace(**{role: places}))
-            mended = changed.in_parts()
+            mended = problem.with_settings(roles=changed).in_parts()
         except (TypeError, ValueError):  # Then it is not a batch.
             continue
         if not seen.moved(seen.whole, mended):
@@ -188,7 +190,7 @@ def _unsplit_argument(seen: Comparison) -> Cause | None:
                 f"`{name}` has {problem.split.examples} entries along axis "
                 f"{problem.batch_axis}, as many as the batch has examples, but reaches "
                 "every micro-batch whole. Split it as well, and the results agree: "
-                f"{role}={places!r}",
+                f"{role}={advice}",
             )
     return None
 

@@ -154,7 +154,7 @@ class Problem:
     @property
     def num_microbatches(self) -> int:
         """K, a smaller last micro-batch counted, on each device."""
-        return self.split.count
+        return self.split.num_microbatches
 
     @property
     def batch_axis(self) -> int:

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optax_accum import _validate
+from optax_accum import _validate, _window
+from optax_accum._types import Tree
 from optax_accum.flax import _module
+
+Name = tuple[str, ...]  # of a leaf: the keys that lead to it
 
 
 def combine_batch_stats(
-    before: Any, after: Any, *, momentum: float = 0.99, weights: Any = None
-) -> Any:
+    before: Tree, after: Tree, *, momentum: float = 0.99, weights: Any = None
+) -> Tree:
     """One BatchNorm update by the global batch, from those of its K micro-batches.
 
     A model that sees K micro-batches moves its running statistics K times, by the last
@@ -93,23 +96,23 @@ def combine_batch_stats(
     counted = jax.lax.cummax(jnp.where(weights != 0, number, 0))  # the last one so far
     previous = jnp.concatenate([jnp.zeros_like(counted[:1]), counted[:-1]])
 
-    def of_microbatches(name):
+    def of_microbatches(name: Name) -> jax.Array:
         """What each micro-batch alone would have moved the statistics to."""
         dtype = jnp.promote_types(new[name].dtype, jnp.float32)
         x = jnp.concatenate([old[name][None], new[name]]).astype(dtype)
         return (x[1:] - momentum * x[previous]) / (1 - momentum)
 
-    def average(x):
+    def average(x: jax.Array) -> jax.Array:
         each = weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        summed = jnp.where(each != 0, each * x, jnp.zeros([], x.dtype)).sum(0)
-        return summed / total.astype(x.dtype)
+        summed = _window.contributions(x, each, "mean").sum(0)
+        return _window.divide(summed, total, "mean")
 
-    def moved(name, x):
+    def moved(name: Name, x: jax.Array) -> jax.Array:
         start = old[name]
         after = momentum * start.astype(x.dtype) + (1 - momentum) * x
         return jnp.where(total != 0, after, start.astype(x.dtype)).astype(start.dtype)
 
-    combined: dict[Any, jax.Array] = {}
+    combined: dict[Name, jax.Array] = {}
     for mean, var in _pairs(names):
         means = of_microbatches(mean)
         center = average(means)
@@ -122,7 +125,7 @@ def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _weights(weights: Any, old: dict[Any, Any], new: dict[Any, Any]) -> jax.Array:
+def _weights(weights: Any, old: dict[Name, Any], new: dict[Name, Any]) -> jax.Array:
     """``[K]`` in floating point, if all statistics are K of what they were before."""
     count = jnp.shape(weights) if weights is not None else ()
     for name, x in new.items():
@@ -139,7 +142,7 @@ def _weights(weights: Any, old: dict[Any, Any], new: dict[Any, Any]) -> jax.Arra
     return given.astype(jnp.promote_types(given.dtype, jnp.float32))
 
 
-def _pairs(names: list[tuple[str, ...]]) -> list[tuple[Any, Any]]:
+def _pairs(names: list[Name]) -> list[tuple[Name, Name]]:
     """Each ``mean`` with the ``var`` that stands beside it."""
     means = [name for name in names if name[-1] == "mean"]
     pairs = [(name, (*name[:-1], "var")) for name in means]

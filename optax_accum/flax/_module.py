@@ -94,7 +94,7 @@ def _flat(*states: Any) -> dict[str, Any]:
 def _types_of(*states: Any) -> dict[str, tuple[str, Any]]:
     """For each variable what to call its type, and what its type is."""
 
-    def type_of(variable):
+    def type_of(variable: Any) -> tuple[str, Any]:
         leaves, structure = jax.tree.flatten(_value(variable))
         name, types = type(variable).__name__, list(map(_validate.shown_type, leaves))
         return f"{name} {', '.join(types)}", (name, structure, types)
@@ -118,7 +118,7 @@ def of_this_device(state: tuple[Any, Any], axis_name: Any) -> tuple[Any, Any]:
     keys, rest = state
     index = lax.axis_index(axis_name)
 
-    def fold(key):
+    def fold(key: jax.Array) -> jax.Array:
         each = jnp.ravel(key)
         return jax.vmap(jax.random.fold_in, (0, None))(each, index).reshape(key.shape)
 

@@ -139,7 +139,7 @@ def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateShard
     )
     local = {_module.names_of(path) for path, spec in leaves if spec != PartitionSpec()}
 
-    def is_local(path, variable):
+    def is_local(path: Any, variable: Any) -> bool:
         del variable
         return path[0] == "opt_state" and tuple(map(str, path[1:])) in local
 

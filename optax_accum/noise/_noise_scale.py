@@ -24,7 +24,7 @@ import numpy as np
 
 from optax_accum import _validate
 from optax_accum._types import DType, Scalar
-from optax_accum._window import NoiseSums
+from optax_accum._window import NoiseSums, Window
 
 
 class NoiseScale(NamedTuple):
@@ -134,14 +134,10 @@ class NoiseScale(NamedTuple):
         return NoiseScale(signal, noise, count)
 
 
-def of_window(sums: NoiseSums, square: Scalar, weight: Scalar) -> NoiseScale:
-    """The estimate from one window, of all devices.
-
-    Args:
-      sums: Over all micro-batches.
-      square: ``‖ḡ‖²``.
-      weight: B.
-    """
+def of_window(total: Window, square: Scalar) -> NoiseScale:
+    """The estimate from one window, of all devices; `square` is ``‖ḡ‖²``."""
+    sums, weight = total.noise, total.weight
+    assert isinstance(sums, NoiseSums)
     enough = sums.samples > 1
     others = jnp.where(enough, sums.samples - 1, 1).astype(square.dtype)
     noise = (sums.squares - weight * square) / others

@@ -74,7 +74,8 @@ class Tracker:
     def check(self, state: _state.AccumulateState, grads: Grads, axes: Any) -> None:
         """Raises unless the noise scale of these gradients can be kept in `state`."""
         wanted = jax.tree.structure(jax.eval_shape(lambda: self.init(jnp.float32)))
-        if not state.window.noise or jax.tree.structure(state.noise) != wanted:
+        is_there = jax.tree.structure(state.noise) == wanted  # type: ignore[operator]
+        if not (is_there and state.window.noise):
             raise ValueError(
                 "`state` was made without this `noise_decay` or `adaptive_k`, and has "
                 "nowhere to measure it. Between two windows, take both from a new one: "
@@ -112,7 +113,7 @@ class Tracker:
         """The averages after a window of these totals; `square` is ‖S‖², if known."""
         if square is None:
             square = _tree.squared_norm(total.grads, total.weight.dtype)
-        sample = of_window(total.noise, square / total.weight**2, total.weight)
+        sample = of_window(total, square / total.weight**2)
         estimate, k = noise.estimate.add(sample, self.decay), noise.k
         if self.adaptive_k is not None:
             k = self.adaptive_k.next(k, estimate, total.weight / micro_steps)

@@ -126,6 +126,7 @@ class DataParallel(NamedTuple):
     def _spread(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` with `axis` over the devices; on an Auto mesh the compiler does that."""
         names = self.axes
+        assert self.mesh is not None
         types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         if not all(types[name] == AxisType.Explicit for name in names):
             return x
