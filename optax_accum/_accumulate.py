@@ -447,7 +447,7 @@ class _Accumulation:
         if _windows.is_stacked(state):
             state = _windows.unstacked(state)
         rejected, skip_state = self._ask_skip(step.grads, state, step.inner.params)
-        arrived = ~rejected if self.on_skip == "wait" else jnp.ones([], bool)
+        arrived = jnp.logical_not(rejected) if self.on_skip == "wait" else jnp.ones([], bool)
         micro_steps = _count(state.micro_step, arrived)
 
         window = state.window

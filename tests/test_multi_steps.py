@@ -20,6 +20,7 @@ class State(oa.AccumulateState):
     """An `AccumulateState` under the names of `optax.MultiStepsState`."""
 
     mini_step = property(lambda self: self.micro_step)
+    acc_grads = property(lambda self: self.window.grads)
 
 
 class MultiSteps:

@@ -231,7 +231,8 @@ class Problem:
         """At parameters that are a tenth of their size away, each of its own."""
         random = np.random.default_rng(seed)
 
-        def move(x: jax.Array) -> jax.Array:
+        def move(x: ArrayLike) -> jax.Array:
+            x = jnp.asarray(x)
             if not _tree.is_inexact(x):
                 return x
             noise = jnp.asarray(0.1 * random.normal(size=x.shape), x.dtype)
