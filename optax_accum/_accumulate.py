@@ -311,6 +311,8 @@ def accumulate(
 class _MicroStep(NamedTuple):
     """The arguments of a micro-step, checked."""
 
+    state: AccumulateState  # before it; of several devices this one's
+    is_stacked: bool  # whether it came, and is to go, as one window of a stack
     grads: Grads  # with None for what is not accumulated
     weight: Scalar
     is_positive: bool  # whether the weight is known to be
@@ -375,14 +377,15 @@ class _Accumulation:
     ) -> tuple[Updates, AccumulateState]:
         arguments = _inner.Arguments(grads, params, value is not None, extra_args)
         step = self._check(arguments, state, weight, boundary, value)
-        new, closing = self._add(step, state)
+        state = self._add(step)
+        closing = self._decide(step, state)
         inner, shapes = self._inner(step, closing)
         two_phase = _boundary.rounds(closing, shapes)
         reused = _boundary.Reused.plan(shapes, closing, two_phase=two_phase)
-        buffers = _boundary.run_inner(
+        buffers = _boundary.close(
             closing, inner, reused.write, reused.others(), two_phase=two_phase
         )
-        return reused.read(buffers), self._finish(state, new, closing, buffers)
+        return reused.read(buffers), self._finish(step, state, closing, buffers)
 
     def update_params(
         self,
@@ -397,16 +400,17 @@ class _Accumulation:
     ) -> tuple[Params, AccumulateState]:
         arguments = _inner.Arguments(grads, params, value is not None, extra_args)
         step = self._check(arguments, state, weight, boundary, value, applies=True)
-        new, closing = self._add(step, state)
+        state = self._add(step)
+        closing = self._decide(step, state)
         inner, shapes = self._inner(step, closing)
-        buffers = _boundary.run_inner(
+        buffers = _boundary.close(
             closing,
             inner,
             _boundary.write_params,
             _tree.as_arrays(params),
             two_phase=_boundary.rounds(closing, shapes),
         )
-        return buffers.out, self._finish(state, new, closing, buffers)
+        return buffers.out, self._finish(step, state, closing, buffers)
 
     def _check(
         self,
@@ -420,37 +424,38 @@ class _Accumulation:
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
         grads, params = arguments.grads, arguments.params
+        axis_name = self.devices.axis_name
         boundary = _validate.boundary(boundary, self.every_k)
-        _collectives.check_bound(self.devices.axis_name)
+        _collectives.check_bound(axis_name)
         _validate.state(state, grads, self.has_accumulator, self.has_devices)
+        is_stacked = _windows.is_stacked(state)
+        state = _windows.unstacked(state) if is_stacked else state
         self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)
         if self.has_accumulator:
-            sums = state.window.grads
-            if _windows.is_stacked(state):
-                sums = _windows.without_leading_axis(sums)
-            narrow = self.accumulator_dtype is not None
-            _validate.gradients(grads, sums, narrow=narrow)
+            is_narrow = self.accumulator_dtype is not None
+            _validate.gradients(grads, state.window.grads, narrow=is_narrow)
         if applies or (params is not None and not self.has_accumulator):
             _validate.gradients(grads, params, narrow=True)
         grads = _tree.as_arrays(_tree.keep_inexact(grads))
-        _collectives.check_local(self.devices.axis_name, grads)
-        _collectives.check_same(self.devices.axis_name, params)
+        _collectives.check_local(axis_name, grads)
+        _collectives.check_same(axis_name, params)
         number, is_positive = _validate.weight(weight, state.window.weight.dtype)
         value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
-        value = value.astype(state.window.value.dtype)
-        return _MicroStep(grads, number, is_positive, boundary, value, arguments)
+        return _MicroStep(
+            state=state,
+            is_stacked=is_stacked,
+            grads=grads,
+            weight=number,
+            is_positive=is_positive,
+            boundary=boundary,
+            value=value.astype(state.window.value.dtype),
+            inner=arguments,
+        )
 
-    def _add(
-        self, step: _MicroStep, state: AccumulateState
-    ) -> tuple[AccumulateState, _boundary.Closing]:
-        """The state with the micro-batch in its window, and the window at its end."""
-        if _windows.is_stacked(state):
-            state = _windows.unstacked(state)
-        rejected, skip_state = self._ask_skip(step.grads, state, step.inner.params)
-        arrived = jnp.logical_not(rejected) if self.on_skip == "wait" else jnp.ones([], bool)
-        micro_steps = _count(state.micro_step, arrived)
-
-        window = state.window
+    def _add(self, step: _MicroStep) -> AccumulateState:
+        """The state with the micro-batch in its window, and counted."""
+        state, window = step.state, step.state.window
+        rejected, skip_state = self._ask_skip(step)
         if not self.has_accumulator:
             window = window._replace(grads=_window.zeros(step.grads))
         window = _windows.add_in_place(
@@ -467,20 +472,51 @@ class _Accumulation:
         if not self.tracker.measures:
             # What a state brings along from before stays, and costs nothing.
             window = window._replace(noise=state.window.noise)
-        boundary = step.boundary
-        if boundary is None:
-            boundary = self._count_closes(state, micro_steps, arrived)
-        state = state._replace(
-            micro_step=jnp.where(boundary, 0, micro_steps),
+        counts = jnp.ones([], bool)
+        if self.on_skip == "wait":
+            counts = jnp.logical_not(rejected)
+        return state._replace(
+            micro_step=_count(state.micro_step, counts),
             window=window,
             skip_state=skip_state,
         )
-        return state, self._closing(step, state, boundary, micro_steps)
 
-    def _count_closes(
-        self, state: AccumulateState, micro_steps: Scalar, arrived: Scalar
-    ) -> bool | jax.Array:
-        """Whether the count closes the window."""
+    def _decide(self, step: _MicroStep, state: AccumulateState) -> _boundary.Closing:
+        """Whether the window ends here, and what is known of it then."""
+        window, reduction = state.window, self.reduction
+        if self.every_k == 1 and not self.has_devices:
+            # A window of one gradient is not a sum, and its mean is that gradient.
+            window = window._replace(grads=step.grads, value=step.value)
+            reduction = "sum" if reduction == "mean" else reduction
+        ends = step.boundary
+        if ends is None:
+            ends = self._count_ends(step, state)
+        updates = ends
+        may_be_empty = not step.is_positive or self.skip is not None
+        is_static = isinstance(step.boundary, bool)
+        if may_be_empty and not is_static and not self.has_devices:
+            # One device knows W before the boundary, several only at it.
+            updates, may_be_empty = ends & (window.weight != 0), False
+        closing = _boundary.Closing(
+            ends=ends,
+            updates=updates,
+            may_be_empty=may_be_empty,
+            window=window,
+            reduction=reduction,
+            devices=self.devices,
+            inner_state=state.inner_state,
+            noise=state.noise,
+            tracker=self.tracker,
+            micro_steps=state.micro_step.astype(window.weight.dtype),
+            square=None,
+        )
+        if closing.has_branch and not self.has_devices:
+            square = self.tracker.square_before(updates, window)
+            closing = closing._replace(square=square)
+        return closing
+
+    def _count_ends(self, step: _MicroStep, state: AccumulateState) -> bool | jax.Array:
+        """Whether the count ends the window."""
         if self.every_k == 1:
             return True
         every_k: Any = self.every_k
@@ -489,45 +525,9 @@ class _Accumulation:
         elif callable(every_k):
             every_k = every_k(state.gradient_step)
         k = _validate.scheduled_k(every_k)
+        counted = state.micro_step > step.state.micro_step
         # >=, so that a schedule that shrinks k still closes.
-        return arrived & (micro_steps.astype(k.dtype) >= k)
-
-    def _closing(
-        self,
-        step: _MicroStep,
-        state: AccumulateState,
-        boundary: bool | jax.Array,
-        micro_steps: Scalar,
-    ) -> _boundary.Closing:
-        """The window at its end, as far as it is known before the branch."""
-        window, reduction = state.window, self.reduction
-        if self.every_k == 1 and not self.has_devices:
-            # A window of one gradient is not a sum, and its mean is that gradient.
-            window = window._replace(grads=step.grads, value=step.value)
-            reduction = "sum" if reduction == "mean" else reduction
-        may_be_empty = not step.is_positive or self.skip is not None
-        if (
-            may_be_empty
-            and not self.has_devices
-            and not isinstance(step.boundary, bool)
-        ):
-            # One device knows W before the boundary, several only at it.
-            boundary, may_be_empty = boundary & (window.weight != 0), False
-        square = None
-        if not (self.has_devices or isinstance(boundary, bool)):
-            square = self.tracker.square_before(boundary, window)
-        return _boundary.Closing(
-            boundary=boundary,
-            window=window,
-            square=square,
-            micro_steps=micro_steps.astype(window.weight.dtype),
-            may_be_empty=may_be_empty,
-            reduction=reduction,
-            devices=self.devices,
-            tracker=self.tracker,
-            inner_state=state.inner_state,
-            noise=state.noise,
-        )
+        return counted & (state.micro_step.astype(k.dtype) >= k)
 
     def _inner(
         self, step: _MicroStep, closing: _boundary.Closing
@@ -543,44 +543,44 @@ class _Accumulation:
 
     def _finish(
         self,
-        before: AccumulateState,
+        step: _MicroStep,
         state: AccumulateState,
         closing: _boundary.Closing,
         buffers: _boundary.Buffers,
     ) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""
-        is_stacked = _windows.is_stacked(before)
         sums = buffers.sums
-        if not self.has_accumulator or closing.boundary is True:
+        if not self.has_accumulator or closing.updates is True:
             # A window that is closed for certain leaves nothing to remember.
-            sums = before.window.grads
-            sums = _windows.without_leading_axis(sums) if is_stacked else sums
+            sums = step.state.window.grads
         state = state._replace(
+            micro_step=jnp.where(closing.ends, 0, state.micro_step),
             gradient_step=_count(state.gradient_step, buffers.has_updated),
             has_updated=buffers.has_updated,
             window=state.window._replace(grads=sums),
             noise=buffers.noise,
             inner_state=buffers.inner_state,
         )
-        return _windows.stacked(state) if is_stacked else state
+        return _windows.stacked(state) if step.is_stacked else state
 
-    def _ask_skip(
-        self, grads: Grads, state: AccumulateState, params: Params
-    ) -> tuple[Any, Tree]:
+    def _ask_skip(self, step: _MicroStep) -> tuple[Any, Tree]:
         """Whether to skip, and the info in the type that the state holds it in."""
         if self.skip is None:
-            return False, state.skip_state
-        rejected, info = _skip.ask(self.skip, grads, state.gradient_step, params)
+            return False, step.state.skip_state
+        before = step.state.skip_state
+        rejected, info = _skip.ask(
+            self.skip, step.grads, step.state.gradient_step, step.inner.params
+        )
         _validate.same_structure(
             "info",
             info,
             "skip_state",
-            state.skip_state,
+            before,
             "`skip` must return the same info always; a state that another `skip` made "
             "needs its `skip_state` replaced by that of `init`",
         )
-        info = _tree.cast_like(info, state.skip_state)
-        return rejected, jax.tree.map(_tree.vary_like, info, state.skip_state)
+        info = _tree.cast_like(info, before)
+        return rejected, jax.tree.map(_tree.vary_like, info, before)
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

@@ -57,40 +57,43 @@ class Tracker(Protocol):
 
 
 class Closing(NamedTuple):
-    """A window at what may be its boundary.
+    """A window at what may be its end.
 
     Attributes:
-      boundary: Whether it is; a Python bool builds no `lax.cond`.
+      ends: Whether it ends here.
+      updates: Whether the inner optimizer runs: it ends and, as far as one device
+        knows, is not empty. A Python bool builds no `lax.cond`.
+      may_be_empty: Whether only the sum over all devices, or the run, tells that W is
+        not 0. If it is, everything stays as it is.
       window: Its sums, each device's own.
-      square: ‖S‖², if the noise scale needs it before the branch.
-      micro_steps: How many there were.
-      may_be_empty: Whether W, over all devices, may be 0 at the boundary. Then
-        everything stays as it is.
-      reduction: How the sums are divided.
+      reduction: How they are divided.
       devices: Those that share the window.
-      tracker: What measures the noise scale.
       inner_state: The inner optimizer's state.
       noise: The averages of the noise scale.
+      tracker: What measures it.
+      micro_steps: How many there were.
+      square: ‖S‖², if the noise scale needs it before the branch.
     """
 
-    boundary: bool | jax.Array
-    window: Window
-    square: Scalar | None
-    micro_steps: Scalar
+    ends: bool | jax.Array
+    updates: bool | jax.Array
     may_be_empty: bool
+    window: Window
     reduction: Reduction
     devices: Devices
-    tracker: Tracker
     inner_state: Tree
     noise: Tree
+    tracker: Tracker
+    micro_steps: Scalar
+    square: Scalar | None
 
     @property
     def has_branch(self) -> bool:
-        """Whether the boundary is only known at run time."""
-        return not isinstance(self.boundary, bool)
+        """Whether only the run tells if the inner optimizer runs."""
+        return not isinstance(self.updates, bool)
 
 
-def run_inner(
+def close(
     closing: Closing,
     inner: Inner,
     write: Callable[[Updates, Buffers], Buffers],
@@ -148,10 +151,10 @@ def run_inner(
         inner_state=closing.inner_state,
         noise=closing.noise,
     )
-    if isinstance(closing.boundary, bool):
-        return do_update(buffers) if closing.boundary else buffers
+    if isinstance(closing.updates, bool):
+        return do_update(buffers) if closing.updates else buffers
     if not two_phase:
-        return lax.cond(closing.boundary, do_update, same, buffers)
+        return lax.cond(closing.updates, do_update, same, buffers)
 
     def write_updates(buffers: Buffers) -> Buffers:
         return do_update(buffers)._replace(
@@ -162,7 +165,7 @@ def run_inner(
         new = do_update(buffers)
         return buffers._replace(inner_state=new.inner_state, noise=new.noise)
 
-    updated = lax.cond(closing.boundary, write_updates, same, buffers)
+    updated = lax.cond(closing.updates, write_updates, same, buffers)
     # It asks the first one's flag, and so waits for it.
     after = lax.cond(updated.has_updated, write_state, same, buffers)
     return updated._replace(inner_state=after.inner_state, noise=after.noise)
