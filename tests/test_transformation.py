@@ -1,0 +1,143 @@
+"""What `accumulate` returns, wherever it is passed, copied and printed."""
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_accum as oa
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+
+
+def sgd_init(params):
+    del params
+    return optax.EmptyState()
+
+
+def sgd_update(updates, state, params=None):
+    del params
+    return jax.tree.map(lambda u: -0.1 * u, updates), state
+
+
+SGD = optax.GradientTransformation(sgd_init, sgd_update)  # functions with a name
+TX = oa.accumulate(SGD, every_k=2)
+
+
+class Trainer(eqx.Module):
+    """A module with a transformation as its field."""
+
+    tx: oa.AccumulateTransformation
+
+
+def flattened(tx):
+    leaves, structure = jax.tree.flatten(tx)
+    return jax.tree.unflatten(structure, leaves)
+
+
+WAYS = {
+    "itself": lambda tx: tx,
+    "_replace": lambda tx: tx._replace(),
+    "jax.tree.flatten": flattened,
+    "jax.tree.map": lambda tx: jax.tree.map(lambda function: function, tx),
+    "a module's field": lambda tx: flattened(Trainer(tx)).tx,
+}
+
+
+def two_micro_steps(tx, step):
+    params, state = PARAMS, tx.init(PARAMS)
+    for weight in (1.0, 3.0):
+        params, state = step(params, state, weight)
+    return params, state
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_update_params_survives(way):
+    def step_with(tx):
+        return lambda p, s, w: tx.update_params(PARAMS, s, p, weight=w)
+
+    tx = way(TX)
+    assert isinstance(tx, oa.AccumulateTransformation)
+    assert repr(tx) == repr(TX)
+    chex.assert_trees_all_equal(
+        two_micro_steps(tx, step_with(tx)), two_micro_steps(TX, step_with(TX))
+    )
+
+
+def test_it_is_an_argument_of_eqx_filter_jit():
+    @eqx.filter_jit
+    def step(params, state, weight, tx, trainer):
+        params, state = tx.update_params(PARAMS, state, params, weight=weight)
+        updates, state = trainer.tx.update(PARAMS, state, params, weight=weight)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(PARAMS, TX.init(PARAMS), 1.0, TX, Trainer(TX))
+    assert oa.gradient_step(state) == 1
+    chex.assert_trees_all_close(params, jax.tree.map(lambda p: 0.9 * p, PARAMS))
+
+
+def test_it_is_a_static_argument_of_jit():
+    step = jax.jit(lambda tx, *args: tx.update_params(*args), static_argnums=0)
+    _, state = step(TX, PARAMS, TX.init(PARAMS), PARAMS)
+    _, state = step(flattened(TX), PARAMS, state, PARAMS)
+    assert oa.has_updated(state)
+    assert step._cache_size() == 1
+
+
+def test_another_update_in_its_place_is_that_of_update_params_too():
+    """Nothing that was wrapped around `update` is gone around."""
+    called = []
+
+    def update(grads, state, params=None, **kwargs):
+        called.append(kwargs)
+        return TX.update(grads, state, params, **kwargs)
+
+    tx = TX._replace(update=update)
+    params, state = tx.update_params(PARAMS, TX.init(PARAMS), PARAMS, boundary=True)
+    assert called == [{"weight": 1.0, "boundary": True, "value": None}]
+    assert oa.has_updated(state)
+    chex.assert_trees_all_close(params, jax.tree.map(lambda p: 0.9 * p, PARAMS))
+
+
+def test_it_prints_in_a_line():
+    text = repr(oa.accumulate(optax.adam(1e-3), every_k=8, reduction="ratio"))
+    assert text == "accumulate(..., every_k=8, reduction='ratio', on_skip='shrink')"
+
+
+def test_its_methods_say_what_they_take():
+    """What an editor completes, and what the API page has as headings."""
+    for method in ("init", "update", "update_params"):
+        assert "Args:" in getattr(oa.AccumulateTransformation, method).__doc__
+
+
+# --- How often the inner optimizer is traced ---
+
+
+def traces_of_one_compilation(dtype, boundary):
+    traced = []
+
+    def update(updates, state, params=None):
+        traced.append(True)
+        return SGD.update(updates, state, params)
+
+    tx = oa.accumulate(optax.GradientTransformation(sgd_init, update), 2)
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state):
+        return tx.update_params(params, state, params, boundary=boundary)
+
+    with jax.numpy_dtype_promotion("standard"):
+        jax.jit(step).lower(params, state)
+    return len(traced)
+
+
+def test_one_trace_tells_the_shapes_and_serves_the_branch():
+    assert traces_of_one_compilation(jnp.float32, None) == 1
+
+
+def test_a_second_trace_is_in_the_accumulators_dtype():
+    """The updates are computed in float32, and have the dtype that bfloat16 gives."""
+    assert traces_of_one_compilation(jnp.bfloat16, None) == 2
