@@ -11,8 +11,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optax_accum import _boundary, _inner, _skip, _tree, _validate, _window
+from optax_accum import (
+    _boundary,
+    _optimizer,
+    _skip,
+    _tree,
+    _updates,
+    _validate,
+    _window,
+)
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
     AxisName,
@@ -68,9 +77,9 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: Any = 1.0,
+        weight: ArrayLike = 1.0,
         boundary: Boundary = None,
-        value: Any = None,
+        value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
         """One micro-step: the gradient goes into the window, whose end updates.
@@ -116,8 +125,15 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           >>> print(updates)
           [-2. -3.]
         """
-        arguments = {"weight": weight, "boundary": boundary, "value": value}
-        return self[1](grads, state, params, **arguments, **extra_args)
+        return self[1](
+            grads,
+            state,
+            params,
+            weight=weight,
+            boundary=boundary,
+            value=value,
+            **extra_args,
+        )
 
     def update_params(
         self,
@@ -125,9 +141,9 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params,
         *,
-        weight: Any = 1.0,
+        weight: ArrayLike = 1.0,
         boundary: Boundary = None,
-        value: Any = None,
+        value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
         """One micro-step that applies its update; off the boundary `params` stay.
@@ -162,15 +178,13 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           [0. 0.]
           [-2. -2.]
         """
-        arguments = {"weight": weight, "boundary": boundary, "value": value}
+        extra_args |= {"weight": weight, "boundary": boundary, "value": value}
         accumulation = _accumulation_of(self)
         if accumulation is not None:
-            return accumulation.update_params(
-                grads, state, params, **arguments, **extra_args
-            )
+            return accumulation.update_params(grads, state, params, **extra_args)
         # Somebody put another `update` in its place, by `_replace`.
-        updates, state = self[1](grads, state, params, **arguments, **extra_args)
-        return _boundary.apply_updates(params, updates), state
+        updates, state = self[1](grads, state, params, **extra_args)
+        return _updates.apply_updates(params, updates), state
 
     def __repr__(self) -> str:
         """In one line, without the inner optimizer's functions."""
@@ -294,7 +308,7 @@ def accumulate(
             "different micro-batches would disagree on when to meet, and deadlock. Use "
             'on_skip="shrink"'
         )
-    tracker = _tracker.tracker(noise_decay, every_k, one_device=one_device)
+    tracker = _tracker.make_tracker(noise_decay, every_k, one_device=one_device)
     accumulation = _Accumulation(
         inner=optax.with_extra_args_support(inner),
         every_k=every_k,
@@ -318,7 +332,7 @@ class _MicroStep(NamedTuple):
     is_positive: bool  # whether the weight is known to be
     boundary: Boundary
     value: Scalar
-    inner: _inner.Arguments
+    arguments: _optimizer.Arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +375,7 @@ class _Accumulation:
             ),
             skip_state=_skip.initial_info(self.skip, params),
             noise=self.tracker.init(dtype),
-            inner_state=_tree.cast_like(inner_state, inner_state),
+            inner_state=_tree.strongly_typed(inner_state),
         )
 
     def update(
@@ -370,22 +384,19 @@ class _Accumulation:
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: Any = 1.0,
+        weight: ArrayLike = 1.0,
         boundary: Boundary = None,
-        value: Any = None,
+        value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
-        arguments = _inner.Arguments(grads, params, value is not None, extra_args)
+        arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
         step = self._check(arguments, state, weight, boundary, value)
         state = self._add(step)
         closing = self._decide(step, state)
-        inner, shapes = self._inner(step, closing)
-        two_phase = _boundary.rounds(closing, shapes)
-        reused = _boundary.Reused.plan(shapes, closing, two_phase=two_phase)
-        buffers = _boundary.close(
-            closing, inner, reused.write, reused.others(), two_phase=two_phase
-        )
-        return reused.read(buffers), self._finish(step, state, closing, buffers)
+        optimizer = self._bind_optimizer(step, closing)
+        destination = _updates.ToCaller.plan(closing, optimizer)
+        buffers = _boundary.close(closing, optimizer, destination)
+        return destination.read(buffers), self._finish(step, state, closing, buffers)
 
     def update_params(
         self,
@@ -393,32 +404,27 @@ class _Accumulation:
         state: AccumulateState,
         params: Params,
         *,
-        weight: Any = 1.0,
+        weight: ArrayLike = 1.0,
         boundary: Boundary = None,
-        value: Any = None,
+        value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
-        arguments = _inner.Arguments(grads, params, value is not None, extra_args)
+        arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
         step = self._check(arguments, state, weight, boundary, value, applies=True)
         state = self._add(step)
         closing = self._decide(step, state)
-        inner, shapes = self._inner(step, closing)
-        buffers = _boundary.close(
-            closing,
-            inner,
-            _boundary.write_params,
-            _tree.as_arrays(params),
-            two_phase=_boundary.rounds(closing, shapes),
-        )
-        return buffers.out, self._finish(step, state, closing, buffers)
+        optimizer = self._bind_optimizer(step, closing)
+        destination = _updates.ToParams(_tree.as_arrays(params))
+        buffers = _boundary.close(closing, optimizer, destination)
+        return destination.read(buffers), self._finish(step, state, closing, buffers)
 
     def _check(
         self,
-        arguments: _inner.Arguments,
+        arguments: _optimizer.Arguments,
         state: AccumulateState,
-        weight: Any,
+        weight: ArrayLike,
         boundary: Boundary,
-        value: Any,
+        value: ArrayLike | None,
         *,
         applies: bool = False,
     ) -> _MicroStep:
@@ -427,7 +433,12 @@ class _Accumulation:
         axis_name = self.devices.axis_name
         boundary = _validate.boundary(boundary, self.every_k)
         _collectives.check_bound(axis_name)
-        _validate.state(state, grads, self.has_accumulator, self.has_devices)
+        _validate.state(
+            state,
+            grads,
+            has_accumulator=self.has_accumulator,
+            has_devices=self.has_devices,
+        )
         is_stacked = _windows.is_stacked(state)
         state = _windows.unstacked(state) if is_stacked else state
         self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)
@@ -449,7 +460,7 @@ class _Accumulation:
             is_positive=is_positive,
             boundary=boundary,
             value=value.astype(state.window.value.dtype),
-            inner=arguments,
+            arguments=arguments,
         )
 
     def _add(self, step: _MicroStep) -> AccumulateState:
@@ -470,7 +481,7 @@ class _Accumulation:
             first=(state.micro_step == 0) | (not self.has_accumulator),
         )
         if not self.tracker.measures:
-            # What a state brings along from before stays, and costs nothing.
+            # The sums that an older state may have stay, and cost nothing.
             window = window._replace(noise=state.window.noise)
         counts = jnp.ones([], bool)
         if self.on_skip == "wait":
@@ -491,16 +502,19 @@ class _Accumulation:
         ends = step.boundary
         if ends is None:
             ends = self._count_ends(step, state)
-        updates = ends
-        may_be_empty = not step.is_positive or self.skip is not None
+        runs = ends
+        checks_total = not step.is_positive or self.skip is not None
         is_static = isinstance(step.boundary, bool)
-        if may_be_empty and not is_static and not self.has_devices:
+        if checks_total and not is_static and not self.has_devices:
             # One device knows W before the boundary, several only at it.
-            updates, may_be_empty = ends & (window.weight != 0), False
-        closing = _boundary.Closing(
+            runs, checks_total = ends & (window.weight != 0), False
+        square = None
+        if not isinstance(runs, bool) and not self.has_devices:
+            square = self.tracker.square_before(runs, window)
+        return _boundary.Closing(
             ends=ends,
-            updates=updates,
-            may_be_empty=may_be_empty,
+            runs=runs,
+            checks_total=checks_total,
             window=window,
             reduction=reduction,
             devices=self.devices,
@@ -508,12 +522,8 @@ class _Accumulation:
             noise=state.noise,
             tracker=self.tracker,
             micro_steps=state.micro_step.astype(window.weight.dtype),
-            square=None,
+            square=square,
         )
-        if closing.has_branch and not self.has_devices:
-            square = self.tracker.square_before(updates, window)
-            closing = closing._replace(square=square)
-        return closing
 
     def _count_ends(self, step: _MicroStep, state: AccumulateState) -> bool | jax.Array:
         """Whether the count ends the window."""
@@ -529,12 +539,12 @@ class _Accumulation:
         # >=, so that a schedule that shrinks k still closes.
         return counted & (state.micro_step.astype(k.dtype) >= k)
 
-    def _inner(
+    def _bind_optimizer(
         self, step: _MicroStep, closing: _boundary.Closing
-    ) -> tuple[_inner.Inner, Updates]:
-        return _inner.on_window(
+    ) -> _optimizer.BoundOptimizer:
+        return _optimizer.bind(
             self.inner,
-            step.inner,
+            step.arguments,
             closing.window,
             closing.inner_state,
             self.devices,
@@ -550,7 +560,7 @@ class _Accumulation:
     ) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""
         sums = buffers.sums
-        if not self.has_accumulator or closing.updates is True:
+        if not self.has_accumulator or closing.runs is True:
             # A window that is closed for certain leaves nothing to remember.
             sums = step.state.window.grads
         state = state._replace(
@@ -569,7 +579,7 @@ class _Accumulation:
             return False, step.state.skip_state
         before = step.state.skip_state
         rejected, info = _skip.ask(
-            self.skip, step.grads, step.state.gradient_step, step.inner.params
+            self.skip, step.grads, step.state.gradient_step, step.arguments.params
         )
         _validate.same_structure(
             "info",

@@ -84,6 +84,11 @@ class Call(NamedTuple):
             )
         return args, kwargs
 
+    def with_carry(self, name: str, carry: Tree) -> "Call":
+        """With one argument more, `carry`, that is passed by `name`."""
+        args, names = [*self.args, carry], [*self.names, name]
+        return self._replace(args=args, names=names, carry_place=len(self.args))
+
     def apply(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`function` of these arguments, passed as the call passed them."""
         by_name = dict(zip(self.names, args, strict=True))
@@ -98,7 +103,7 @@ class Roles(NamedTuple):
     argnums: int | tuple[int, ...]
     batch_argnums: tuple[int, ...]
     batch_argnames: tuple[str, ...]
-    carry_argnum: tuple[int, ...]
+    carry_argnum: int | None
     rng_argnums: tuple[int, ...]
 
     @classmethod
@@ -116,12 +121,13 @@ class Roles(NamedTuple):
           TypeError: A position that is not an int, or a name that is not a str.
         """
         several = as_positions("argnums", argnums)
-        carry = () if carry_argnum is None else carry_argnum
+        if carry_argnum is not None:
+            (carry_argnum,) = as_positions("carry_argnum", [carry_argnum])
         return cls(
             argnums=several if isinstance(argnums, Iterable) else several[0],
             batch_argnums=as_positions("batch_argnums", batch_argnums),
             batch_argnames=_names("batch_argnames", batch_argnames),
-            carry_argnum=as_positions("carry_argnum", carry),
+            carry_argnum=carry_argnum,
             rng_argnums=as_positions("rng_argnums", rng_argnums),
         )
 
@@ -136,12 +142,13 @@ class Roles(NamedTuple):
         """
         in_place, others, names = bind_positions(fun, args, kwargs)
         several = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+        carried = () if self.carry_argnum is None else (self.carry_argnum,)
         positions = {
             role: from_the_front(role, given, len(in_place), len(args))
             for role, given in {
                 "argnums": several,
                 "batch_argnums": self.batch_argnums,
-                "carry_argnum": self.carry_argnum,
+                "carry_argnum": carried,
                 "rng_argnums": self.rng_argnums,
             }.items()
         }

@@ -27,8 +27,8 @@ def with_boundaries(
 
     Args:
       batches: An iterable of micro-batches, whatever they are: a generator, a data
-        loader, one epoch of it. It is read once, and one micro-batch ahead: only who
-        looks ahead knows which one is the last.
+        loader, one epoch of it. It is read once, and one micro-batch ahead: finding the
+        last one needs a look ahead.
       every_k: How many micro-batches make a window, an int >= 1, or ``None`` where all
         of `batches` is one window. `accumulate` needs none beside it: the `boundary`
         that it is given stands.

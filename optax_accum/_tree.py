@@ -31,6 +31,11 @@ def dtype_of(leaf: Any) -> Any:
     return leaf.dtype if is_jax else jnp.result_type(leaf)
 
 
+def dtypes_of(tree: Tree) -> list[Any]:
+    """The dtypes of the leaves."""
+    return [dtype_of(leaf) for leaf in jax.tree.leaves(tree)]
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether `leaf` is floating or complex."""
     return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
@@ -44,11 +49,6 @@ def is_float0(leaf: Any) -> bool:
 def is_complex(leaf: Any) -> bool:
     """Whether `leaf` is complex."""
     return jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
-
-
-def differ_in_dtype(a: Any, b: Any) -> bool:
-    """Whether two leaves have different dtypes."""
-    return dtype_of(a) != dtype_of(b)
 
 
 def at_least_float32(dtype: DType) -> Any:
@@ -103,6 +103,11 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
         return lax.convert_element_type(x, target.dtype)
 
     return jax.tree.map(cast, as_arrays(tree), as_arrays(like))
+
+
+def strongly_typed(tree: Tree) -> Tree:
+    """`tree` as arrays, none of a weak type."""
+    return cast_like(tree, tree)
 
 
 def squared_norm(tree: Tree, dtype: DType) -> Scalar:
@@ -165,18 +170,18 @@ def zeros_like(x: Any, dtype: DType = None) -> jax.Array:
     return vary_over(varying(x), zeros)
 
 
-def chosen(
-    x: jax.Array, is_chosen: jax.Array, total: Callable[[jax.Array], jax.Array]
+def masked_sum(
+    x: jax.Array, mask: jax.Array, total: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The part of `x` for which `is_chosen` holds, as a `total` of it and of zeros.
+    """The `total` of `x` with zeros where `mask` does not hold: one entry of several.
 
-    `is_chosen` has the first axes of `x`, or none. Booleans and keys can be chosen too.
+    `mask` has the first axes of `x`, or none. `x` may hold booleans or keys.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = chosen(jax.random.key_data(x), is_chosen, total)
+        data = masked_sum(jax.random.key_data(x), mask, total)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     numbers = x.astype(jnp.int32) if x.dtype == bool else x
-    is_chosen = is_chosen.reshape(*is_chosen.shape, *[1] * (x.ndim - is_chosen.ndim))
+    mask = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
     # Selected, and not multiplied: the rest may be NaN.
-    part = jnp.where(is_chosen, numbers, jnp.zeros([], numbers.dtype))
+    part = jnp.where(mask, numbers, jnp.zeros([], numbers.dtype))
     return total(part).astype(x.dtype)

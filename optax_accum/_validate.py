@@ -94,7 +94,9 @@ def accumulator_fits(params: Params, dtype: DType) -> None:
             )
 
 
-def state(value: Any, grads: Grads, has_accumulator: bool, has_devices: bool) -> None:
+def state(
+    value: Any, grads: Grads, *, has_accumulator: bool, has_devices: bool
+) -> None:
     """Raises unless `value` is a state that this transformation can continue from."""
     if hasattr(value, "mini_step") and hasattr(value, "inner_opt_state"):
         raise TypeError(
@@ -117,7 +119,7 @@ def state(value: Any, grads: Grads, has_accumulator: bool, has_devices: bool) ->
     if windows not in ((), (1,)):
         raise ValueError(
             f"`state` holds {windows[0]} windows on this device, where each device "
-            "needs one: it was made for another number of devices, or has not the "
+            "needs one: it was made for another number of devices, or lacks the "
             "`in_specs` of oa.sharding.window_specs(state, axis_name). For another "
             "number of devices: oa.sharding.stack_windows(oa.sharding.sum_windows("
             "state), num_devices)"
@@ -225,7 +227,7 @@ def fraction(name: str, value: Any, meaning: str) -> float:
 def same_structure(
     name: str, tree: Tree, expected_name: str, expected: Tree, advice: str
 ) -> None:
-    """Raises at the first path where `tree` is built otherwise than `expected`."""
+    """Raises at the first path where the structures of `tree` and `expected` differ."""
     got, needed = jax.tree.structure(tree), jax.tree.structure(expected)
     if got == needed:  # type: ignore[operator]
         return

@@ -263,8 +263,9 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad_of_batch(*args: Any, **kwargs: Any) -> Any:
-        return settings.value_and_grad(args, kwargs)
+        return settings(args, kwargs)
 
+    # For `grad`, `optax_accum.flax` and `check_equivalence`, which vary them.
     value_and_grad_of_batch.settings = settings  # type: ignore[attr-defined]
     return value_and_grad_of_batch
 
@@ -340,9 +341,9 @@ class Settings:
     @property
     def has_extra(self) -> bool:
         """Whether the value comes with auxiliary outputs or a carry."""
-        return self.has_aux or bool(self.roles.carry_argnum)
+        return self.has_aux or self.roles.carry_argnum is not None
 
-    def value_and_grad(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the user gets."""
         result, info = self.run(args, kwargs)
         return (result, info) if self.returns_info else result
@@ -352,7 +353,7 @@ class Settings:
     ) -> tuple[Any, MicrobatchInfo]:
         """The result of one call, and the info."""
         self.devices.check_place()
-        return self.run_call(self.roles.bind(self.fun, args, kwargs))
+        return self.run_bound(self.roles.bind(self.fun, args, kwargs))
 
     def split(self, call: _arguments.Call) -> _split.Split:
         """How the batch of a call is split."""
@@ -362,18 +363,18 @@ class Settings:
             self.batch_axis,
             self.num_microbatches,
             self.microbatch_size,
-            self.devices.shards,
+            self.devices.num_shards,
         )
 
-    def run_call(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
-        """The same of a call that was taken apart."""
+    def run_bound(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
+        """As `run`, of arguments that are bound to their roles."""
         split = self.split(call)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name)
         arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs))
 
-        def on_one_device(batch: Batch, arrays: list[Any]) -> Any:
+        def loop(batch: Batch, arrays: list[Any]) -> Any:
             args, kwargs = rebuild(arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
             return _Loop(self, mine, split, outputs).run()
@@ -381,15 +382,15 @@ class Settings:
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
         # function closes over, JAX keeps. What is not an array stays what it is.
         @jax.jit
-        def on_each_device(batch: Batch, arrays: list[Any]) -> Any:
+        def run(batch: Batch, arrays: list[Any]) -> Any:
             aux_specs = _accumulators.specs(self.aux, self.devices.axis_name)
             grads_specs = self.devices.gradient_specs(call.params)
             result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
             return self.devices.on_each_device(
-                on_one_device, batch, arrays, self.batch_axis, (result_specs, P())
+                loop, batch, arrays, self.batch_axis, (result_specs, P())
             )
 
-        return on_each_device(call.batch, arrays)
+        return run(call.batch, arrays)
 
 
 class _Microbatch(NamedTuple):
@@ -423,17 +424,18 @@ class _Loop:
     def run(self) -> tuple[Any, MicrobatchInfo]:
         """One micro-batch after another, the sum over devices, and the division."""
         call, split = self.call, self.split
-        carry_before = _tree.cast_like(call.carry, call.carry)
+        carry_before = _tree.strongly_typed(call.carry)
 
         # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
         @jax.jit
         def microbatch(carry: Tree, index: Scalar) -> _Microbatch:
-            return self._run(split.take(call.batch, index), carry, index, split.size)
+            part = split.take(call.batch, index)
+            return self._microbatch(part, carry, index, split.size)
 
         @jax.jit
         def remainder(carry: Tree) -> _Microbatch:
             part = split.take_remainder(call.batch)
-            return self._run(part, carry, split.whole, split.remainder)
+            return self._microbatch(part, carry, split.whole, split.remainder)
 
         indices = jnp.arange(split.whole, dtype=jnp.int32)
         carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
@@ -450,18 +452,21 @@ class _Loop:
         return self._finish(totals, shapes, accumulators, carry_before)
 
     @property
-    def _relative_to(self) -> int:
-        """A mean may count in whole micro-batches: XLA then multiplies nothing by 1."""
+    def _unit(self) -> int:
+        """How many examples a weight of 1 stands for in the window.
+
+        A mean counts in whole micro-batches, so that nothing is multiplied.
+        """
         settings = self.settings
         is_counted = settings.weight is None and settings.reduction == "mean"
         return self.split.size if is_counted else 1
 
-    def _run(
+    def _microbatch(
         self, part: list[Batch], carry: Tree, index: int | Scalar, size: int
     ) -> _Microbatch:
         """Value and gradient on one micro-batch of `size` examples."""
         call, settings = self.call, self.settings
-        number = settings.devices.number(index, self.split.num_microbatches)
+        number = settings.devices.global_index(index, self.split.num_microbatches)
         args, kwargs = call.for_microbatch(part, carry, number)
         for i in jax.tree.leaves(call.argnums):
             # So that `jax.grad` gives this device's gradient, and not the sum of all.
@@ -476,7 +481,7 @@ class _Loop:
             unpacked, call.argnums, has_aux=True
         )(*args, **kwargs)
 
-        given = size
+        given = size / self._unit
         if settings.weight is not None:
             given = call.apply(settings.weight, args, kwargs)
         dtype = _tree.scalar_dtype((value, grads, aux))
@@ -542,7 +547,6 @@ class _Loop:
                 new.weight,
                 reduction=self.settings.reduction,
                 rejected=new.rejected,
-                relative_to=self._relative_to,
             ),
             aux=[a.add(carried, output, part) for a, carried, output in rows],
             carry=new.carry,
@@ -559,7 +563,7 @@ class _Loop:
         own, aux = totals.window, totals.aux
         if settings.weight is None and settings.skip is None:
             # Known before; what nothing asks for, XLA takes out of the loop.
-            weight = jnp.full_like(own.weight, self.split.examples)
+            weight = jnp.full_like(own.weight, self.split.examples / self._unit)
             own = own._replace(weight=_tree.vary_like(weight, own.weight))
         total = own.over_devices(devices)
         carry = devices.merge_carry(
@@ -572,13 +576,13 @@ class _Loop:
             a.finish(x, total.weight) for a, x in zip(accumulators, aux, strict=True)
         ]
         value, grads = _tree.cast_like(
-            total.result(settings.reduction, relative_to=self._relative_to),
-            (shapes.value, shapes.grads),
+            total.result(settings.reduction), (shapes.value, shapes.grads)
         )
         aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
-        info = MicrobatchInfo(
-            total.weight, total.skipped, self._noise_scale(total, shapes)
-        )
+        weight = total.weight
+        if self._unit != 1:
+            weight = jnp.round(weight * self._unit)  # a number of examples
+        info = MicrobatchInfo(weight, total.skipped, self._noise_scale(total, shapes))
         return (self.outputs.pack(value, aux, carry), grads), info
 
     def _noise_scale(self, total: Window, shapes: _Microbatch) -> Any:
@@ -588,5 +592,5 @@ class _Loop:
         square = self.settings.devices.squared_norm(
             total.grads, shapes.grads, total.weight.dtype
         )
-        weight = total.weight / self._relative_to
-        return _noise_scale.of_window(total, square / weight**2)
+        scale = _noise_scale.of_window(total, square / total.weight**2)
+        return scale._replace(noise=scale.noise * self._unit)

@@ -222,7 +222,6 @@ class Window(NamedTuple):
         reduction: Reduction,
         rejected: Any = False,
         first: Scalar | None = None,
-        relative_to: int = 1,
     ) -> "Window":
         """With one more micro-batch in it.
 
@@ -233,29 +232,23 @@ class Window(NamedTuple):
           reduction: How it counts.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
-          relative_to: What a weight of 1 stands for in S, so that equal micro-batches
-            are multiplied by nothing. `result` must be told the same.
         """
-        relative = weight / relative_to if relative_to != 1 else weight
         return Window(
-            value=add(self.value, value, relative, reduction, first=first),
-            grads=add(self.grads, grads, relative, reduction, first=first),
+            value=add(self.value, value, weight, reduction, first=first),
+            grads=add(self.grads, grads, weight, reduction, first=first),
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
             noise=self.noise.add(grads, weight, reduction, first),
         )
 
     def over_devices(self, devices: Devices) -> "Window":
-        """The window of all devices: the one place where they exchange anything."""
+        """The windows of all devices as one, in one exchange for each dtype of S."""
         # In one dtype, so that everything is exchanged at once.
         rest = self._replace(grads=())
         in_one_dtype = jax.tree.map(lambda x: x.astype(self.weight.dtype), rest)
         grads, total = devices.sum(self.grads, in_one_dtype)
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
-    def result(
-        self, reduction: Reduction, *, relative_to: int = 1
-    ) -> tuple[Scalar, Grads]:
-        """Value and gradient of the global batch; zeros where W is 0."""
-        weight = self.weight / relative_to if relative_to != 1 else self.weight
-        return divide((self.value, self.grads), weight, reduction)
+    def result(self, reduction: Reduction) -> tuple[Scalar, Grads]:
+        """Value and gradient of the global batch; zeros if W is 0."""
+        return divide((self.value, self.grads), self.weight, reduction)

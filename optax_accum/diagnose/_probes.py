@@ -203,7 +203,7 @@ def _factor(seen: Comparison) -> Cause | None:
     if compare(seen.whole.times(factor), seen.parts).worst > seen.tolerance:
         return None
     problem = seen.problem
-    k = problem.num_microbatches * problem.settings.devices.shards
+    k = problem.num_microbatches * problem.settings.devices.num_shards
     found = f"the micro-batches' result is {factor:.4g} times the global batch's"
     if np.isclose(factor, k, rtol=1e-2):
         advice = (

@@ -140,7 +140,7 @@ class Problem:
         call = settings.roles.bind(settings.fun, args, kwargs)
         split = settings.split(call)
         # The probes cut the whole batch, and not one device's part of it.
-        shards = settings.devices.shards
+        shards = settings.devices.num_shards
         split = split._replace(
             size=split.size * shards, remainder=split.remainder * shards
         )

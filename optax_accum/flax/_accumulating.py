@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from optax_accum import _state
-from optax_accum._boundary import apply_updates
 from optax_accum._types import Grads, Params, Scalar, Tree
+from optax_accum._updates import apply_updates
 
 
 class Counts:

@@ -103,15 +103,8 @@ def value_and_grad(
             settings,
             fun=loss.value,
             weight=None if settings.weight is None else loss.weight,
-            roles=settings.roles._replace(carry_argnum=(len(call.args),)),
         )
-        (value, grads), info = functional.run_call(
-            call._replace(
-                args=[*call.args, state],
-                names=[*call.names, _STATE],
-                carry_place=len(call.args),
-            )
-        )
+        (value, grads), info = functional.run_bound(call.with_carry(_STATE, state))
         value, after = value
         if has_aux:
             aux, after = after

@@ -120,7 +120,7 @@ class Tracker:
         return Tracked(estimate, k)
 
 
-def tracker(
+def make_tracker(
     noise_decay: float | None, every_k: Any, *, one_device: bool
 ) -> Tracker | NoTracker:
     """What `accumulate` measures with these options.

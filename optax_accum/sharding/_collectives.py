@@ -88,7 +88,7 @@ def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
     is_this = lax.axis_index(axis_name) == number
 
     def choose(x: jax.Array) -> jax.Array:
-        return _tree.chosen(x, is_this, lambda part: lax.psum(part, axis_name))
+        return _tree.masked_sum(x, is_this, lambda part: lax.psum(part, axis_name))
 
     return jax.tree.map(choose, tree)
 

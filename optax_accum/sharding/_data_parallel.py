@@ -1,18 +1,9 @@
 """Data parallelism: who has which part of the batch, and what devices exchange.
 
-Each of ``D`` devices runs the loop on its own part of the batch. What comes out of it
-is reduced once, after the last micro-batch:
-
-=====================  =========================================================
-value, gradients, W    summed; with `scatter` each device keeps its part of the
-                       gradients' sum
-aux "mean", "sum"      summed
-aux "stack", "concat"  stay where they are: an array over all devices, if its
-                       axis 0 is sharded
-aux "last"             the last device's
-carry                  the mean of floating leaves, weighted by the devices' W;
-                       other leaves of the last device that has any weight
-=====================  =========================================================
+Each device runs the loop on its own part of the batch. What comes out of it is reduced
+once, after the last micro-batch: the window is summed (with `scatter` each device keeps
+its part of the gradients' sum), a carry is averaged (`DataParallel.merge_carry`), and
+auxiliary outputs do what their accumulators say.
 """
 
 import math
@@ -77,7 +68,7 @@ class DataParallel(NamedTuple):
         return _tree.axes_of(self.axis_name)
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         """In how many parts the batch of one call is cut before the micro-batches."""
         if self.mesh is None:
             return 1
@@ -156,13 +147,13 @@ class DataParallel(NamedTuple):
                         "gathers and scatters in every micro-batch, as it must"
                     )
 
-    def number(self, index: Any, count: int) -> Any:
+    def global_index(self, index: Any, count: int) -> Any:
         """The number of micro-batch `index` of `count` among those of all devices."""
         if self.axis_name is None:
             return index
         return lax.axis_index(self.axis_name) * count + index
 
-    def size(self) -> int:
+    def num_devices(self) -> int:
         """How many devices run the call."""
         return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
 
@@ -175,7 +166,7 @@ class DataParallel(NamedTuple):
             return _collectives.sum_over(self.axis_name, (grads, rest))
 
         def scatter_leaf(x: jax.Array) -> jax.Array:
-            dimension = scatter_dimension(x, self.size())
+            dimension = scatter_dimension(x, self.num_devices())
             if dimension is None:
                 return lax.psum(x, self.axis_name)
             return lax.psum_scatter(

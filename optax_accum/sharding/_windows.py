@@ -109,7 +109,7 @@ def sum_windows(opt_state: Tree) -> Tree:
     def first(x: Any) -> jax.Array:
         """The first device's, without gathering the others'."""
         x = jnp.asarray(x)
-        return _tree.chosen(x, jnp.arange(len(x)) == 0, total)
+        return _tree.masked_sum(x, jnp.arange(len(x)) == 0, total)
 
     def merge(state: AccumulateState) -> AccumulateState:
         if not is_stacked(state):
@@ -175,7 +175,7 @@ def unstacked(state: AccumulateState) -> AccumulateState:
 
 
 def stacked(state: AccumulateState) -> AccumulateState:
-    """The reverse."""
+    """`state` with the window of this device as one of a stack."""
     return _map_local(with_leading_axis, state)
 
 

@@ -14,16 +14,14 @@ from optax_accum import _tree, _validate
 from optax_accum._types import Grads, Params, Scalar, Tree, Updates
 from optax_accum._window import Devices, Window
 
-Inner = Callable[[Grads, Tree, Scalar], tuple[Updates, Tree]]
-
 
 class Arguments(NamedTuple):
-    """What the boundary micro-step gives the inner optimizer besides the window.
+    """What a micro-step gives the inner optimizer besides the window.
 
     Attributes:
-      grads: Its gradient, of which the leaves count that are not accumulated.
+      grads: Its gradient, for the leaves that are not accumulated.
       params: The parameters.
-      takes_value: Whether it is to be given the window's value.
+      takes_value: Whether the optimizer is to be given the window's value.
       extra_args: Everything else.
     """
 
@@ -33,7 +31,19 @@ class Arguments(NamedTuple):
     extra_args: dict[str, Any]
 
 
-def on_window(
+class BoundOptimizer(NamedTuple):
+    """The inner optimizer with everything but the window.
+
+    Attributes:
+      update: ``(grads, inner_state, value) -> (updates, inner_state)``.
+      shapes: The updates, as a tree of `jax.ShapeDtypeStruct`.
+    """
+
+    update: Callable[[Grads, Tree, Scalar], tuple[Updates, Tree]]
+    shapes: Updates
+
+
+def bind(
     optimizer: optax.GradientTransformationExtraArgs,
     arguments: Arguments,
     window: Window,
@@ -41,8 +51,8 @@ def on_window(
     devices: Devices,
     *,
     has_branch: bool,
-) -> tuple[Inner, Updates]:
-    """The inner optimizer as a function of a window's result, and its updates' shapes.
+) -> BoundOptimizer:
+    """Binds the arguments and finds out the types of the updates.
 
     Args:
       optimizer: The inner optimizer.
@@ -52,10 +62,6 @@ def on_window(
       devices: Those that share the window.
       has_branch: Whether it will run in a branch. Then the trace that tells the shapes
         serves the branch as well.
-
-    Returns:
-      ``(grads, inner_state, value) -> (updates, inner_state)``, and a tree of
-      `jax.ShapeDtypeStruct`.
     """
 
     def call(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
@@ -77,17 +83,17 @@ def on_window(
 
     own = _tree.as_arrays(_tree.keep_inexact(arguments.grads))
     shapes = shapes_for(own)
-    is_narrow = False
-    if any(map(_tree.differ_in_dtype, *map(jax.tree.leaves, (own, window.grads)))):
+    rounds_first = False
+    if _tree.dtypes_of(own) != _tree.dtypes_of(window.grads):
         try:
             shapes_for(window.grads)
         except TypeError:
             # Some, like `optax.novograd`, branch between a gradient and a moment, and
             # only take gradients of the parameters' dtype.
-            is_narrow = True
+            rounds_first = True
 
-    def inner(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
-        grads = _tree.cast_like(grads, own) if is_narrow else grads
+    def update(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
+        grads = _tree.cast_like(grads, own) if rounds_first else grads
         updates, new_state = call(grads, inner_state, value)
         _validate.same_structure(
             "inner_state",
@@ -100,4 +106,4 @@ def on_window(
         new_state = _tree.cast_like(new_state, inner_state)
         return _tree.cast_like(updates, shapes), new_state
 
-    return inner, shapes
+    return BoundOptimizer(update, shapes)
