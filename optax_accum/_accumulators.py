@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from optax_accum import _tree, _validate, _window
 from optax_accum._split import Split
-from optax_accum._types import AxisName, Scalar, Specs, Tree
+from optax_accum._types import AxisName, Leaf, Scalar, Specs, Tree
 from optax_accum.sharding import _collectives
 
 
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 class Accumulator(Protocol):
     """How one leaf of the auxiliary outputs is accumulated."""
 
-    def start(self, weight: Any) -> Tree:
+    def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
 
     def add(self, carried: Tree, output: jax.Array, part: Part) -> Tree:
@@ -74,7 +74,7 @@ class _Reduced(_OfLeaf):
     reduction: ClassVar[_window.Reduction]
     numpy: ClassVar[Callable[[Any], jax.Array]]  # gives a result its dtype
 
-    def start(self, weight: Any) -> jax.Array:
+    def start(self, weight: Leaf) -> jax.Array:
         if jnp.issubdtype(self.shape.dtype, jax.dtypes.extended):
             raise TypeError(
                 f'{self.path} has the policy "{self.reduction}", but '
@@ -112,7 +112,7 @@ class Sum(_Reduced):
 class Last(_OfLeaf):
     """The last micro-batch's output; over devices, the last device's."""
 
-    def start(self, weight: Any) -> jax.Array:
+    def start(self, weight: Leaf) -> jax.Array:
         del weight
         return _tree.zeros_like(self.shape)
 
@@ -142,7 +142,7 @@ class _Kept(_OfLeaf):
 class Stack(_Kept):
     """All outputs on a new first axis."""
 
-    def start(self, weight: Any) -> jax.Array:
+    def start(self, weight: Leaf) -> jax.Array:
         del weight
         return lax.broadcast(
             _tree.zeros_like(self.shape), (self.split.num_microbatches,)
@@ -166,7 +166,7 @@ class Stack(_Kept):
 class Concat(_Kept):
     """The examples' outputs along axis 0, in the order of the batch."""
 
-    def start(self, weight: Any) -> jax.Array:
+    def start(self, weight: Leaf) -> jax.Array:
         del weight
         self._check(self.shape.shape, self.split.size)
         if self.split.remainder:

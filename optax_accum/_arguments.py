@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree, _validate
-from optax_accum._types import Batch, Params, Scalar, Tree
+from optax_accum._types import (
+    Args,
+    Batch,
+    Function,
+    Kwargs,
+    Leaf,
+    Params,
+    Scalar,
+    Tree,
+)
 
 Place = int | str  # a position or a keyword
 
@@ -33,7 +42,7 @@ class Call(NamedTuple):
     """
 
     args: list[Any]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     names: list[str]
     num_positional: int
     argnums: int | tuple[int, ...]
@@ -68,7 +77,7 @@ class Call(NamedTuple):
 
     def for_microbatch(
         self, part: list[Batch], carry: Tree, number: Scalar
-    ) -> tuple[list[Any], dict[str, Any]]:
+    ) -> tuple[list[Any], Kwargs]:
         """The arguments with which the micro-batch with this `number` is run."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for place, argument in zip(self.places, part, strict=True):
@@ -89,7 +98,7 @@ class Call(NamedTuple):
         args, names = [*self.args, carry], [*self.names, name]
         return self._replace(args=args, names=names, carry_place=len(self.args))
 
-    def apply(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def apply(self, function: Function, args: Args, kwargs: Kwargs) -> Any:
         """`function` of these arguments, passed as the call passed them."""
         by_name = dict(zip(self.names, args, strict=True))
         for name in self.names[: self.num_positional]:
@@ -126,14 +135,14 @@ class Roles(NamedTuple):
         return cls(
             argnums=several if isinstance(argnums, Iterable) else several[0],
             batch_argnums=as_positions("batch_argnums", batch_argnums),
-            batch_argnames=_names("batch_argnames", batch_argnames),
+            batch_argnames=tuple(
+                (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
+            ),
             carry_argnum=carry_argnum,
             rng_argnums=as_positions("rng_argnums", rng_argnums),
         )
 
-    def bind(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Call:
+    def bind(self, fun: Function, args: Args, kwargs: Kwargs) -> Call:
         """Takes a call of `fun` apart.
 
         Raises:
@@ -179,8 +188,8 @@ class Roles(NamedTuple):
 
 
 def bind_positions(
-    fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any], list[str]]:
+    fun: Function, args: Args, kwargs: Kwargs
+) -> tuple[list[Any], Kwargs, list[str]]:
     """``(args, kwargs, names)`` with all parameters in place that have a position.
 
     What was passed by name moves to its position, so that a role finds it either way.
@@ -231,17 +240,6 @@ def as_positions(role: str, value: Any) -> tuple[int, ...]:
         ) from None
 
 
-def _names(role: str, value: Any) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else value
-    if isinstance(names, Iterable):
-        names = tuple(names)
-        if all(isinstance(name, str) for name in names):
-            return names
-    raise TypeError(
-        f"`{role}` must be a name or several names of keyword arguments; got {value!r}"
-    )
-
-
 def from_the_front(
     role: str, given: Iterable[int], count: int, num_positional: int
 ) -> tuple[int, ...]:
@@ -271,7 +269,7 @@ def from_the_front(
     return tuple(found)
 
 
-def _place_of(name: str, names: list[str], kwargs: dict[str, Any]) -> Place:
+def _place_of(name: str, names: list[str], kwargs: Kwargs) -> Place:
     """Where the argument called `name` stands."""
     if name in kwargs:
         return name
@@ -299,7 +297,7 @@ def _check_disjoint(places: dict[str, Sequence[Any]], names: list[str]) -> None:
             seen[i] = role
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: Leaf) -> bool:
     """Whether `leaf` is one random key, typed, or looks like one of the raw kind."""
     if not hasattr(leaf, "dtype"):
         return False
@@ -312,7 +310,7 @@ def is_key(leaf: Any) -> bool:
     return (shape, dtype) == (raw.shape, raw.dtype)
 
 
-def _check_keys(name: str, keys: Any) -> None:
+def _check_keys(name: str, keys: Tree) -> None:
     """Raises unless every leaf is one random key, typed or raw."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(keys):
         if not is_key(leaf):
@@ -323,7 +321,7 @@ def _check_keys(name: str, keys: Any) -> None:
             )
 
 
-def _check_no_nnx_module(name: str, value: Any) -> None:
+def _check_no_nnx_module(name: str, value: Tree) -> None:
     """Raises for an NNX module of which not all is to be differentiated.
 
     To JAX it is a tree, whose statistics and counts are leaves like its parameters.

@@ -40,7 +40,7 @@ def with_boundaries(
       takes nothing from `batches` before its first pair is asked for.
 
     Raises:
-      TypeError: `batches` cannot be iterated over; `every_k` or `micro_step` is not an
+      TypeError: `every_k` or `micro_step` is not an
         int, or `every_k` is a schedule.
       ValueError: `every_k` < 1; a `micro_step` < 0, or one that `every_k` has closed
         already.
@@ -80,14 +80,7 @@ def with_boundaries(
     if every_k is not None:
         every_k = _validate.whole_number("every_k", every_k)
     micro_step = _open_micro_steps(micro_step, every_k)
-    try:
-        iterator = iter(batches)
-    except TypeError as error:
-        raise TypeError(
-            "`batches` must be an iterable of micro-batches; got "
-            f"{batches!r} of type {type(batches).__name__}"
-        ) from error
-    return _look_ahead(iterator, every_k, micro_step)
+    return _look_ahead(iter(batches), every_k, micro_step)
 
 
 def _look_ahead(

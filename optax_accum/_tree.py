@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from optax_accum._types import DType, Scalar, Tree
+from optax_accum._types import DType, Leaf, Scalar, Tree
 
 Axes = frozenset[Any]
 
 # --- Dtypes ---
 
 
-def dtype_of(leaf: Any) -> Any:
+def dtype_of(leaf: Leaf) -> np.dtype:
     """The dtype that `leaf` has in JAX: a NumPy float64 is a float32 to it."""
     if isinstance(leaf, np.ndarray) and leaf.dtype == dtypes.float0:
         return leaf.dtype
@@ -31,27 +31,27 @@ def dtype_of(leaf: Any) -> Any:
     return leaf.dtype if is_jax else jnp.result_type(leaf)
 
 
-def dtypes_of(tree: Tree) -> list[Any]:
+def dtypes_of(tree: Tree) -> list[np.dtype]:
     """The dtypes of the leaves."""
     return [dtype_of(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def is_inexact(leaf: Any) -> bool:
+def is_inexact(leaf: Leaf) -> bool:
     """Whether `leaf` is floating or complex."""
     return jnp.issubdtype(dtype_of(leaf), jnp.inexact)
 
 
-def is_float0(leaf: Any) -> bool:
+def is_float0(leaf: Leaf) -> bool:
     """Whether `leaf` is the gradient that JAX gives an integer parameter."""
     return dtype_of(leaf) == dtypes.float0
 
 
-def is_complex(leaf: Any) -> bool:
+def is_complex(leaf: Leaf) -> bool:
     """Whether `leaf` is complex."""
     return jnp.issubdtype(dtype_of(leaf), jnp.complexfloating)
 
 
-def at_least_float32(dtype: DType) -> Any:
+def at_least_float32(dtype: DType) -> np.dtype:
     """float32, or `dtype` where that is wider or an integer.
 
     In bfloat16 ones sum to 256 and stay there.
@@ -66,7 +66,7 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype))
 
 
-def scalar_dtype(tree: Tree) -> Any:
+def scalar_dtype(tree: Tree) -> np.dtype:
     """float32, or float64 where `tree` holds double precision."""
     bits = [jnp.finfo(dtype_of(x)).bits for x in jax.tree.leaves(keep_inexact(tree))]
     return jnp.dtype("float64" if 64 in bits else "float32")
@@ -97,7 +97,7 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     A weak type would become a strong one in the next update, and compile it again.
     """
 
-    def cast(x: Any, target: Any) -> Any:
+    def cast(x: Leaf, target: Any) -> Any:
         if x.dtype == target.dtype and not getattr(x, "weak_type", False):
             return x
         return lax.convert_element_type(x, target.dtype)
@@ -122,7 +122,7 @@ def squared_norm(tree: Tree, dtype: DType) -> Scalar:
 # --- What types say ---
 
 
-def varying(x: Any) -> Axes:
+def varying(x: Leaf) -> Axes:
     """The axes over which an array, or the shape of one, is known to vary."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.manual_axis_type.varying if x.manual_axis_type else frozenset()
@@ -135,7 +135,7 @@ def vary_over(axes: Axes, x: jax.Array) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_like(tree: Tree, *others: Any) -> Tree:
+def vary_like(tree: Tree, *others: Leaf) -> Tree:
     """`tree` as something that varies over all the axes that one of `others` does.
 
     The first value that goes round a `lax.scan` must vary as the later ones do.
@@ -151,7 +151,7 @@ def axes_of(entry: Any) -> tuple[Any, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def spec(x: Any) -> list[Any]:
+def spec(x: Leaf) -> list[Any]:
     """The axes of an Explicit mesh over which `x` is sharded, one entry per axis."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     given = () if sharding is None else sharding.spec
@@ -161,7 +161,7 @@ def spec(x: Any) -> list[Any]:
 # --- Arrays like others ---
 
 
-def zeros_like(x: Any, dtype: DType = None) -> jax.Array:
+def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
     """Zeros like an array, or like the shape of one, sharded and varying as it is."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return jnp.zeros_like(x, dtype=dtype)

@@ -1,6 +1,6 @@
 """The names of what is passed around."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -13,10 +13,15 @@ Updates = Tree  # built like the parameters
 Batch = Tree  # of arrays that share one axis: the examples
 Specs = Tree  # of `jax.sharding.PartitionSpec`
 
+Leaf = Any  # an array, a number, or the shape of an array
 Scalar = jax.Array  # of shape ()
 DType = Any  # whatever `jnp.dtype` takes
 AxisName = Hashable | tuple[Hashable, ...]
 AnyMesh = Mesh | AbstractMesh
+
+Function = Callable[..., Any]  # a user's
+Args = Sequence[Any]
+Kwargs = dict[str, Any]
 
 Reduction = Literal["mean", "ratio", "sum"]
 Schedule = Callable[[jax.Array], Any]  # ``gradient_step -> number``

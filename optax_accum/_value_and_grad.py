@@ -7,7 +7,7 @@ runs `fun` and its gradient on one micro-batch after another and adds them to a
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,13 @@ from optax_accum import (
 )
 from optax_accum._types import (
     AnyMesh,
+    Args,
     AxisName,
     Batch,
     DType,
+    Function,
     Grads,
+    Kwargs,
     Reduction,
     Scalar,
     Skip,
@@ -61,7 +64,7 @@ class MicrobatchInfo(NamedTuple):
 
 
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Function,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
@@ -73,7 +76,7 @@ def value_and_grad(
     batch_axis: int = 0,
     # how it counts
     reduction: Reduction = "mean",
-    weight: Callable[..., Any] | None = None,
+    weight: Function | None = None,
     skip: Skip | None = None,
     accumulator_dtype: DType = None,
     # other arguments and outputs
@@ -86,7 +89,7 @@ def value_and_grad(
     axis_name: AxisName | None = None,
     mesh: AnyMesh | None = None,
     scatter: bool = False,
-) -> Callable[..., Any]:
+) -> Function:
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
     The same call and the same result, in the memory of one micro-batch and of one sum
@@ -226,11 +229,6 @@ def value_and_grad(
             "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
             f"{num_microbatches!r} and {microbatch_size!r}"
         )
-    if not isinstance(noise_scale, bool):
-        raise TypeError(
-            "`noise_scale` must be True or False, because this measures one batch; got "
-            f"{noise_scale!r}. A decay is for averages, in oa.noise.NoiseScale.add"
-        )
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
     _accumulators.check_policies(aux)
     if not has_aux and aux != "stack":
@@ -271,11 +269,11 @@ def value_and_grad(
 
 
 def grad(
-    fun: Callable[..., Any],
+    fun: Function,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     **options: Any,
-) -> Callable[..., Any]:
+) -> Function:
     """`jax.grad` whose batch runs in micro-batches: `value_and_grad` without the value.
 
     Args:
@@ -314,7 +312,7 @@ def grad(
     return grad_of_batch
 
 
-def settings_of(function: Callable[..., Any]) -> "Settings":
+def settings_of(function: Function) -> "Settings":
     """The options of what `value_and_grad` returned."""
     return function.settings  # type: ignore[attr-defined]
 
@@ -323,14 +321,14 @@ def settings_of(function: Callable[..., Any]) -> "Settings":
 class Settings:
     """The options of `value_and_grad`, checked."""
 
-    fun: Callable[..., Any]
+    fun: Function
     roles: _arguments.Roles
     has_aux: bool
     num_microbatches: int | None
     microbatch_size: int | None
     batch_axis: int
     reduction: Reduction
-    weight: Callable[..., Any] | None
+    weight: Function | None
     skip: Skip | None
     accumulator_dtype: DType
     aux: Tree
@@ -343,14 +341,12 @@ class Settings:
         """Whether the value comes with auxiliary outputs or a carry."""
         return self.has_aux or self.roles.carry_argnum is not None
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """What the user gets."""
         result, info = self.run(args, kwargs)
         return (result, info) if self.returns_info else result
 
-    def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, MicrobatchInfo]:
+    def run(self, args: Args, kwargs: Kwargs) -> tuple[Any, MicrobatchInfo]:
         """The result of one call, and the info."""
         self.devices.check_place()
         return self.run_bound(self.roles.bind(self.fun, args, kwargs))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree
-from optax_accum._types import AxisName, DType, Grads, Reduction, Scalar, Tree
+from optax_accum._types import AxisName, DType, Grads, Leaf, Reduction, Scalar, Tree
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
@@ -49,7 +49,7 @@ def zeros(tree: Tree, dtype: DType = None) -> Tree:
 def contributions(tree: Tree, weight: Scalar, reduction: Reduction) -> Tree:
     """What a micro-batch adds to S, in at least float32; nothing if `weight` is 0."""
 
-    def contribution(x: Any) -> jax.Array:
+    def contribution(x: Leaf) -> jax.Array:
         x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
         if reduction == "mean":
             x = x * weight.astype(x.dtype)
@@ -73,7 +73,7 @@ def add(
     outlives its window.
     """
 
-    def add_leaf(s: jax.Array, x: Any) -> jax.Array:
+    def add_leaf(s: jax.Array, x: Leaf) -> jax.Array:
         # A narrow accumulator is rounded once, after the addition.
         wide = _tree.widened(s)
         x = contributions(jnp.asarray(x).astype(wide.dtype), weight, reduction)
@@ -185,8 +185,8 @@ class Window(NamedTuple):
     def empty(
         cls,
         grads: Grads,
-        value: Any,
-        weight: Any,
+        value: Leaf,
+        weight: Leaf,
         *,
         accumulator_dtype: DType = None,
         measure_noise: bool = False,
@@ -216,11 +216,11 @@ class Window(NamedTuple):
     def add(
         self,
         grads: Grads,
-        value: Any,
+        value: Leaf,
         weight: Scalar,
         *,
         reduction: Reduction,
-        rejected: Any = False,
+        rejected: bool | Scalar = False,
         first: Scalar | None = None,
     ) -> "Window":
         """With one more micro-batch in it.

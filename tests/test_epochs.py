@@ -152,10 +152,6 @@ class TestErrorsAtTheCall:
         with pytest.raises(ValueError, match=saying(*words)):
             oa.with_boundaries([1], 4, micro_step=micro_step)
 
-    def test_batches_that_cannot_be_iterated_over(self):
-        with pytest.raises(TypeError, match=saying("`batches` must be", "3", "int")):
-            oa.with_boundaries(3, 2)
-
 
 class TestTraining:
     SIZE, K, EPOCHS = 4, 3, 3

@@ -180,14 +180,6 @@ def test_positions_that_are_none(name):
             run(**{name: value})
 
 
-def test_names_that_are_none():
-    for value in (3, [3], None):
-        with raises(
-            TypeError, "`batch_argnames` must be a name or several", repr(value)
-        ):
-            oa.value_and_grad(loss, num_microbatches=5, batch_argnames=value)
-
-
 def test_a_key_that_is_none():
     def fun(params, batch, rngs):
         del rngs

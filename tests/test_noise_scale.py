@@ -814,19 +814,9 @@ def test_it_compiles_once():
             "`noise_decay` is the decay.*got True",
         ),
         (
-            lambda: oa.value_and_grad(loss, num_microbatches=2, noise_scale=0.9),
-            TypeError,
-            "`noise_scale` must be True or False.*got 0.9",
-        ),
-        (
             lambda: oa.noise.NoiseScale.empty().add((), 0.9),
             TypeError,
             "`sample` must be an `oa.noise.NoiseScale`.*got tuple",
-        ),
-        (
-            lambda: oa.accumulate(optax.sgd(1), oa.noise.adaptive_k),
-            TypeError,
-            "call it with its bounds",
         ),
         (
             lambda: oa.noise.estimate(oa.accumulate(optax.sgd(1), 2).init(PARAMS)),

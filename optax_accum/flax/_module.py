@@ -5,17 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter
 from jax import lax
+from jax.tree_util import KeyPath
 
 from optax_accum import _validate
+from optax_accum._types import AxisName, Tree
+
+State = tuple[nnx.State, nnx.State]  # of a module: its random keys, and the rest
 
 
-def names_of(path: Any) -> tuple[str, ...]:
+def names_of(path: KeyPath) -> tuple[str, ...]:
     """A path in a tree, as the names of its keys."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def split(model: Any, wrt: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+def split(model: Any, wrt: Filter) -> tuple[nnx.GraphDef, nnx.State, State]:
     """How `model` is built, its parameters, and its state: its keys, and the rest."""
     if not isinstance(model, nnx.Pytree):
         raise TypeError(
@@ -34,7 +39,7 @@ def _is_key(path: Any, value: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def check_no_streams(name: str, argument: Any) -> None:
+def check_no_streams(name: str, argument: Tree) -> None:
     """Raises for random streams as an argument, which change where they are drawn."""
     for node in jax.tree.leaves(argument, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
         if isinstance(node, nnx.Rngs):
@@ -46,8 +51,12 @@ def check_no_streams(name: str, argument: Any) -> None:
 
 
 def state_after(
-    model: Any, wrt: Any, graphdef: Any, params: Any, state: Any
-) -> tuple[Any, Any]:
+    model: nnx.Pytree,
+    wrt: Filter,
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    state: State,
+) -> State:
     """The state of `model` after `loss_fn`; raises if anything else has changed."""
     graphdef_after, params_after, after = split(model, wrt)
     old, new = _types_of(params, *state), _types_of(params_after, *after)
@@ -82,7 +91,7 @@ def state_after(
     return after
 
 
-def _flat(*states: Any) -> dict[str, Any]:
+def _flat(*states: nnx.State) -> dict[str, Any]:
     """The variables by their paths."""
     return {
         ".".join(map(str, path)): variable
@@ -91,7 +100,7 @@ def _flat(*states: Any) -> dict[str, Any]:
     }
 
 
-def _types_of(*states: Any) -> dict[str, tuple[str, Any]]:
+def _types_of(*states: nnx.State) -> dict[str, tuple[str, Any]]:
     """For each variable what to call its type, and what its type is."""
 
     def type_of(variable: Any) -> tuple[str, Any]:
@@ -113,7 +122,7 @@ def _value(variable: Any) -> Any:
     return variable.get_raw_value() if is_variable else variable
 
 
-def of_this_device(state: tuple[Any, Any], axis_name: Any) -> tuple[Any, Any]:
+def of_this_device(state: State, axis_name: AxisName) -> State:
     """The state with keys of this device's own."""
     keys, rest = state
     index = lax.axis_index(axis_name)

@@ -4,8 +4,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx.filterlib import Filter
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
+from optax_accum._accumulate import Boundary
 from optax_accum._types import AxisName
 from optax_accum.flax import _accumulating, _module
 from optax_accum.sharding import window_specs
@@ -30,6 +33,7 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
       >>> from flax import nnx
+    from flax.nnx.filterlib import Filter
       >>> from optax_accum.flax import Optimizer
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2)
@@ -46,20 +50,20 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
       0 True
     """
 
-    def __init__(self, model: Any, tx: Any, *, wrt: Any, **kwargs: Any):
+    def __init__(self, model: Any, tx: Any, *, wrt: Filter, **kwargs: Any):
         """Makes the state of `tx`."""
         super().__init__(model, tx, wrt=wrt, **kwargs)
         _accumulating.check(self.opt_state)
 
     def update(
         self,
-        model: Any,
-        grads: Any,
+        model: nnx.Pytree,
+        grads: nnx.State,
         /,
         *,
-        weight: Any = 1.0,
-        boundary: Any = None,
-        value: Any = None,
+        weight: ArrayLike = 1.0,
+        boundary: Boundary = None,
+        value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> None:
         """One micro-step: `grads` goes into the window, whose end updates `model`.
@@ -123,6 +127,7 @@ def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateShard
     Examples:
       >>> import jax, optax, optax_accum as oa, optax_accum.flax as oaf
       >>> from flax import nnx
+    from flax.nnx.filterlib import Filter
       >>> from jax.sharding import PartitionSpec as P
       >>> D = jax.device_count()
       >>> mesh = jax.make_mesh((D,), ("data",))
@@ -139,7 +144,7 @@ def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateShard
     )
     local = {_module.names_of(path) for path, spec in leaves if spec != PartitionSpec()}
 
-    def is_local(path: Any, variable: Any) -> bool:
+    def is_local(path: tuple[Any, ...], variable: Any) -> bool:
         del variable
         return path[0] == "opt_state" and tuple(map(str, path[1:])) in local
 

@@ -1,15 +1,18 @@
 """Linen's `TrainState`, for windows of micro-batches."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import serialization, struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from jax.typing import ArrayLike
 
 from optax_accum import _validate
+from optax_accum._accumulate import Boundary
+from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum.flax import _accumulating
 
 
@@ -49,10 +52,10 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
     """
 
     # No plain default: a subclass that declares it again could have none after it.
-    batch_stats: Any = struct.field(default_factory=lambda: None, kw_only=True)
+    batch_stats: Tree = struct.field(default_factory=lambda: None, kw_only=True)
 
     @classmethod
-    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> Any:
+    def create(cls, *, apply_fn: Any, params: Params, tx: Any, **kwargs: Any) -> Self:
         """A new state at step 0, as Flax's; `tx` must have `oa.accumulate` in it.
 
         Args:
@@ -75,13 +78,13 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
     def apply_gradients(
         self,
         *,
-        grads: Any,
-        weight: Any = 1.0,
-        boundary: Any = None,
-        value: Any = None,
+        grads: Grads,
+        weight: ArrayLike = 1.0,
+        boundary: Boundary = None,
+        value: ArrayLike | None = None,
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """One micro-step: `grads` goes into the window, whose end updates `params`.
 
         With `tx` an `oa.accumulate` this is `update_params`, which does not touch
@@ -137,7 +140,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         )
 
 
-def _select(counted: jax.Array, new: Any, old: Any) -> Any:
+def _select(counted: Scalar, new: Tree, old: Tree) -> Tree:
     """The statistics that go on, in the containers of the new ones, frozen or not."""
     as_dicts = [serialization.to_state_dict(stats) for stats in (new, old)]
     _validate.same_structure(

@@ -2,24 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+from flax.nnx.filterlib import Filter
 
 from optax_accum import _outputs, _value_and_grad
-from optax_accum._types import Params
+from optax_accum._types import Function, Params
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Function,
     *,
     has_aux: bool = False,
-    wrt: Any = nnx.Param,
+    wrt: Filter = nnx.Param,
     **options: Any,
-) -> Callable[..., Any]:
+) -> Function:
     """`nnx.value_and_grad` of a loss over a module, whose batch runs in micro-batches.
 
     What in the module is no parameter goes from micro-batch to micro-batch, as if they
@@ -54,6 +54,7 @@ def value_and_grad(
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
       >>> from flax import nnx
+    from flax.nnx.filterlib import Filter
       >>> class Model(nnx.Module):
       ...     def __init__(self, rngs):
       ...         self.linear = nnx.Linear(2, 3, rngs=rngs)
@@ -124,8 +125,8 @@ class _Loss:
     """A loss over a module, as functions of its parameters and its state."""
 
     settings: _value_and_grad.Settings  # with `loss_fn` as the function
-    wrt: Any
-    graphdef: Any
+    wrt: Filter
+    graphdef: nnx.GraphDef
 
     def value(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What `loss_fn` returns, and the state after it as a carry."""
@@ -146,7 +147,7 @@ class _Loss:
         state = kwargs.pop(_STATE)
         return self.settings.weight(self._module(params, state), *args, **kwargs)
 
-    def _module(self, params: Params, state: tuple[Any, Any]) -> Any:
+    def _module(self, params: Params, state: _module.State) -> Any:
         axis_name = self.settings.devices.axis_name
         if axis_name is not None:
             state = _module.of_this_device(state, axis_name)

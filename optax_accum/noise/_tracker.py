@@ -14,7 +14,7 @@ from jax import lax
 from optax_accum import _state, _tree, _validate
 from optax_accum._types import DType, Grads, Scalar, Tree
 from optax_accum._window import Window
-from optax_accum.noise._adaptive_k import AdaptiveK, adaptive_k
+from optax_accum.noise._adaptive_k import AdaptiveK
 from optax_accum.noise._noise_scale import NoiseScale, of_window
 
 _DEFAULT_DECAY = 0.99
@@ -126,14 +126,9 @@ def make_tracker(
     """What `accumulate` measures with these options.
 
     Raises:
-      TypeError: `noise_decay` is not a number; `adaptive_k` was not called.
+      TypeError: `noise_decay` is not a number.
       ValueError: `noise_decay` is not a decay; `adaptive_k` from 1 on one device.
     """
-    if every_k is adaptive_k:
-        raise TypeError(
-            "`every_k` is the function `adaptive_k` itself; call it with its "
-            "bounds: oa.noise.adaptive_k(2, 64)"
-        )
     follows = every_k if isinstance(every_k, AdaptiveK) else None
     if follows is not None and follows.min_k == 1 and one_device:
         raise ValueError(

@@ -272,11 +272,6 @@ def scatter_dimension(x: Any, size: int) -> int | None:
 
 def _check_mesh(mesh: Any, axis_name: Any) -> None:
     """Raises unless `mesh` is a mesh with the axis or axes called `axis_name`."""
-    if not isinstance(mesh, AnyMesh):
-        raise TypeError(
-            "`mesh` must be a jax.sharding.Mesh, from jax.make_mesh; got "
-            f"{mesh!r} of type {type(mesh).__name__}"
-        )
     has = ", ".join(map(repr, mesh.axis_names))
     if axis_name is None:
         raise ValueError(
