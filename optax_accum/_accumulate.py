@@ -63,7 +63,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           params: The parameters.
 
         Returns:
-          An `oa.AccumulateState`, each array of which has memory of its own.
+          An `oa.AccumulateState`.
 
         Raises:
           TypeError: An `accumulator_dtype` that is real for complex parameters, or the
@@ -108,10 +108,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         Raises:
           TypeError: A `state` of something else; a `weight`, `boundary` or `skip`
             result of another type; complex gradients of real parameters.
-          ValueError: Gradients built otherwise than the parameters; a `weight` that is
-            not a scalar, or a negative number; no `boundary` with ``every_k=None``; an
-            `axis_name` that is not bound; gradients that were summed over it already; a
-            state for another number of devices.
+          ValueError: Gradients without the parameters' structure and shapes; a `weight`
+            that is not a scalar, or a negative number; no `boundary` with
+            ``every_k=None``; an `axis_name` that is not bound; gradients that were
+            summed over it already; a state for another number of devices.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa

@@ -24,7 +24,7 @@ class Outputs(NamedTuple):
         """``(value, aux, carry)`` from what `fun` returned for this `carry`.
 
         Raises:
-          TypeError: The result is built otherwise, its value is no real scalar, or its
+          TypeError: The result has another structure, its value is no real scalar, or its
             carry has another type than `carry`.
           ValueError: The carry has another structure.
         """

@@ -48,7 +48,7 @@ class AccumulateState(NamedTuple):
 
 
 def find(opt_state: Tree) -> AccumulateState:
-    """The one `AccumulateState` in `opt_state`; raises where there is none or more."""
+    """The one `AccumulateState` in `opt_state`; raises if there is none, or several."""
     if isinstance(opt_state, AccumulateState):
         return opt_state
     found = _nested_states_in(opt_state)
@@ -219,7 +219,7 @@ def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
 def from_multi_steps(
     multi_steps_state: Tree, *, use_grad_mean: bool = True
 ) -> AccumulateState:
-    """The state of `accumulate` in which a running `optax.MultiSteps` goes on.
+    """The state with which `accumulate` continues a running `optax.MultiSteps`.
 
     An open window continues where it was: a running mean over n micro-steps, times
     n, is their sum.

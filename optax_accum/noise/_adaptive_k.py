@@ -51,7 +51,7 @@ def adaptive_k(
 
     Each window gets as many micro-batches as make the global batch `multiple` times
     the noise scale, from `min_k` at the start. All of it is traced: k changes without
-    compiling anything anew, and is the same on all devices.
+    another compilation, and is the same on all devices.
 
     It is a heuristic. At the noise scale, a batch twice as large saves a quarter of the
     steps and costs half as many examples again: a fair trade, and no more than that.
