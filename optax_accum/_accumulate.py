@@ -390,13 +390,7 @@ class _Accumulation:
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
         arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        step = self._check(arguments, state, weight, boundary, value)
-        state = self._add(step)
-        closing = self._decide(step, state)
-        optimizer = self._bind_optimizer(step, closing)
-        destination = _updates.ToCaller.plan(closing, optimizer)
-        buffers = _boundary.close(closing, optimizer, destination)
-        return destination.read(buffers), self._finish(step, state, closing, buffers)
+        return self._micro_step(arguments, state, weight, boundary, value)
 
     def update_params(
         self,
@@ -410,11 +404,28 @@ class _Accumulation:
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
         arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        step = self._check(arguments, state, weight, boundary, value, applies=True)
+        return self._micro_step(arguments, state, weight, boundary, value, applies=True)
+
+    def _micro_step(
+        self,
+        arguments: _optimizer.Arguments,
+        state: AccumulateState,
+        weight: ArrayLike,
+        boundary: Boundary,
+        value: ArrayLike | None,
+        *,
+        applies: bool = False,
+    ) -> tuple[Updates | Params, AccumulateState]:
+        """Check, add, decide, close. Whether it `applies` the updates is all else."""
+        step = self._check(arguments, state, weight, boundary, value, applies=applies)
         state = self._add(step)
         closing = self._decide(step, state)
         optimizer = self._bind_optimizer(step, closing)
-        destination = _updates.ToParams(_tree.as_arrays(params))
+        destination: _updates.ToParams | _updates.ToCaller
+        if applies:
+            destination = _updates.ToParams(_tree.as_arrays(arguments.params))
+        else:
+            destination = _updates.ToCaller.plan(closing, optimizer)
         buffers = _boundary.close(closing, optimizer, destination)
         return destination.read(buffers), self._finish(step, state, closing, buffers)
 
@@ -426,7 +437,7 @@ class _Accumulation:
         boundary: Boundary,
         value: ArrayLike | None,
         *,
-        applies: bool = False,
+        applies: bool,
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
         grads, params = arguments.grads, arguments.params
@@ -466,14 +477,14 @@ class _Accumulation:
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""
         state, window = step.state, step.state.window
-        rejected, skip_state = self._ask_skip(step)
+        weight, rejected, skip_state = self._ask_skip(step)
         if not self.has_accumulator:
             window = window._replace(grads=_window.zeros(step.grads))
         window = _windows.add_in_place(
             window,
             step.grads,
             step.value,
-            jnp.where(rejected, 0, step.weight),
+            weight,
             has_devices=self.has_devices,
             reduction=self.reduction,
             rejected=rejected,
@@ -573,14 +584,18 @@ class _Accumulation:
         )
         return _windows.stacked(state) if step.is_stacked else state
 
-    def _ask_skip(self, step: _MicroStep) -> tuple[Any, Tree]:
-        """Whether to skip, and the info in the type that the state holds it in."""
-        if self.skip is None:
-            return False, step.state.skip_state
+    def _ask_skip(self, step: _MicroStep) -> tuple[Scalar, bool | Scalar, Tree]:
+        """As `_skip.ask`, with the info in the type that the state holds it in."""
         before = step.state.skip_state
-        rejected, info = _skip.ask(
-            self.skip, step.grads, step.state.gradient_step, step.arguments.params
+        weight, rejected, info = _skip.ask(
+            self.skip,
+            step.weight,
+            step.grads,
+            step.state.gradient_step,
+            step.arguments.params,
         )
+        if self.skip is None:
+            return weight, rejected, before
         _validate.same_structure(
             "info",
             info,
@@ -590,7 +605,7 @@ class _Accumulation:
             "needs its `skip_state` replaced by that of `init`",
         )
         info = _tree.cast_like(info, before)
-        return rejected, jax.tree.map(_tree.vary_like, info, before)
+        return weight, rejected, jax.tree.map(_tree.vary_like, info, before)
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

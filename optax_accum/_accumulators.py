@@ -49,8 +49,8 @@ class Accumulator(Protocol):
     def add(self, carried: Tree, output: jax.Array, part: Part) -> Tree:
         """With the output of one more micro-batch."""
 
-    def over_devices(self, carried: Tree, axis_name: AxisName) -> Tree:
-        """What the devices of `axis_name` carry together."""
+    def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
+        """What the devices of `axis_name`, if there is one, carry together."""
 
     def finish(self, carried: Tree, weight: Scalar) -> jax.Array:
         """The result; `weight` is W, of all devices."""
@@ -86,8 +86,8 @@ class _Reduced(_OfLeaf):
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
         return _window.add(carried, output, part.weight, self.reduction)
 
-    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
-        return lax.psum(carried, axis_name)
+    def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
+        return _collectives.sum_over(axis_name, carried)
 
     def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
         result = _window.divide(carried, weight, self.reduction)
@@ -120,7 +120,9 @@ class Last(_OfLeaf):
         del carried, part
         return output
 
-    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
+    def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
+        if axis_name is None:
+            return carried
         last = _collectives.last_device(axis_name)
         return _collectives.of_device(axis_name, last, carried)
 
@@ -134,7 +136,7 @@ class _Kept(_OfLeaf):
 
     is_local = True
 
-    def over_devices(self, carried: jax.Array, axis_name: AxisName) -> jax.Array:
+    def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
         del axis_name
         return carried
 

@@ -24,8 +24,8 @@ class Outputs(NamedTuple):
         """``(value, aux, carry)`` from what `fun` returned for this `carry`.
 
         Raises:
-          TypeError: The result has another structure, its value is no real scalar, or its
-            carry has another type than `carry`.
+          TypeError: The result has another structure, its value is not a real scalar,
+            or its carry has another type than `carry`.
           ValueError: The carry has another structure.
         """
         has_carry = self.carry_name is not None

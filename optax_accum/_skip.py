@@ -1,4 +1,4 @@
-"""Rejecting micro-batches. What is rejected has weight 0, and is counted."""
+"""Rejecting micro-batches: what is rejected has weight 0."""
 
 from typing import Any
 
@@ -51,15 +51,22 @@ def _real_parts(g: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def ask(
-    skip: Skip | None, grads: Grads, gradient_step: Any, params: Params
-) -> tuple[Any, Tree]:
-    """Whether to reject a micro-batch, and the predicate's info; ``()`` without one.
+    skip: Skip | None,
+    weight: Scalar,
+    grads: Grads,
+    gradient_step: Scalar | None,
+    params: Params,
+) -> tuple[Scalar, bool | Scalar, Tree]:
+    """The weight of a micro-batch, whether it was rejected, and the predicate's info.
+
+    What is rejected has weight 0. Without a predicate nothing is, and the info is
+    ``()``.
 
     Raises:
       TypeError: `skip` returned something else than ``(bool scalar, info)``.
     """
     if skip is None:
-        return False, ()
+        return weight, False, ()
     result = skip(grads, gradient_step, params)
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise TypeError(
@@ -73,11 +80,14 @@ def ask(
             f"{should_skip.shape} and dtype {should_skip.dtype}. Reduce it with "
             "jnp.any or jnp.all"
         )
-    return should_skip, info
+    return jnp.where(should_skip, 0, weight), should_skip, info
 
 
 def initial_info(skip: Skip | None, params: Params) -> Tree:
     """Zeros of the type that `skip` returns as its info."""
-    grads, step = _tree.keep_inexact(params), jnp.zeros([], jnp.int32)
-    info = jax.eval_shape(lambda *args: ask(skip, *args)[1], grads, step, params)
+    weight, grads = jnp.ones([]), _tree.keep_inexact(params)
+    step = jnp.zeros([], jnp.int32)
+    _, _, info = jax.eval_shape(
+        lambda *args: ask(skip, *args), weight, grads, step, params
+    )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)

@@ -483,8 +483,7 @@ class _Loop:
         dtype = _tree.scalar_dtype((value, grads, aux))
         weight, is_positive = _validate.weight(given, dtype)
         params = jax.tree.map(lambda i: args[i], call.argnums)
-        rejected, _ = _skip.ask(settings.skip, grads, None, params)
-        weight = jnp.where(rejected, 0, weight)
+        weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
         if not is_positive or settings.skip is not None:
             new_carry = jax.tree.map(
                 lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
@@ -556,7 +555,7 @@ class _Loop:
         carry_before: Tree,
     ) -> tuple[Any, MicrobatchInfo]:
         settings, devices = self.settings, self.settings.devices
-        own, aux = totals.window, totals.aux
+        own = totals.window
         if settings.weight is None and settings.skip is None:
             # Known before; what nothing asks for, XLA takes out of the loop.
             weight = jnp.full_like(own.weight, self.split.examples / self._unit)
@@ -565,11 +564,9 @@ class _Loop:
         carry = devices.merge_carry(
             totals.carry, carry_before, own.weight, total.weight
         )
-        if devices.axis_name is not None:
-            pairs = zip(accumulators, aux, strict=True)
-            aux = [a.over_devices(x, devices.axis_name) for a, x in pairs]
         finished = [
-            a.finish(x, total.weight) for a, x in zip(accumulators, aux, strict=True)
+            a.finish(a.over_devices(carried, devices.axis_name), total.weight)
+            for a, carried in zip(accumulators, totals.aux, strict=True)
         ]
         value, grads = _tree.cast_like(
             total.result(settings.reduction), (shapes.value, shapes.grads)
