@@ -105,71 +105,54 @@ def value_and_grad(
     Call it under `jax.jit`; outside of it the loop is compiled again at every call.
 
     Args:
-      fun: The function to differentiate, returning a real scalar, or a pair as
-        `has_aux` and `carry_argnum` say. It sees one micro-batch at a time.
+      fun: The function to differentiate, returning a real scalar. It sees one
+        micro-batch at a time.
       argnums: As in `jax.value_and_grad`.
-      has_aux: As in `jax.value_and_grad`: whether `fun` returns ``(value, aux)``.
+      has_aux: As in `jax.value_and_grad`.
       num_microbatches: K, which must divide the number of examples. Exactly one of
         this and `microbatch_size` is needed.
       microbatch_size: How many examples make a micro-batch. If it does not divide the
-        batch, the rest runs as one smaller micro-batch, under its own weight.
-      batch_argnums: The positions of the batch arguments in the signature of `fun`:
-        trees of arrays with the same number of examples along `batch_axis`. List them
-        all: every other argument is passed whole to every micro-batch, and if it
-        happens to broadcast, the result is silently wrong.
+        batch, the rest runs as one smaller micro-batch.
+      batch_argnums: The positions, in the signature of `fun`, of the batch arguments:
+        trees of arrays with the same number of examples. List them all: any other
+        argument is passed whole to every micro-batch, and if it happens to broadcast,
+        the result is silently wrong.
       batch_argnames: Batch arguments by name; the two add up.
       batch_axis: The axis of the examples in every leaf of the batch arguments.
-      reduction: ``"mean"`` if `fun` is a mean over the weight (the default; result
-        Σ wᵢ·gᵢ / Σ wᵢ); ``"ratio"`` if it is a sum that is to be divided by the total
-        weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` if it is not to be divided (Σ gᵢ).
+      reduction: ``"mean"`` if `fun` is a mean over the weight; ``"ratio"`` if it is a
+        sum to be divided by the total weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` if it is
+        not to be divided (Σ gᵢ).
       weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
         how many units (valid tokens, say) this micro-batch's mean was taken over. By
-        default the number of its examples. A micro-batch of weight 0 contributes
-        nothing, even if its gradient is NaN; if all weights are 0, so are value and
-        gradient.
-      skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch, which
-        then has weight 0. `oa.skip_not_finite` is one, and Optax's predicates fit.
+        default the number of its examples.
+      skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch:
+        `oa.skip_not_finite`, or one of Optax's predicates.
       accumulator_dtype: The dtype of the sums. By default at least float32 and never
         less than the gradient's own. The result has the parameters' dtypes.
-      aux: What becomes of auxiliary outputs: one policy for all leaves, or a tree of
-        them that is a prefix of `aux`. ``"stack"``: all of them on a new first axis.
-        ``"concat"``: one entry per example along axis 0, in the order of the batch.
-        ``"mean"``: their mean, weighted as the loss is. ``"sum"``: their sum.
-        ``"last"``: the last micro-batch's. Weight 0 counts in neither mean nor sum.
+      aux: What becomes of auxiliary outputs: ``"stack"``, ``"concat"``, ``"mean"``,
+        ``"sum"``, ``"last"``, or a tree of these; see below.
       carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
-        BatchNorm's statistics. `fun` returns its next value: ``(value, carry)``, or
-        ``(value, (aux, carry))``. A micro-batch of weight 0 leaves it as it was.
+        BatchNorm's statistics; see below.
       rng_argnums: Arguments that are random keys, typed or raw, or trees of them.
         Micro-batch i gets ``jax.random.fold_in(key, i)``.
-      return_info: Whether to return ``(result, MicrobatchInfo)``: the total weight and
-        how many micro-batches were skipped.
-      noise_scale: Whether to measure the noise scale as well, for one norm per
-        micro-batch, and to return it in the `MicrobatchInfo`.
-      axis_name: The axis of devices, or several, that share the batch. Inside
-        `jax.pmap` or `jax.shard_map` each device calls this with its own part, of which
-        the sizes above speak. `fun` returns its own loss, without psum or pmean.
-      mesh: The mesh with that axis, for a call from plain `jax.jit` with the whole
-        batch, of which the sizes then speak.
-      scatter: Whether each device keeps only its part of the gradients: a
-        reduce-scatter instead of the all-reduce. `oa.sharding.scatter_specs` says which
-        part.
+      return_info: Whether to return ``(result, MicrobatchInfo)``.
+      noise_scale: Whether to measure the noise scale, for one norm per micro-batch, and
+        return it in the `MicrobatchInfo`.
+      axis_name: The axis of devices, or several, that share the batch; see below.
+      mesh: The mesh with that axis, for a call from plain `jax.jit`.
+      scatter: Whether each device keeps only its part of the gradients.
 
     Returns:
       A function with the arguments of `fun` that returns what `jax.value_and_grad`
-      would, in the same dtypes: ``(value, grads)``; ``((value, aux), grads)`` with
-      `has_aux`; ``((value, carry), grads)`` or ``((value, (aux, carry)), grads)`` with
-      `carry_argnum`. With `return_info` or `noise_scale` the pair of that and a
-      `MicrobatchInfo`.
+      would, in the same dtypes. With `return_info` or `noise_scale` the pair of that
+      and a `MicrobatchInfo`.
 
     Raises:
       TypeError: An option of another type. At the call: `fun` does not return a real
-        scalar, or a carry of another type than it took; what is named as a key is not
-        one.
-      ValueError: Neither or both sizes, or one < 1; an unknown `reduction` or policy;
-        a `mesh` without that axis, or `scatter` without one. At the call: a size that
-        does not fit the batch; batch leaves that differ in their number of examples; an
-        argument with two roles, or none of that position or name; an `aux` that is not
-        a prefix.
+        scalar, or a carry of another type than it took.
+      ValueError: Options that do not fit each other. At the call: a size that does not
+        fit the batch; leaves with different numbers of examples; an argument with two
+        roles, or none of that position or name; an `aux` that is not a prefix.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -196,22 +179,37 @@ def value_and_grad(
       >>> print(jax.jit(in_parts)(w, x, mask)[0], token_loss(w, x, mask))
       13.0 13.0
 
+    Note: Micro-batches of weight 0
+      They contribute nothing, even if their gradient is NaN, and leave a carry as it
+      was. A rejected micro-batch has weight 0. If all weights are 0, so are value and
+      gradient.
+
+    Note: Auxiliary outputs and carries
+      ``"stack"`` gives all outputs on a new first axis; ``"concat"`` one entry per
+      example along axis 0, in the order of the batch; ``"mean"`` their mean, weighted
+      as the loss is; ``"sum"`` their sum, without those of weight 0; ``"last"`` the
+      last micro-batch's. A tree of policies is a prefix of the auxiliary output.
+
+      With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
+      ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the
+      last carry.
+
     Note: Order of the examples
       Equal micro-batches are strided: micro-batch i holds the examples i, i + K,
       i + 2K, ... A batch that is sharded over devices is so split without
       communication, if every micro-batch can be sharded as the batch was. With a
       smaller last micro-batch they are contiguous.
 
-    Note: Differentiating again
-      `jax.grad` of the value goes through the loop, and keeps what every micro-batch
-      needs for its backward pass: right, but without any memory saved. (A NaN in a
-      micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
-
     Note: Across devices
+      Inside `jax.pmap` or `jax.shard_map` each device calls this with its own part of
+      the batch, of which the sizes speak; with `mesh` the call has the whole batch.
+      `fun` returns its own loss, without psum or pmean.
+
       Everything is reduced over `axis_name` once, after the last micro-batch: one
       all-reduce for each dtype of the sums, or with `scatter` one reduce-scatter for
-      each leaf, unless the compiler joins them. What `fun` and its gradient exchange,
-      they exchange in every micro-batch. The mesh's other axes stay with the compiler.
+      each leaf, unless the compiler joins them (`oa.sharding.scatter_specs` says which
+      part each device keeps). What `fun` and its gradient exchange, they exchange in
+      every micro-batch. The mesh's other axes stay with the compiler.
 
       The result is that of all micro-batches of all devices, as if they had run one
       after another, the first device's first: ``"last"`` is the last device's, and
@@ -219,6 +217,11 @@ def value_and_grad(
       leave every device's outputs where they are; with `mesh` they are one array,
       sharded along axis 0. A carry's floating leaves are averaged over the devices, by
       weight; its other leaves are those of the last device with any weight.
+
+    Note: Differentiating again
+      `jax.grad` of the value goes through the loop, and keeps what every micro-batch
+      needs for its backward pass: right, but without any memory saved. (A NaN in a
+      micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
 
     References:
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3

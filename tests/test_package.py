@@ -34,7 +34,10 @@ def test_the_test_above_can_fail():
     assert "flax" not in imported_by("import jax, optax")
 
 
-@pytest.mark.parametrize("module", [oa, oaf], ids=lambda module: module.__name__)
+MODULES = (oa, oa.sharding, oa.noise, oa.diagnose, oaf)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_every_public_name_is_there_and_documented(module):
     assert sorted(module.__all__) == module.__all__
     public = {
@@ -65,7 +68,7 @@ def test_a_transformation_to_whoever_looks():
     assert callable(tx.update_params)
 
 
-@pytest.mark.parametrize("name", oa.AccumulateState._fields)
-def test_every_field_of_the_state_is_documented(name):
-    documented = re.findall(r"^\s+(\w+): ", oa.AccumulateState.__doc__, re.MULTILINE)
-    assert name in documented
+@pytest.mark.parametrize("book", [oa.AccumulateState, oa.Window])
+def test_every_field_of_the_state_is_documented(book):
+    documented = re.findall(r"^\s+(\w+): ", book.__doc__, re.MULTILINE)
+    assert [name for name in book._fields if name not in documented] == []
