@@ -416,7 +416,11 @@ class _Accumulation:
         *,
         applies: bool = False,
     ) -> tuple[Updates | Params, AccumulateState]:
-        """Check, add, decide, close. Whether it `applies` the updates is all else."""
+        """Check, add, decide, close.
+
+        `update` and `update_params` differ in `applies` alone: whether the updates are
+        returned, or added to the parameters.
+        """
         step = self._check(arguments, state, weight, boundary, value, applies=applies)
         state = self._add(step)
         closing = self._decide(step, state)

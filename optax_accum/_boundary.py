@@ -29,14 +29,15 @@ from optax_accum.sharding._data_parallel import DataParallel
 
 
 class Closing(NamedTuple):
-    """A window at what may be its end.
+    """A window after a micro-step that may be its last.
 
     Attributes:
       ends: Whether it ends here.
       runs: Whether the inner optimizer runs: the window ends and, as far as one device
         knows, is not empty. A Python bool builds no `lax.cond`.
-      checks_total: Whether W may be 0, and is only known from the sum over all devices
-        or at run time. If it is 0, nothing changes.
+      checks_total: Whether `close` must still test W for 0, in which case nothing
+        changes: across devices W is known only after the sum, and a Python bool has no
+        place for the test.
       window: The sums, each device's own.
       reduction: How they are divided.
       devices: Those that share the window.
@@ -111,7 +112,8 @@ def close(
             updates, inner_state = optimizer.update(grads, buffers.inner_state, value)
             buffers = destination.write(updates, buffers)
             return buffers._replace(
-                has_updated=~buffers.has_updated,  # in its own buffer, as all else
+                # True, but no constant, so that XLA writes it in place.
+                has_updated=~buffers.has_updated,
                 inner_state=inner_state,
                 noise=noise,
             )

@@ -49,8 +49,9 @@ class ToCaller(NamedTuple):
     ) -> "ToCaller":
         """Finds a buffer of the accumulator for each leaf of the updates.
 
-        There is none if the second phase still reads S, if without a branch nothing is
-        gained, or if S is each device's own and the updates are not.
+        None is reused in three cases: the second phase still reads S; there is no
+        branch, and so nothing to gain; S differs between devices and the updates do
+        not.
         """
         is_local = closing.devices.axis_name is None
         is_read_again = _boundary.needs_two_phases(closing, optimizer)

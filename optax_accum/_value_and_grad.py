@@ -454,7 +454,8 @@ class _Loop:
     def _unit(self) -> int:
         """How many examples a weight of 1 stands for in the window.
 
-        A mean counts in whole micro-batches, so that nothing is multiplied.
+        Without `weight`, a whole micro-batch of a mean has the constant weight 1, and
+        the compiler drops the multiplication. `_finish` converts W into examples.
         """
         settings = self.settings
         is_counted = settings.weight is None and settings.reduction == "mean"

@@ -33,7 +33,6 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
       >>> from flax import nnx
-    from flax.nnx.filterlib import Filter
       >>> from optax_accum.flax import Optimizer
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
       >>> tx = oa.accumulate(optax.sgd(0.1), every_k=2)
@@ -127,7 +126,6 @@ def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateShard
     Examples:
       >>> import jax, optax, optax_accum as oa, optax_accum.flax as oaf
       >>> from flax import nnx
-    from flax.nnx.filterlib import Filter
       >>> from jax.sharding import PartitionSpec as P
       >>> D = jax.device_count()
       >>> mesh = jax.make_mesh((D,), ("data",))

@@ -54,7 +54,6 @@ def value_and_grad(
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
       >>> from flax import nnx
-    from flax.nnx.filterlib import Filter
       >>> class Model(nnx.Module):
       ...     def __init__(self, rngs):
       ...         self.linear = nnx.Linear(2, 3, rngs=rngs)

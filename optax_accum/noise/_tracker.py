@@ -46,7 +46,7 @@ class NoTracker:
     def check(self, state: _state.AccumulateState, grads: Grads, axes: Any) -> None:
         """Any state will do."""
 
-    def square_before(self, updates: bool | jax.Array, window: Window) -> None:
+    def square_before(self, runs: bool | jax.Array, window: Window) -> None:
         """Nothing to know."""
 
     def close(
@@ -93,7 +93,7 @@ class Tracker:
                     "Leave `noise_decay` out where parameters are in parts"
                 )
 
-    def square_before(self, updates: bool | jax.Array, window: Window) -> Scalar:
+    def square_before(self, runs: bool | jax.Array, window: Window) -> Scalar:
         """‖S‖², if the optimizer runs, in a branch before its own.
 
         Its updates overwrite S. Read in the same branch, S would be copied: nothing
@@ -101,7 +101,7 @@ class Tracker:
         """
         dtype = window.weight.dtype
         return lax.cond(
-            updates,
+            runs,
             lambda grads: _tree.squared_norm(grads, dtype),
             lambda _: jnp.zeros([], dtype),
             window.grads,
