@@ -60,8 +60,7 @@ def bind(
       window: The window, before its division.
       inner_state: The optimizer's state.
       devices: Those that share the window.
-      has_branch: Whether it will run in a branch. Then the trace that tells the shapes
-        serves the branch as well.
+      has_branch: Whether it will run in a branch.
     """
 
     def call(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
@@ -71,7 +70,9 @@ def bind(
         grads = _tree.fill_inexact(arguments.grads, grads)
         return optimizer.update(grads, inner_state, arguments.params, **extra_args)
 
-    if has_branch:
+    # The trace that tells the shapes serves again, unless each call stands for itself.
+    inputs = jax.tree.leaves((window, inner_state))
+    if has_branch or any(isinstance(x, jax.core.Tracer) for x in inputs):
         call = jax.jit(call, inline=True)
 
     def shapes_for(grads: Grads) -> Updates:

@@ -134,8 +134,9 @@ def traces_of_one_compilation(dtype, boundary):
     return len(traced)
 
 
-def test_one_trace_tells_the_shapes_and_serves_the_branch():
-    assert traces_of_one_compilation(jnp.float32, None) == 1
+@pytest.mark.parametrize("boundary", [None, True])
+def test_one_trace_tells_the_shapes_and_is_what_runs(boundary):
+    assert traces_of_one_compilation(jnp.float32, boundary) == 1
 
 
 def test_a_second_trace_is_in_the_accumulators_dtype():
