@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jax import dtypes
 
-from optax_accum import _boundary, _tree
-from optax_accum._boundary import Buffers
+from optax_accum import _tree
+from optax_accum._boundary import Buffers, Closing, needs_two_phases
+from optax_accum._optimizer import BoundOptimizer
 from optax_accum._types import Params, Tree, Updates
 
 
@@ -44,9 +45,7 @@ class ToCaller(NamedTuple):
     indices: list[int | None]
 
     @classmethod
-    def plan(
-        cls, closing: _boundary.Closing, optimizer: _boundary.BoundOptimizer
-    ) -> "ToCaller":
+    def plan(cls, closing: Closing, optimizer: BoundOptimizer) -> "ToCaller":
         """Finds a buffer of the accumulator for each leaf of the updates.
 
         None is reused in three cases: the second phase still reads S; there is no
@@ -54,7 +53,7 @@ class ToCaller(NamedTuple):
         not.
         """
         is_local = closing.devices.axis_name is None
-        is_read_again = _boundary.needs_two_phases(closing, optimizer)
+        is_read_again = needs_two_phases(closing, optimizer)
         may_reuse = is_local and closing.has_branch and not is_read_again
         accumulator = closing.window.grads if may_reuse else ()
         leaves = jax.tree_util.tree_leaves_with_path(accumulator)

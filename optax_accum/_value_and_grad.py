@@ -351,7 +351,6 @@ class Settings:
 
     def run(self, args: Args, kwargs: Kwargs) -> tuple[Any, MicrobatchInfo]:
         """The result of one call, and the info."""
-        self.devices.check_place()
         return self.run_bound(self.roles.bind(self.fun, args, kwargs))
 
     def split(self, call: _arguments.Call) -> _split.Split:
@@ -367,6 +366,7 @@ class Settings:
 
     def run_bound(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
         """As `run`, of arguments that are bound to their roles."""
+        self.devices.check_place()
         split = self.split(call)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)

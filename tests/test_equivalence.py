@@ -561,6 +561,7 @@ def test_as_an_assertion():
         (errors, {}, TypeError, "`fun` must return a real floating scalar"),
         (mean, {"k": None}, ValueError, "exactly one of `num_microbatches`"),
         (mean, {"k": 5}, ValueError, "`num_microbatches=5` does not divide"),
+        (mean, {"tolerance": -1}, ValueError, "`tolerance` is the largest relative"),
         (mean, {"reduction": "max"}, ValueError, "`reduction` must be one of"),
         (mean, {"wight": count}, TypeError, "got 'wight', which is not an option of"),
         (mean, {"axis_name": "d"}, ValueError, "`axis_name='d'` is not bound"),

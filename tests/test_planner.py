@@ -440,6 +440,11 @@ def test_where_the_arguments_of_lowered_steps_do_not_fit():
     assert "of which 144 KiB are arguments and outputs" in str(error.value)
 
 
+def test_arguments_besides_those_of_a_lowered_step():
+    with pytest.raises(TypeError, match="there are 2 more in `args`"):
+        plan(lambda k: make_step(k).lower(*SHAPES))
+
+
 def test_only_one_is_compiled_where_the_arguments_alone_are_too_much():
     made = []
     with pytest.raises(ValueError, match="144 KiB are arguments"):

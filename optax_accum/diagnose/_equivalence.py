@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from optax_accum import _validate
 from optax_accum._types import Tree
 from optax_accum._value_and_grad import settings_of, value_and_grad
 from optax_accum.diagnose import _probes, _problem
@@ -143,7 +144,7 @@ def check_equivalence(
     Raises:
       TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; an
         option that it does not have; `args` that are not several.
-      ValueError: As `value_and_grad`; a batch of weight 0.
+      ValueError: As `value_and_grad`; a `tolerance` not in [0, 1); a batch of weight 0.
 
     Examples:
       A mean over the tokens that are no padding, of which micro-batches hold different
@@ -188,7 +189,10 @@ def check_equivalence(
     problem = _problem.Problem.of(
         settings_of(function), (params, batch, *args), dict(kwargs or {})
     )
-    if tolerance is None:
+    if tolerance is not None:
+        meaning = "the largest relative error that counts as equal"
+        tolerance = _validate.fraction("tolerance", tolerance, meaning)
+    else:
         tolerance = float(np.sqrt(jnp.finfo(problem.narrowest_dtype()).eps))
 
     whole = problem.whole()

@@ -121,7 +121,8 @@ def plan_microbatches(
       A `MicrobatchPlan`: the number, the compiled step, and all that was tried.
 
     Raises:
-      TypeError: A size or a number of another type.
+      TypeError: A size or a number of another type; `args` beside a step that is
+        lowered already.
       ValueError: Neither `batch_size` nor `candidates`; candidates that are < 1 or do
         not divide `batch_size`; a `memory_limit` that is needed, or below 1024;
         `headroom` not in [0, 1); nothing fits: then the message has the table.
@@ -264,6 +265,11 @@ def _has_arguments(step: Step) -> bool:
 
 def _compile(step: Step, args: tuple[Argument, ...]) -> Step | None:
     """`step` compiled, or ``None`` where the compiler ran out of memory."""
+    if args and _has_arguments(step):
+        raise TypeError(
+            "`make_step` returned a step that is lowered already, with arguments "
+            f"of its own, and there are {len(args)} more in `args`. Leave these out"
+        )
     if hasattr(step, "memory_analysis"):
         return step
     if not _has_arguments(step):

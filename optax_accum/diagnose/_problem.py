@@ -188,12 +188,12 @@ class Problem:
     def with_argument(self, place: _arguments.Place, argument: Tree) -> "Problem":
         """With another argument, at this position or of this name."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(place, int) and place < len(args):
-            args[place] = argument
+        if isinstance(place, int) and place >= len(args):
+            place = self.call.names[place]  # it has a position, and came by name
+        if isinstance(place, str):
+            kwargs[place] = argument
         else:
-            kwargs[self.call.names[place] if isinstance(place, int) else place] = (
-                argument
-            )
+            args[place] = argument
         return dataclasses.replace(self, args=tuple(args), kwargs=kwargs)
 
     def with_batch(self, batch: Batches) -> "Problem":

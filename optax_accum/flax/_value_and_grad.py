@@ -93,7 +93,6 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
-        settings.devices.check_place()
         graphdef, params, state = _module.split(model, wrt)
         call = settings.roles.bind(loss_fn, (params, *args), kwargs)
         for name, argument in call.named():
