@@ -3,7 +3,6 @@
 import functools
 
 import chex
-import devices
 import flax.jax_utils
 import flax.serialization
 import jax
@@ -12,18 +11,27 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from data import write_checkpoint as first
-from devices import AXIS, COUNT
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from test_windows import NAN, PARAMS, SGD, alone
-from training import loosely, micro_batches, stepper, weighted_mean
+from support import devices
+from support import stored_checkpoint as first
+from support.devices import AXIS, COUNT
+from support.training import (
+    NAN,
+    PARAMS,
+    SGD,
+    alone,
+    micro_batches,
+    promoting,
+    stepper,
+    weighted_mean,
+)
 
 import optax_accum as oa
 
 K = 3
-ADAM = loosely(optax.adam(0.1))
+ADAM = promoting(optax.adam(0.1))
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 GRADS, WEIGHTS = micro_batches(PARAMS, 2 * K)
 
@@ -89,7 +97,7 @@ VARIANTS = {
     ),
     "bfloat16": accumulated,
     "random_keys": lambda: accumulated(
-        loosely(optax.noisy_sgd(0.1, key=jax.random.key(3)))
+        promoting(optax.noisy_sgd(0.1, key=jax.random.key(3)))
     ),
     "plain": accumulated,
     "waiting": lambda: accumulated(skip=oa.skip_not_finite, on_skip="wait"),
@@ -442,7 +450,7 @@ class TestChanges:
             oa.micro_step(state)
 
     def test_from_multi_steps(self, tmp_path):
-        old = loosely(optax.MultiSteps(MOMENTUM, K).gradient_transformation())
+        old = promoting(optax.MultiSteps(MOMENTUM, K).gradient_transformation())
         _, state = old.update(GRADS[0], old.init(PARAMS), PARAMS)
         checkpoints = Orbax(tmp_path)
         checkpoints.save("saved", state)
@@ -462,7 +470,7 @@ class TestChanges:
 
 
 class TestTheFirstVersion:
-    """`data/write_checkpoint.py` wrote this with the first version of the library."""
+    """`support/stored_checkpoint.py` wrote it with the first version."""
 
     @pytest.fixture
     def stored(self):

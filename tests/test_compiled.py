@@ -3,12 +3,12 @@
 import functools
 
 import chex
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from training import WAYS, loosely, stepper
+from support import hlo
+from support.training import WAYS, promoting, stepper
 
 import optax_accum as oa
 
@@ -18,8 +18,8 @@ needs_fused_maximum = pytest.mark.skipif(
 )
 OPTIMIZERS = {
     "sgd": optax.sgd(1e-2),
-    "momentum": loosely(optax.sgd(1e-2, momentum=0.9)),
-    "adamw": loosely(optax.adamw(1e-3)),
+    "momentum": promoting(optax.sgd(1e-2, momentum=0.9)),
+    "adamw": promoting(optax.adamw(1e-3)),
 }
 # Shapes of which no two leaves share one, so that no copy hides behind another.
 SHAPES = {"in": (512, 256), "out": (256, 384), "bias": (384,)}
@@ -81,7 +81,7 @@ def test_the_instruments_see_what_multi_steps_does():
     """The same measurements, on a program that is known to hold temporaries."""
     params = params_of()
     tx = optax.MultiSteps(OPTIMIZERS["adamw"], 8).gradient_transformation()
-    program = window_program(loosely(tx), "update", params)
+    program = window_program(promoting(tx), "update", params)
     assert hlo.temporaries(program) > 2 * hlo.nbytes(params)
     assert len(hlo.large_copies(program, SMALLEST_MATRIX)) > 0
 
@@ -94,7 +94,7 @@ def test_bfloat16_parameters_take_less_than_multi_steps(name, way, most):
     inner = OPTIMIZERS[name]
     multi_steps = optax.MultiSteps(inner, 8).gradient_transformation()
     ours = window_program(oa.accumulate(inner, 8), way, params)
-    theirs = window_program(loosely(multi_steps), "update", params)
+    theirs = window_program(promoting(multi_steps), "update", params)
     assert hlo.temporaries(ours) < most * hlo.nbytes(params)
     assert hlo.temporaries(ours) < hlo.temporaries(theirs)
 

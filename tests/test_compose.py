@@ -7,12 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_windows import PARAMS, SGD, alone, feed
-from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+from support.training import (
+    PARAMS,
+    SGD,
+    WAYS,
+    alone,
+    feed,
+    micro_batches,
+    promoting,
+    stepper,
+    weighted_mean,
+)
 
 import optax_accum as oa
 
-ADAM = loosely(optax.adam(0.1))
+ADAM = promoting(optax.adam(0.1))
 K = 3
 GRADS, WEIGHTS = micro_batches(PARAMS, 2 * K)
 BATCHES = [(g, {"weight": w}) for g, w in zip(GRADS, WEIGHTS, strict=True)]
@@ -24,7 +33,7 @@ EXPECTED, _ = alone(ADAM, *MEANS)
 
 class TestOptax:
     def test_around_a_chain_clipping_sees_the_window(self):
-        inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)))
+        inner = promoting(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)))
         params, _ = feed(oa.accumulate(inner, K), BATCHES)
         chex.assert_trees_all_close(params, alone(inner, *MEANS)[0], rtol=1e-6)
 
@@ -67,7 +76,7 @@ class TestOptax:
 
     @pytest.mark.parametrize("way", WAYS)
     def test_injected_hyperparameters_move_once_per_update(self, way):
-        inner = loosely(
+        inner = promoting(
             optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.0, 4))
         )
         params, state = feed(oa.accumulate(inner, K), BATCHES, way)

@@ -1,17 +1,16 @@
 """`oa.value_and_grad` across devices: one exchange per step, after the loop."""
 
 import chex
-import devices
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import AXIS, COUNT
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training import loosely, slow
+from support import devices, hlo
+from support.devices import AXIS, COUNT
+from support.training import promoting, slow
 
 import optax_accum as oa
 
@@ -96,7 +95,7 @@ def test_training_is_that_of_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
     # With an epsilon, because Adam turns the rounding of a gradient near 0 into a step.
     adamw = optax.adamw(0.05, eps=1e-3)
-    inner = loosely(optax.chain(optax.clip_by_global_norm(0.1), adamw))
+    inner = promoting(optax.chain(optax.clip_by_global_norm(0.1), adamw))
 
     def token_sum(params, batch):
         return token_loss(params, batch) * jnp.maximum(batch["mask"].sum(), 1)
@@ -448,7 +447,7 @@ def test_scattered_gradients_under_pmap():
 @outside
 def test_training_with_a_sharded_optimizer_state(way):
     """ZeRO-2: gradients and moments in parts, parameters whole."""
-    inner = loosely(optax.adamw(0.05))
+    inner = promoting(optax.adamw(0.05))
     mesh = mesh_of(way)
     specs = oa.sharding.scatter_specs(WIDE, mesh, AXIS)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -722,7 +721,7 @@ def test_a_carry_from_plain_zeros():
 @pytest.mark.parametrize("every_k", [2, None])
 def test_micro_batches_inside_and_windows_outside(every_k):
     """Both levels, and still one exchange per window."""
-    inner = loosely(optax.adamw(0.05))
+    inner = promoting(optax.adamw(0.05))
     tx = oa.accumulate(inner, every_k, axis_name=AXIS)
     f = oa.value_and_grad(small, num_microbatches=2, return_info=True)
 

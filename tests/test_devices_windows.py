@@ -1,24 +1,23 @@
 """`oa.accumulate` across devices: local until the boundary, and then one exchange."""
 
 import chex
-import devices
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import AXIS, COUNT, PARAMS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training import WAYS, loosely, slow, stepper
+from support import devices, hlo
+from support.devices import AXIS, COUNT, PARAMS
+from support.training import WAYS, promoting, slow, stepper
 
 import optax_accum as oa
 from optax_accum.sharding import _windows
 
 pytestmark = pytest.mark.several_devices
 K = 3
-ADAMW = loosely(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+ADAMW = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
 ways = devices.parametrized(devices.INSIDE)
 
 
@@ -155,7 +154,7 @@ def test_without_an_accumulator(way, update):
 def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
     """It sees gradients that are the same everywhere, when shapes are asked as well."""
     x, mask = devices.examples(2 * K)
-    inner = loosely(optax.apply_if_finite(optax.adamw(0.1), 2))
+    inner = promoting(optax.apply_if_finite(optax.adamw(0.1), 2))
     tx = oa.accumulate(inner, K, axis_name=AXIS)
     params, _ = run(way, tx, x, mask, update)
     wanted = global_batches(inner, x, mask)
@@ -268,7 +267,7 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
 @pytest.mark.parametrize("update", WAYS)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_one_exchange_in_the_boundary_branch_and_none_elsewhere(way, update, weighted):
-    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, axis_name=AXIS)
+    tx = oa.accumulate(promoting(optax.adamw(1e-3)), 4, axis_name=AXIS)
     compiled = program(way, tx, update, weighted=weighted)
     assert hlo.exchanges(compiled) == {"all-reduce, branch": 1}
 
@@ -276,7 +275,7 @@ def test_one_exchange_in_the_boundary_branch_and_none_elsewhere(way, update, wei
 @ways
 @pytest.mark.parametrize("update", WAYS)
 def test_a_static_boundary_leaves_none_in_the_accumulating_program(way, update):
-    tx = oa.accumulate(loosely(optax.adamw(1e-3)), axis_name=AXIS)
+    tx = oa.accumulate(promoting(optax.adamw(1e-3)), axis_name=AXIS)
     assert hlo.exchanges(program(way, tx, update, boundary=False)) == {}
     closing = hlo.exchanges(program(way, tx, update, boundary=True))
     assert closing == {"all-reduce, entry": 1}
@@ -285,7 +284,10 @@ def test_a_static_boundary_leaves_none_in_the_accumulating_program(way, update):
 @ways
 def test_skipping_exchanges_nothing(way):
     tx = oa.accumulate(
-        loosely(optax.adamw(1e-3)), 4, axis_name=AXIS, skip=oa.skip_not_finite
+        promoting(optax.adamw(1e-3)),
+        4,
+        axis_name=AXIS,
+        skip=oa.skip_not_finite,
     )
     assert hlo.exchanges(program(way, tx, "update_params")) == {"all-reduce, branch": 1}
 
@@ -295,7 +297,7 @@ def test_skipping_exchanges_nothing(way):
 @pytest.mark.parametrize("optimizer", [optax.sgd, optax.adamw])
 def test_nothing_is_copied(way, weighted, optimizer):
     """The sum over devices is the one buffer of the parameters' size."""
-    tx = oa.accumulate(loosely(optimizer(1e-3)), 4, axis_name=AXIS)
+    tx = oa.accumulate(promoting(optimizer(1e-3)), 4, axis_name=AXIS)
     compiled = program(way, tx, "update_params", weighted=weighted)
     assert hlo.large_copies(compiled, SIDE * SIDE) == []
     assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
@@ -305,7 +307,7 @@ def test_multi_steps_exchanges_in_every_micro_step():
     """What the counts are compared with: the instrument can see the difference."""
     tx = optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation()
     mean = optax.stateless(lambda grads, _: jax.lax.pmean(grads, AXIS))
-    chained = loosely(optax.chain(mean, tx))
+    chained = promoting(optax.chain(mean, tx))
     state = devices.stacked(chained.init(LARGE))
     step = jax.pmap(chained.update, AXIS)
     large = devices.stacked(LARGE)
@@ -389,7 +391,7 @@ class TestStackedStates:
         """Five leaves that are local, and others around them."""
         tx = optax.chain(
             optax.trace(0.9),
-            oa.accumulate(loosely(optax.adam(0.1)), 4, skip=oa.skip_not_finite),
+            oa.accumulate(promoting(optax.adam(0.1)), 4, skip=oa.skip_not_finite),
         )
         params = {"w": jnp.ones((2, 3)), "b": None, "n": jnp.ones(2, jnp.int32)}
         grads = {"w": jnp.full((2, 3), 2.0), "b": None, "n": jnp.ones(2, jnp.int32)}

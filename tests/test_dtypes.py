@@ -3,15 +3,22 @@
 import functools
 from typing import ClassVar
 
-import catalogue
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_windows import ADAM, SGD, alone, feed
-from training import WAYS, loosely, stepper
+from support import catalogue
+from support.training import (
+    ADAM,
+    SGD,
+    WAYS,
+    alone,
+    feed,
+    promoting,
+    stepper,
+)
 
 import optax_accum as oa
 
@@ -91,7 +98,7 @@ def test_complex_gradients_are_weighted_as_any(way):
 def test_updates_and_state_have_the_inner_optimizers_dtypes(
     inner, params_dtype, grads_dtype, way
 ):
-    inner = loosely(inner)
+    inner = promoting(inner)
     params = {"w": jnp.ones((2, 3), params_dtype)}
     grads = {"w": jnp.full((2, 3), 0.5, grads_dtype)}
     tx = oa.accumulate(inner, 2)
@@ -113,7 +120,7 @@ def test_updates_and_state_have_the_inner_optimizers_dtypes(
 @pytest.mark.parametrize("name", catalogue.optimizers())
 def test_any_optimizer_takes_bfloat16_parameters(name):
     """Also those that do not take gradients wider than their moments."""
-    inner = loosely(catalogue.optimizers()[name]())
+    inner = promoting(catalogue.optimizers()[name]())
     tx = oa.accumulate(inner, 2)
     params = catalogue.example_params(jnp.bfloat16)
 

@@ -5,7 +5,6 @@ import itertools
 import math
 
 import chex
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_errors import saying
-from training import loosely, slow
+from support import hlo
+from support.errors import saying
+from support.training import promoting, slow
 
 import optax_accum as oa
 
-INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.0, 20)))
+INNER = promoting(optax.adamw(optax.linear_schedule(0.1, 0.0, 20)))
 PARAMS = {"w": jnp.zeros(3), "b": jnp.zeros([])}
 
 

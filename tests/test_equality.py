@@ -1,12 +1,19 @@
 """k micro-batches give the update of the global batch, for any Optax optimizer."""
 
-import catalogue
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from training import WAYS, loosely, micro_batches, slow, stepper, weighted_mean
+from support import catalogue
+from support.training import (
+    WAYS,
+    micro_batches,
+    promoting,
+    slow,
+    stepper,
+    weighted_mean,
+)
 
 import optax_accum as oa
 
@@ -30,7 +37,7 @@ def slow_parts(names):
 @pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))
 def test_any_transformation_sees_the_global_batch(name):
     """Three windows of uneven weights against the weighted mean gradients."""
-    inner = loosely(TRANSFORMATIONS[name]())
+    inner = promoting(TRANSFORMATIONS[name]())
     tx = oa.accumulate(inner, every_k=K)
     params = catalogue.example_params()
     grads, weights = micro_batches(params, K * WINDOWS)
@@ -75,7 +82,7 @@ def test_the_catalogue_is_complete():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", catalogue.optimizers())
 def test_update_params_equals_update(name):
-    tx = oa.accumulate(loosely(TRANSFORMATIONS[name]()), every_k=2)
+    tx = oa.accumulate(promoting(TRANSFORMATIONS[name]()), every_k=2)
     params = catalogue.example_params()
     grads, weights = micro_batches(params, 4)
     results = []

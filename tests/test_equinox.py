@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable
 
 import chex
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import slow
+from support import hlo
+from support.training import slow
 
 import optax_accum as oa
 

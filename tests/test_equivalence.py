@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import COUNT, mesh
-from training import slow
+from support.devices import COUNT, mesh
+from support.training import slow
 
 import optax_accum as oa
 

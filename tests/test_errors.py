@@ -1,22 +1,16 @@
 """Errors are part of the interface: the argument, what came, what is needed."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.errors import saying
 
 import optax_accum as oa
 
 PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
 SGD = optax.sgd(0.1)
-
-
-def saying(*words):
-    """A pattern for a message that has all `words` in this order."""
-    return "(?s)" + ".*".join(map(re.escape, words))
 
 
 def update(tx, grads=PARAMS, **kwargs):

@@ -1,10 +1,10 @@
 """The instruments of the other tests: each of them must be able to fail."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from support import hlo
 
 X = jax.ShapeDtypeStruct((64, 32), jnp.float32)
 FLAG = jax.ShapeDtypeStruct((), bool)

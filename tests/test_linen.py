@@ -6,7 +6,6 @@ import chex
 import flax.core
 import flax.linen as nn
 import flax.serialization
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,8 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from training import loosely, slow
+from support import hlo
+from support.training import promoting, slow
 
 import optax_accum as oa
 from optax_accum.flax import TrainState
@@ -24,7 +24,7 @@ from optax_accum.flax import TrainState
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
 PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
-INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
+INNER = promoting(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
 
 
 class MLP(nn.Module):

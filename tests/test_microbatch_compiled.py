@@ -3,12 +3,12 @@
 import functools
 import itertools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
 from optax import microbatching
-from training import slow
+from support import hlo
+from support.training import slow
 
 import optax_accum as oa
 

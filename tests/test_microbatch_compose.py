@@ -1,14 +1,14 @@
 """`oa.value_and_grad` among JAX's other transformations, meshes and `accumulate`."""
 
 import chex
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training import loosely
+from support import hlo
+from support.training import promoting
 
 import optax_accum as oa
 
@@ -195,7 +195,7 @@ def test_micro_batches_inside_and_windows_outside(optimizer, reduction):
     def token_mean(w, x, mask):
         return jnp.sum(mask * jnp.tanh(x @ w) ** 2) / mask.sum()
 
-    inner = loosely(optimizer(0.1))
+    inner = promoting(optimizer(0.1))
     tx = oa.accumulate(inner, every_k=3)
 
     def count(w, x, mask):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_errors import saying
+from support.errors import saying
 
 import optax_accum as oa
 

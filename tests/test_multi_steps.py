@@ -7,12 +7,17 @@ import optax
 import pytest
 from absl.testing import parameterized
 from optax.transforms import _accumulation, _accumulation_test
-from test_windows import NAN, PARAMS
-from training import loosely, micro_batches, stepper
+from support.training import (
+    NAN,
+    PARAMS,
+    micro_batches,
+    promoting,
+    stepper,
+)
 
 import optax_accum as oa
 
-ADAM = loosely(optax.adam(0.1))
+ADAM = promoting(optax.adam(0.1))
 GRADS, _ = micro_batches(PARAMS, 8)
 
 
@@ -90,7 +95,7 @@ class TestMoving:
     def test_a_job_goes_on_where_it_was(self, stop, use_grad_mean):
         """Moved after any micro-step, in a window or between two."""
         old = optax.MultiSteps(ADAM, 3, use_grad_mean=use_grad_mean)
-        multi_steps = loosely(old.gradient_transformation())
+        multi_steps = promoting(old.gradient_transformation())
         tx = oa.accumulate(ADAM, 3, reduction="mean" if use_grad_mean else "sum")
         stayed, state = PARAMS, multi_steps.init(PARAMS)
         for i, g in enumerate(GRADS):

@@ -1,7 +1,6 @@
 """`value_and_grad` and `Optimizer` of `optax_accum.flax`, in NNX's own loops."""
 
 import chex
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from training import loosely, slow
+from support import hlo
+from support.training import promoting, slow
 
 import optax_accum as oa
 import optax_accum.flax as oaf
@@ -18,7 +18,7 @@ import optax_accum.flax as oaf
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
 PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])
-INNER = loosely(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
+INNER = promoting(optax.adamw(optax.linear_schedule(0.1, 0.01, 3), weight_decay=0.1))
 COUNT = jax.device_count()
 
 

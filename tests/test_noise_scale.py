@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import AXIS, COUNT, INSIDE, inside, mesh, parametrized, stacked
-from hlo import compiled, exchanges, large_copies, nbytes, temporaries
 from jax.sharding import PartitionSpec as P
-from training import WAYS, loosely, micro_batches, slow, stepper
+from support.devices import AXIS, COUNT, INSIDE, inside, mesh, parametrized, stacked
+from support.hlo import compiled, exchanges, large_copies, nbytes, temporaries
+from support.training import WAYS, micro_batches, promoting, slow, stepper
 
 import optax_accum as oa
 from optax_accum import _tree, _window
@@ -214,7 +214,7 @@ def test_windows_are_averaged(way, reduction):
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_else_changes(way):
     grads, weights = micro_batches(PARAMS, 6)
-    inner = loosely(optax.adamw(1e-2))
+    inner = promoting(optax.adamw(1e-2))
     plain = run(oa.accumulate(inner, 3), grads, weights, way)
     measured = run(oa.accumulate(inner, 3, noise_decay=0.9), grads, weights, way)
     assert plain[1].noise == ()
@@ -239,7 +239,7 @@ def test_it_costs_nothing_where_it_is_not_asked_for():
 @pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)])
 def test_it_is_free_of_copies(way, inner):
     params = {"w": jnp.zeros((1024, 512)), "b": jnp.zeros(1000)}
-    tx = oa.accumulate(loosely(inner), 4, noise_decay=0.99)
+    tx = oa.accumulate(promoting(inner), 4, noise_decay=0.99)
     state = tx.init(params)
     program = compiled(
         stepper(tx, way), params, state, jax.tree.map(jnp.copy, params), donate=(0, 1)
@@ -297,7 +297,7 @@ def test_windows_of_one_micro_batch_say_nothing(every_k):
 def test_a_nan_does_not_outlive_its_window():
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
-    inner = optax.chain(loosely(optax.zero_nans()), optax.sgd(0.1))
+    inner = optax.chain(promoting(optax.zero_nans()), optax.sgd(0.1))
     tx = oa.accumulate(inner, 2, noise_decay=0.9)
     _, state = run(tx, [nan, *grads[1:]], weights)
     found = oa.noise.estimate(state)
@@ -331,7 +331,7 @@ def test_bfloat16_parameters():
     """There the updates and the inner state are computed in turn."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     grads, weights = micro_batches(params, 4)
-    tx = oa.accumulate(loosely(optax.adamw(1e-3)), 4, noise_decay=0.9)
+    tx = oa.accumulate(promoting(optax.adamw(1e-3)), 4, noise_decay=0.9)
     _, state = run(tx, grads, weights, params=params)
     found = oa.noise.estimate(state)
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)

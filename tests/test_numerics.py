@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_windows import ADAM, PARAMS, feed
-from training import micro_batches, slow
+from support.training import ADAM, PARAMS, feed, micro_batches, slow
 
 import optax_accum as oa
 

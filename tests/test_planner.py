@@ -474,7 +474,7 @@ def test_a_backend_that_does_not_tell():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks about CPU memory")
 def test_the_figure_is_the_real_rise_in_resident_memory():
     """Within 15 % and 24 MiB, what a thread pool and an allocator take beside it."""
-    script = Path(__file__).with_name("resident.py")
+    script = Path(__file__).parent / "support" / "resident_memory.py"
     output = subprocess.check_output([sys.executable, script], text=True)
     measured = json.loads(output)
     assert measured["planned"] > 300 * 2**20

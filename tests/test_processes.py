@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import PARAMS, examples, loss
-from training import loosely
+from support.devices import PARAMS, examples, loss
+from support.training import promoting
 
 PROCESSES, DEVICES, K = 2, 4, 3
 
@@ -28,23 +28,17 @@ def test_two_processes_train_as_one(tmp_path):
     """Windows and micro-batches, uneven data: the same bits, and the right ones."""
     address = f"localhost:{free_port()}"
     files = [tmp_path / f"{i}.npz" for i in range(PROCESSES)]
-    worker = Path(__file__).with_name("process.py")
     logs = [tmp_path / f"{i}.log" for i in range(PROCESSES)]
     started = []
     try:
         for i in range(PROCESSES):
-            command = [
-                sys.executable,
-                worker,
-                address,
-                str(PROCESSES),
-                str(i),
-                files[i],
-            ]
+            command = [sys.executable, "-m", "support.worker_process"]
+            arguments = [address, str(PROCESSES), str(i), str(files[i])]
             with logs[i].open("w") as log:
                 started.append(
                     subprocess.Popen(
-                        command,
+                        command + arguments,
+                        cwd=Path(__file__).parent,
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -74,7 +68,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 def alone():
     """Plain Optax in this process, on the counted examples of both."""
-    inner = loosely(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+    inner = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
     x, mask = examples(2 * K, count=DEVICES)
     params, state = PARAMS, inner.init(PARAMS)
     for start in range(0, 2 * K, K):

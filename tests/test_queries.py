@@ -9,8 +9,14 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from test_windows import PARAMS, SGD, feed
-from training import loosely, micro_batches, weighted_mean
+from support.training import (
+    PARAMS,
+    SGD,
+    feed,
+    micro_batches,
+    promoting,
+    weighted_mean,
+)
 
 import optax_accum as oa
 
@@ -33,7 +39,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_the_state_is_found_inside(wrap):
-    tx = loosely(wrap(oa.accumulate(SGD, 2)))
+    tx = promoting(wrap(oa.accumulate(SGD, 2)))
     state = tx.init(PARAMS)
     seen = []
     for g in GRADS:

@@ -7,8 +7,18 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from test_windows import ADAM, NAN, PARAMS, SGD, alone, feed
-from training import WAYS, micro_batches, stepper, weighted_mean
+from support.training import (
+    ADAM,
+    NAN,
+    PARAMS,
+    SGD,
+    WAYS,
+    alone,
+    feed,
+    micro_batches,
+    stepper,
+    weighted_mean,
+)
 
 import optax_accum as oa
 

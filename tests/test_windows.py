@@ -6,32 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import WAYS, loosely, micro_batches, stepper, weighted_mean
+from support.training import (
+    ADAM,
+    NAN,
+    PARAMS,
+    SGD,
+    WAYS,
+    alone,
+    feed,
+    micro_batches,
+    promoting,
+    stepper,
+    weighted_mean,
+)
 
 import optax_accum as oa
-
-PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
-SGD = optax.sgd(0.1)
-ADAM = loosely(optax.adam(0.1))
-NAN = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
-
-
-def feed(tx, batches, way="update_params", params=PARAMS, state=None):
-    """Runs ``(grads, kwargs)`` one after another; returns the last params and state."""
-    state = tx.init(params) if state is None else state
-    step = jax.jit(stepper(tx, way), static_argnames="boundary")
-    for grads, kwargs in batches:
-        params, state = step(params, state, grads, **kwargs)
-    return params, state
-
-
-def alone(inner, *grads, params=PARAMS):
-    """What `inner` alone makes of the global batches' gradients."""
-    state = inner.init(params)
-    for g in grads:
-        updates, state = inner.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
 
 
 class TestReductions:
@@ -260,7 +249,7 @@ class TestBoundaries:
         assert (state.micro_step, state.gradient_step) == (0, 1)
 
     def test_schedules_and_decay_inside_advance_once_per_update(self):
-        inner = loosely(
+        inner = promoting(
             optax.adamw(optax.linear_schedule(0.1, 0.0, 4), weight_decay=0.1)
         )
         params, _ = feed(oa.accumulate(inner, 2), self.batches[:4])
@@ -300,7 +289,7 @@ class TestBoundaries:
     def test_reduce_on_plateau_sees_the_global_batch(self):
         """The mean value of a window, not the last micro-batch's."""
         values = [4.0, 2.0, 3.0, 1.0]
-        inner = loosely(
+        inner = promoting(
             optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=3))
         )
         batches = [

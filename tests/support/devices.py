@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from training import slow, stepper
 
 import optax_accum as oa
+from support.training import slow, stepper
 
 COUNT = jax.device_count()
 AXIS = "data"

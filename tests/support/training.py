@@ -38,7 +38,7 @@ def weighted_mean(grads, weights):
     return jax.tree.map(mean, *grads)
 
 
-def loosely(inner):
+def promoting(inner):
     """`inner` under JAX's usual promotion, which Optax's optimizers need.
 
     What is around it stays under the strict one.
@@ -68,3 +68,27 @@ def stepper(tx, way="update_params"):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+SGD = optax.sgd(0.1)
+ADAM = promoting(optax.adam(0.1))
+NAN = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
+
+
+def feed(tx, batches, way="update_params", params=PARAMS, state=None):
+    """Runs ``(grads, kwargs)`` one after another; returns the last params and state."""
+    state = tx.init(params) if state is None else state
+    step = jax.jit(stepper(tx, way), static_argnames="boundary")
+    for grads, kwargs in batches:
+        params, state = step(params, state, grads, **kwargs)
+    return params, state
+
+
+def alone(inner, *grads, params=PARAMS):
+    """What `inner` alone makes of the global batches' gradients."""
+    state = inner.init(params)
+    for g in grads:
+        updates, state = inner.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state

@@ -1,6 +1,6 @@
 """Writes `tests/data/first`: a checkpoint that every version must restore.
 
-    python tests/data/write_checkpoint.py
+    python tests/support/stored_checkpoint.py
 
 It was run once, when the fields of `AccumulateState` became what they are, and is not
 to be run again: what it wrote then is in people's checkpoints.
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 import optax_accum as oa
 
-FOLDER = Path(__file__).parent / "first"
+FOLDER = Path(__file__).parents[1] / "data" / "first"
 K, SAVED, MICRO_STEPS = 4, 7, 12  # saved at 3 of 4 in the second of three windows
 SHAPES = {"w": (3, 4), "b": (4,)}
 

@@ -1,6 +1,6 @@
 """One of several processes that train together; started by `test_processes.py`.
 
-    python process.py ADDRESS PROCESSES PROCESS FILE
+    python -m support.worker_process ADDRESS PROCESSES PROCESS FILE
 
 Each has two devices and an own part of every micro-step's examples, of which it counts
 as many as its mask says. It leaves in FILE what its own devices hold in the end.
@@ -18,12 +18,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 def main(address, processes, process, file):
     jax.distributed.initialize(address, int(processes), int(process))
     # Imported here, because the devices are there from now on.
-    import devices  # noqa: PLC0415
     import optax  # noqa: PLC0415
     from jax.sharding import NamedSharding  # noqa: PLC0415
     from jax.sharding import PartitionSpec as P  # noqa: PLC0415
 
     import optax_accum as oa  # noqa: PLC0415
+    from support import devices  # noqa: PLC0415
 
     steps, k = 6, 3
     mesh = devices.mesh()

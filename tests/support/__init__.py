@@ -1,0 +1,1 @@
+"""What the tests share: models and loops to train, devices, compiled programs."""
