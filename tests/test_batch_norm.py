@@ -66,7 +66,7 @@ def close(tree, other):
 
 
 @pytest.mark.parametrize("size", [2, 5, 10])
-def test_combined_they_are_those_of_the_global_batch(size):
+def test_combined_statistics_are_those_of_the_global_batch(size):
     before, after, whole = linen_statistics(X, size)
     close(oaf.combine_batch_stats(before, after, momentum=MOMENTUM), whole)
     # And once more from there.
@@ -74,7 +74,7 @@ def test_combined_they_are_those_of_the_global_batch(size):
     close(oaf.combine_batch_stats(before, after, momentum=MOMENTUM), whole)
 
 
-def test_micro_batches_of_uneven_size_have_weights():
+def test_uneven_micro_batches_are_combined_by_their_weights():
     before, after, whole = linen_statistics(X, 4)  # 4, 4 and 2
     combined = oaf.combine_batch_stats(
         before, after, momentum=MOMENTUM, weights=jnp.array([4, 4, 2])
@@ -85,7 +85,7 @@ def test_micro_batches_of_uneven_size_have_weights():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_weight_0_does_not_count_even_if_it_is_not_finite(place):
+def test_statistics_of_weight_0_are_left_out_even_if_they_are_nan(place):
     before, after, whole = linen_statistics(X, 5)
     spoilt = jax.tree.map(lambda x: jnp.insert(x, place, jnp.nan, axis=0), after)
     combine = jax.jit(oaf.combine_batch_stats, static_argnames="momentum")
@@ -95,7 +95,7 @@ def test_weight_0_does_not_count_even_if_it_is_not_finite(place):
     jax.tree.map(np.testing.assert_array_equal, nothing, before)
 
 
-def test_left_to_themselves_they_move_once_for_every_micro_batch():
+def test_running_statistics_move_once_per_micro_batch():
     """What the documentation says: k steps, and no variance between micro-batches."""
     before, after, whole = linen_statistics(X, 2)
     threaded, whole = after["BatchNorm_0"], whole["BatchNorm_0"]
@@ -106,7 +106,7 @@ def test_left_to_themselves_they_move_once_for_every_micro_batch():
     assert np.all(threaded["mean"][-1] > 3 * whole["mean"])
 
 
-def test_it_normalises_by_micro_batch():
+def test_the_loss_with_batch_norm_is_that_of_micro_batches():
     """The loss and the gradient are those of micro-batches, not of the global batch."""
     variables = Linen().init(jax.random.key(0), X)
     stats = variables.pop("batch_stats")
@@ -119,7 +119,7 @@ def test_it_normalises_by_micro_batch():
     assert abs(value - linen_loss(variables, stats, X)[0]) > 0.1
 
 
-def test_in_nnx():
+def test_combined_statistics_of_nnx_are_those_of_the_global_batch():
     norm, whole = (nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0)) for _ in "ab")
 
     def loss_fn(model, x):
@@ -133,7 +133,7 @@ def test_in_nnx():
     close(nnx.state(norm), nnx.state(whole))
 
 
-def test_what_value_and_grad_skips_has_weight_0():
+def test_statistics_of_a_skipped_micro_batch_are_left_out():
     norm, whole = (nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0)) for _ in "ab")
     x = jnp.where(jnp.arange(12)[:, None] % 3 == 1, jnp.nan, jnp.tile(X[:6], (2, 1)))
 
@@ -151,7 +151,7 @@ def test_what_value_and_grad_skips_has_weight_0():
     close(stats, nnx.state(whole, nnx.BatchStat))
 
 
-def test_modules_that_are_called_mean_and_var():
+def test_modules_named_mean_and_var_are_not_taken_for_statistics():
     class Heads(nnx.Module):
         def __init__(self):
             for name in ("mean", "var"):
@@ -174,7 +174,7 @@ def test_modules_that_are_called_mean_and_var():
     close(stats, nnx.state(whole, nnx.BatchStat))
 
 
-def test_its_mistakes():
+def test_what_cannot_be_combined_is_refused():
     moving = nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat)
     with pytest.raises(ValueError, match=r"moved on with it.*nnx\.as_pure\(nnx\.state"):
         oaf.combine_batch_stats(moving, moving)

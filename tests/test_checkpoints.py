@@ -123,7 +123,9 @@ SLOW = [
     ("saver", "variant"),
     CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
-def test_saved_and_restored_at_every_micro_step(saver, variant, tmp_path):
+def test_a_restored_run_ends_with_the_same_bits_wherever_it_was_saved(
+    saver, variant, tmp_path
+):
     """The bits come back, and lead on to the same bits in the program that is there."""
     tx, checkpoints = VARIANTS[variant](), saver(tmp_path)
     params, *grads = PARAMS, *GRADS
@@ -155,7 +157,7 @@ def test_saved_and_restored_at_every_micro_step(saver, variant, tmp_path):
     assert oa.gradient_step(straight[-1][1]) > 0
 
 
-def test_different_bits_are_noticed():
+def test_the_comparison_of_bits_can_fail():
     same_bits(NAN, NAN)
     for x, y in [(0.0, -0.0), (0.0, 1e-45), (1.0, 1.0000001)]:
         with pytest.raises(AssertionError):
@@ -164,13 +166,13 @@ def test_different_bits_are_noticed():
         same_bits(jnp.float32(0), jnp.int32(0))
 
 
-def test_flax_refuses_typed_keys():
+def test_flax_serialization_refuses_typed_keys():
     state = VARIANTS["random_keys"]().init(PARAMS)
     with pytest.raises(TypeError, match="key_data"):
         flax.serialization.to_bytes(state)
 
 
-def test_a_whole_train_state(tmp_path):
+def test_a_linen_train_state_is_restored_inside_a_window(tmp_path):
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=accumulated(MOMENTUM))
     step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
     straight = step(state, GRADS[0])
@@ -183,7 +185,7 @@ def test_a_whole_train_state(tmp_path):
     assert oa.has_updated(resumed)
 
 
-def test_a_manager_that_keeps_the_newest(tmp_path):
+def test_a_checkpoint_manager_finds_the_newest_micro_step(tmp_path):
     """Numbered by micro-steps; a second one, as in a new process, finds the newest."""
     tx = accumulated(MOMENTUM)
     step = jax.jit(stepper(tx))
@@ -204,7 +206,7 @@ def test_a_manager_that_keeps_the_newest(tmp_path):
     same_bits(resumed, straight)
 
 
-def test_donated_steps_overtake_a_save(tmp_path):
+def test_donated_steps_do_not_change_what_is_being_saved(tmp_path):
     """`save` returns before the files are written; what they hold is what it was."""
     tx = oa.accumulate(SGD, K)
     params = {"w": jnp.ones((512, 1024))}
@@ -250,7 +252,7 @@ def half_a_window(way):
 
 @pytest.mark.several_devices
 @devices.parametrized(devices.INSIDE)
-def test_stacked_windows(way, tmp_path):
+def test_stacked_windows_are_restored_on_their_devices(way, tmp_path):
     """Saved as they are: the rows of all devices, and where they lie."""
     saved, go_on = half_a_window(way)
     checkpoints = Orbax(tmp_path)
@@ -263,7 +265,7 @@ def test_stacked_windows(way, tmp_path):
 
 
 @pytest.mark.several_devices
-def test_stacked_windows_on_one_device(tmp_path):
+def test_stacked_windows_are_restored_and_summed_on_one_device(tmp_path):
     """Restored where there is one device, and summed there."""
     saved, go_on = half_a_window("checked")
     checkpoints = Orbax(tmp_path)
@@ -291,7 +293,7 @@ def test_stacked_windows_on_one_device(tmp_path):
 
 
 @pytest.mark.several_devices
-def test_unreplicate_loses_the_other_devices_sums():
+def test_unreplicate_loses_the_sums_of_the_other_devices():
     """The trap: what is right for parameters is wrong for an open window."""
     (params, state), go_on = half_a_window("pmap")
     one = flax.jax_utils.unreplicate(state)
@@ -314,7 +316,7 @@ def test_unreplicate_loses_the_other_devices_sums():
 
 
 @pytest.mark.several_devices
-def test_on_another_mesh(tmp_path):
+def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path):
     """Saved in one piece on one device, restored in parts on all, and back."""
     params = {"w": jnp.arange(2.0 * COUNT).reshape(COUNT, 2)}
     tx = accumulated(MOMENTUM)
@@ -375,7 +377,9 @@ class TestChanges:
         return lambda tx: checkpoints.restore("saved", (PARAMS, tx.init(PARAMS)))
 
     @pytest.mark.parametrize(("k", "micro_steps"), [(2, 3), (3, 3), (5, 5)])
-    def test_another_k(self, k, micro_steps, saved):
+    def test_a_window_restored_with_another_k_closes_by_the_new_k(
+        self, k, micro_steps, saved
+    ):
         """The open window keeps what it has; a smaller k ends it at once."""
         tx = oa.accumulate(MOMENTUM, k)
         params, state = run(tx, *saved(tx), range(2, micro_steps))
@@ -384,14 +388,16 @@ class TestChanges:
         is_momentum_after(params, slice(micro_steps))
 
     @pytest.mark.parametrize("every_k", [None, lambda step: 4 + step])
-    def test_another_way_to_say_when(self, every_k, saved):
+    def test_a_window_restored_with_another_kind_of_boundary_closes(
+        self, every_k, saved
+    ):
         """A count, a schedule and the caller leave the same state."""
         tx = oa.accumulate(MOMENTUM, every_k)
         params, state = run(tx, *saved(tx), [2], boundary=True)
         assert oa.has_updated(state)
         is_momentum_after(params, slice(3))
 
-    def test_to_no_accumulator_by_closing_the_window(self, saved):
+    def test_every_k_1_takes_over_once_the_window_is_closed(self, saved):
         old, new = oa.accumulate(MOMENTUM, 4), oa.accumulate(MOMENTUM, 1)
         with pytest.raises(ValueError, match=r"window.*grads"):
             saved(new)
@@ -403,7 +409,7 @@ class TestChanges:
         params, state = run(new, params, state, [2])
         is_momentum_after(params, slice(2), slice(2, 3))
 
-    def test_from_no_accumulator(self, tmp_path):
+    def test_a_state_of_every_k_1_goes_on_with_windows(self, tmp_path):
         old, new = oa.accumulate(MOMENTUM, 1), oa.accumulate(MOMENTUM, 2)
         checkpoints = Orbax(tmp_path)
         checkpoints.save("saved", run(old, PARAMS, old.init(PARAMS), [0]))
@@ -415,7 +421,7 @@ class TestChanges:
         params, _ = run(new, params, state, [1, 2])
         is_momentum_after(params, slice(1), slice(1, 3))
 
-    def test_another_inner_optimizer(self, saved):
+    def test_another_inner_optimizer_takes_over_the_open_window(self, saved):
         """Its state is new; the open window and the counts are what they were."""
         new = oa.accumulate(ADAM, 4)
         with pytest.raises(ValueError, match=r"inner_state"):
@@ -426,7 +432,7 @@ class TestChanges:
         mean = weighted_mean(GRADS[:4], WEIGHTS[:4])
         chex.assert_trees_all_close(params, alone(ADAM, mean)[0], rtol=1e-6)
 
-    def test_skipping_and_measuring_from_now_on(self, saved):
+    def test_skip_and_noise_decay_can_be_added_to_an_old_state(self, saved):
         old, new = oa.accumulate(MOMENTUM, 4), oa.accumulate(MOMENTUM, 4, **EVERYTHING)
         with pytest.raises(ValueError, match=r"skip_state"):
             saved(new)
@@ -440,7 +446,7 @@ class TestChanges:
         is_momentum_after(params, slice(4), slice(4, 5), slice(5, 6))
         assert oa.gradient_step(state) == 3
 
-    def test_restored_without_a_target(self, saved, tmp_path):
+    def test_a_state_restored_without_a_target_is_refused(self, saved, tmp_path):
         """Orbax then gives lists and dicts, in which nobody finds the state."""
         del saved
         params, state = Orbax(tmp_path).restore("saved", None)
@@ -449,7 +455,7 @@ class TestChanges:
         with pytest.raises(ValueError, match="found none in a dict"):
             oa.micro_step(state)
 
-    def test_from_multi_steps(self, tmp_path):
+    def test_a_checkpoint_of_multi_steps_can_be_moved(self, tmp_path):
         old = promoting(optax.MultiSteps(MOMENTUM, K).gradient_transformation())
         _, state = old.update(GRADS[0], old.init(PARAMS), PARAMS)
         checkpoints = Orbax(tmp_path)
@@ -482,14 +488,14 @@ class TestTheFirstVersion:
         like = params, first.transformation().init(params)
         return Orbax(first.FOLDER).restore("checkpoint", like)
 
-    def test_the_fields_are_the_same(self, stored, restored):
+    def test_the_stored_checkpoint_has_the_fields_of_today(self, stored, restored):
         same_bits(jax.tree.leaves(restored), leaves_of(stored, "saved"))
         _, state = restored
         assert (state.gradient_step, state.micro_step) == (1, first.K - 1)
         assert state.window.skipped == 1
 
     @pytest.mark.usefixtures("loose_promotion")
-    def test_it_goes_on_to_the_same_parameters(self, stored, restored):
+    def test_the_stored_run_ends_with_the_same_parameters(self, stored, restored):
         inputs = {name: stored[name] for name in first.made_up()}
         micro_steps = range(first.SAVED, first.MICRO_STEPS)
         params, state = first.run(*restored, inputs, micro_steps)

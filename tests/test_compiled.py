@@ -51,7 +51,7 @@ def window_program(tx, way, params, arguments=()):
     "skip", [None, pytest.param(oa.skip_not_finite, marks=needs_fused_maximum)]
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_window_is_free_of_temporaries_and_copies(name, skip, arguments, way):
+def test_a_counted_window_is_free_of_temporaries_and_copies(name, skip, arguments, way):
     params = params_of()
     tx = oa.accumulate(OPTIMIZERS[name], every_k=8, skip=skip)
     program = window_program(tx, way, params, arguments)
@@ -62,7 +62,9 @@ def test_a_window_is_free_of_temporaries_and_copies(name, skip, arguments, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", [lambda step: 2 + step // 10, None])
-def test_so_is_one_with_a_schedule_or_a_traced_boundary(name, way, schedule):
+def test_a_scheduled_or_traced_boundary_is_free_of_temporaries_and_copies(
+    name, way, schedule
+):
     params = params_of()
     tx = oa.accumulate(OPTIMIZERS[name], every_k=schedule)
     state = jax.eval_shape(tx.init, params)
@@ -77,7 +79,7 @@ def test_so_is_one_with_a_schedule_or_a_traced_boundary(name, way, schedule):
     assert hlo.large_copies(program, SMALLEST_MATRIX) == []
 
 
-def test_the_instruments_see_what_multi_steps_does():
+def test_multi_steps_has_temporaries_and_copies():
     """The same measurements, on a program that is known to hold temporaries."""
     params = params_of()
     tx = optax.MultiSteps(OPTIMIZERS["adamw"], 8).gradient_transformation()

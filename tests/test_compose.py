@@ -32,18 +32,18 @@ EXPECTED, _ = alone(ADAM, *MEANS)
 
 
 class TestOptax:
-    def test_around_a_chain_clipping_sees_the_window(self):
+    def test_clipping_inside_sees_the_gradient_of_the_window(self):
         inner = promoting(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)))
         params, _ = feed(oa.accumulate(inner, K), BATCHES)
         chex.assert_trees_all_close(params, alone(inner, *MEANS)[0], rtol=1e-6)
 
-    def test_in_a_chain_what_follows_sees_the_updates(self):
+    def test_what_follows_in_a_chain_sees_the_updates(self):
         tx = optax.chain(oa.accumulate(ADAM, K), optax.scale(0.5))
         params, _ = feed(tx, BATCHES, "update")
         expected, _ = alone(optax.chain(ADAM, optax.scale(0.5)), *MEANS)
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
-    def test_in_a_chain_the_arguments_arrive(self):
+    def test_weight_boundary_and_value_pass_through_a_chain(self):
         """Weight, boundary and value, through `chain` and through `masked`."""
         tx = optax.chain(
             optax.identity(),
@@ -57,7 +57,7 @@ class TestOptax:
         chex.assert_trees_all_close(params, EXPECTED, rtol=1e-6)
         assert oa.gradient_step(state) == 2
 
-    def test_groups_with_windows_of_their_own(self):
+    def test_groups_of_parameters_have_windows_of_their_own(self):
         tx = optax.partition(
             {"often": oa.accumulate(SGD, 1), "rarely": oa.accumulate(SGD, 2 * K)},
             {"w": "often", "b": "rarely"},
@@ -83,7 +83,7 @@ class TestOptax:
         assert state.inner_state.count == 2
         chex.assert_trees_all_close(params, alone(inner, *MEANS)[0], rtol=1e-6)
 
-    def test_windows_of_windows(self):
+    def test_nested_accumulation_is_a_mean_of_means(self):
         """Means of means: of equal weights the mean of all."""
         tx = oa.accumulate(oa.accumulate(ADAM, 2), K)
         params, state = feed(tx, [(g, {}) for g in GRADS])
@@ -96,7 +96,7 @@ class TestTransformations(chex.TestCase):
     @chex.variants(
         with_jit=True, without_jit=True, with_device=True, without_device=True
     )
-    def test_update(self):
+    def test_update_runs_with_and_without_jit(self):
         tx = oa.accumulate(SGD, K)
         update = self.variant(tx.update)
         params, state = PARAMS, tx.init(PARAMS)
@@ -107,7 +107,7 @@ class TestTransformations(chex.TestCase):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_scan(way):
+def test_windows_close_inside_a_scan(way):
     tx = oa.accumulate(ADAM, K, skip=oa.skip_not_finite)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *GRADS)
 
@@ -126,7 +126,7 @@ def test_scan(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_vmap(way):
+def test_models_under_vmap_close_their_windows_at_different_times(way):
     """Several models at once, their windows closing at different times."""
     tx = oa.accumulate(ADAM)
     models = [jax.tree.map(lambda p, s=s: p * s, PARAMS) for s in (1.0, 2.0)]
@@ -150,7 +150,7 @@ def test_vmap(way):
 
 
 @pytest.mark.parametrize("stop", range(2 * K))
-def test_saved_and_restored_at_every_micro_step(stop):
+def test_a_restored_run_ends_with_the_same_bits_in_the_same_program(stop):
     """Bit for bit the uninterrupted run, in the program that is already compiled."""
     tx = oa.accumulate(ADAM, K, skip=oa.skip_not_finite)
     chex.clear_trace_counter()

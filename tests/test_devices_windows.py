@@ -46,7 +46,7 @@ def run(way, tx, x, mask, update="update_params", boundaries=None):
 
 @ways
 @pytest.mark.parametrize("update", WAYS)
-def test_windows_are_the_global_batch(way, update):
+def test_windows_on_devices_equal_the_global_batch(way, update):
     """AdamW, clipping, uneven weights, a device with nothing but NaN in every step."""
     x, mask = devices.examples(3 * K)
     tx = oa.accumulate(ADAMW, K, axis_name=AXIS)
@@ -58,7 +58,7 @@ def test_windows_are_the_global_batch(way, update):
 
 
 @ways
-def test_the_caller_owns_the_boundary(way):
+def test_the_caller_closes_the_windows_of_all_devices(way):
     x, mask = devices.examples(4)
     tx = oa.accumulate(ADAMW, axis_name=AXIS)
     params, _ = run(way, tx, x, mask, boundaries=[False, True, False, True])
@@ -67,7 +67,7 @@ def test_the_caller_owns_the_boundary(way):
 
 
 @ways
-def test_a_window_that_is_closed_at_trace_time(way):
+def test_a_python_boundary_closes_the_windows_of_all_devices(way):
     """Two programs, one for each Python bool."""
     x, mask = devices.examples(4)
     tx = oa.accumulate(ADAMW, axis_name=AXIS)
@@ -83,7 +83,7 @@ def test_a_window_that_is_closed_at_trace_time(way):
 
 @ways
 @pytest.mark.parametrize("boundaries", [None, [False] * (K - 1) + [True]])
-def test_a_window_with_nothing_anywhere(way, boundaries):
+def test_windows_without_weight_on_any_device_update_nothing(way, boundaries):
     """W is 0 on every device: its sum is, and nothing happens."""
     x, mask = devices.examples(K)
     tx = oa.accumulate(ADAMW, None if boundaries else K, axis_name=AXIS)
@@ -98,7 +98,7 @@ def test_a_window_with_nothing_anywhere(way, boundaries):
 
 
 @ways
-def test_a_device_that_skips_still_counts(way):
+def test_a_device_that_skips_still_joins_the_exchange(way):
     """NaN on one device only: it has no weight, and meets the others all the same."""
     x, mask = devices.examples(2 * K)
     x = jnp.nan_to_num(x, nan=1.0)
@@ -119,7 +119,7 @@ def test_a_device_that_skips_still_counts(way):
 
 
 @ways
-def test_what_the_inner_optimizer_sees_of_the_value(way):
+def test_the_inner_optimizer_sees_the_value_of_the_global_batch(way):
     """The global batch's loss, on every device the same."""
 
     def init(params):
@@ -140,7 +140,7 @@ def test_what_the_inner_optimizer_sees_of_the_value(way):
 
 @ways
 @pytest.mark.parametrize("update", WAYS)
-def test_without_an_accumulator(way, update):
+def test_every_k_1_exchanges_in_every_micro_step(way, update):
     """`every_k=1`: every micro-step meets."""
     x, mask = devices.examples(2)
     tx = oa.accumulate(ADAMW, 1, axis_name=AXIS)
@@ -151,7 +151,7 @@ def test_without_an_accumulator(way, update):
 
 @ways
 @pytest.mark.parametrize("update", ["update_params", slow("update")])
-def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
+def test_an_inner_optimizer_may_branch_on_the_summed_gradient(way, update):
     """It sees gradients that are the same everywhere, when shapes are asked as well."""
     x, mask = devices.examples(2 * K)
     inner = promoting(optax.apply_if_finite(optax.adamw(0.1), 2))
@@ -162,7 +162,7 @@ def test_an_inner_optimizer_with_a_branch_of_its_own(way, update):
 
 
 @ways
-def test_windows_inside_a_scan(way):
+def test_windows_of_devices_close_inside_a_scan(way):
     """What goes round has the type it came in, with a `skip` that tells nothing new."""
 
     def skip(grads, step, params):
@@ -200,7 +200,7 @@ def test_windows_inside_a_scan(way):
 @pytest.mark.skipif(COUNT % 4 != 0, reason="needs 4, 8, ... devices")
 @pytest.mark.parametrize("update", WAYS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_parameters_that_are_sharded_over_another_axis(kind, update):
+def test_parameters_sharded_over_another_axis_stay_sharded(kind, update):
     mesh = jax.make_mesh((COUNT // 2, 2), (AXIS, "model"), axis_types=(kind, kind))
     tx = oa.accumulate(ADAMW, 2, axis_name=AXIS)
     w = jax.device_put(jnp.ones((3, 4)), NamedSharding(mesh, P(None, "model")))
@@ -266,7 +266,9 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
 @ways
 @pytest.mark.parametrize("update", WAYS)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_one_exchange_in_the_boundary_branch_and_none_elsewhere(way, update, weighted):
+def test_there_is_one_exchange_in_the_boundary_branch_and_no_other(
+    way, update, weighted
+):
     tx = oa.accumulate(promoting(optax.adamw(1e-3)), 4, axis_name=AXIS)
     compiled = program(way, tx, update, weighted=weighted)
     assert hlo.exchanges(compiled) == {"all-reduce, branch": 1}
@@ -274,7 +276,7 @@ def test_one_exchange_in_the_boundary_branch_and_none_elsewhere(way, update, wei
 
 @ways
 @pytest.mark.parametrize("update", WAYS)
-def test_a_static_boundary_leaves_none_in_the_accumulating_program(way, update):
+def test_boundary_false_compiles_to_no_exchange(way, update):
     tx = oa.accumulate(promoting(optax.adamw(1e-3)), axis_name=AXIS)
     assert hlo.exchanges(program(way, tx, update, boundary=False)) == {}
     closing = hlo.exchanges(program(way, tx, update, boundary=True))
@@ -282,7 +284,7 @@ def test_a_static_boundary_leaves_none_in_the_accumulating_program(way, update):
 
 
 @ways
-def test_skipping_exchanges_nothing(way):
+def test_skip_adds_no_exchange(way):
     tx = oa.accumulate(
         promoting(optax.adamw(1e-3)),
         4,
@@ -295,7 +297,7 @@ def test_skipping_exchanges_nothing(way):
 @ways
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("optimizer", [optax.sgd, optax.adamw])
-def test_nothing_is_copied(way, weighted, optimizer):
+def test_windows_on_devices_are_free_of_copies(way, weighted, optimizer):
     """The sum over devices is the one buffer of the parameters' size."""
     tx = oa.accumulate(promoting(optimizer(1e-3)), 4, axis_name=AXIS)
     compiled = program(way, tx, "update_params", weighted=weighted)
@@ -329,7 +331,7 @@ def half_a_window(way):
 
 
 @ways
-def test_saved_and_restored_in_the_middle_of_a_window(way, tmp_path):
+def test_stacked_windows_are_restored_with_the_same_bits(way, tmp_path):
     """The stacked form, through a file, bit for bit."""
     _, step, params, state, x, mask = half_a_window(way)
     leaves, structure = jax.tree.flatten((params, state))
@@ -349,7 +351,7 @@ def test_saved_and_restored_in_the_middle_of_a_window(way, tmp_path):
 
 
 @ways
-def test_one_window_of_all_devices_goes_on_alone(way):
+def test_summed_windows_continue_on_one_device(way):
     """Summed, the open window is that of a single device."""
     _, _, params, state, x, mask = half_a_window(way)
     if way == "pmap":
@@ -367,7 +369,7 @@ def test_one_window_of_all_devices_goes_on_alone(way):
 
 
 @ways
-def test_from_one_device_to_all(way):
+def test_a_window_of_one_device_continues_on_all(way):
     """A window that one device has opened is closed by all of them."""
     x, mask = devices.examples(2)
     counted = x[0][mask[0]]
@@ -399,7 +401,7 @@ class TestStackedStates:
         return tx.update(grads, tx.init(params), params)[1]
 
     @pytest.mark.parametrize("all_leaves", [True, False])
-    def test_there_and_back(self, all_leaves):
+    def test_stacking_then_summing_gives_the_state_back(self, all_leaves):
         state = self.state()
         stacked = oa.sharding.stack_windows(state, 4, all_leaves=all_leaves)
         chex.assert_trees_all_equal(oa.sharding.sum_windows(stacked), state)
@@ -407,14 +409,14 @@ class TestStackedStates:
             oa.sharding.sum_windows(stacked), state
         )
 
-    def test_random_keys_in_the_inner_state(self):
+    def test_random_keys_of_the_inner_state_are_stacked_and_summed(self):
         tx = oa.accumulate(optax.noisy_sgd(0.1, key=jax.random.key(3)), 4)
         state = tx.init(PARAMS)
         for all_leaves in (True, False):
             stacked = oa.sharding.stack_windows(state, 4, all_leaves=all_leaves)
             chex.assert_trees_all_equal(oa.sharding.sum_windows(stacked), state)
 
-    def test_only_what_is_local_is_stacked(self):
+    def test_only_the_windows_are_stacked(self):
         state = self.state()
         stacked = oa.sharding.stack_windows(state, 4)
         specs = oa.sharding.window_specs(state, "data")
@@ -430,7 +432,7 @@ class TestStackedStates:
         local = [spec for spec in jax.tree.leaves(specs) if spec]
         assert len(local) == 5  # skipped, weight, value, should_skip and w
 
-    def test_placed_without_a_copy_on_any_device(self):
+    def test_stacking_under_jit_places_one_window_per_device(self):
         """Under `jax.jit` no device ever holds the rows of the others."""
         state = oa.accumulate(optax.sgd(0.1), 4).init(LARGE)
         shardings = jax.tree.map(
@@ -449,7 +451,7 @@ class TestStackedStates:
         ] * COUNT
 
     @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-    def test_summed_where_they_lie(self, kind):
+    def test_sharded_windows_are_summed_in_place(self, kind):
         state = self.state()
         mesh = devices.mesh(kind)
         shardings = jax.tree.map(
@@ -460,7 +462,7 @@ class TestStackedStates:
         chex.assert_trees_all_equal(oa.sharding.sum_windows(placed), state)
         chex.assert_trees_all_equal(jax.jit(oa.sharding.sum_windows)(placed), state)
 
-    def test_what_cannot_be_stacked_or_summed(self):
+    def test_states_that_cannot_be_stacked_or_summed_are_refused(self):
         for number in (0, -1):
             with pytest.raises(ValueError, match="`num_devices` must be an int >= 1"):
                 oa.sharding.stack_windows(self.state(), number)
@@ -483,7 +485,7 @@ class TestStackedStates:
 
 
 @pytest.mark.parametrize("update", WAYS)
-def test_an_axis_that_is_not_bound(update):
+def test_an_unbound_axis_name_is_refused(update):
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="batch")
     with pytest.raises(
         ValueError, match=r"`axis_name='batch'` is not bound.*jax\.pmap"
@@ -491,7 +493,7 @@ def test_an_axis_that_is_not_bound(update):
         getattr(tx, update)(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-def test_an_axis_of_another_name():
+def test_an_axis_of_another_name_is_refused():
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="batch")
     step, start = devices.windows("pmap", tx)
     x, mask = devices.examples(1)
@@ -500,7 +502,7 @@ def test_an_axis_of_another_name():
 
 
 @pytest.mark.parametrize("way", ["checked", "unchecked"])
-def test_the_windows_of_another_number_of_devices(way):
+def test_windows_of_another_number_of_devices_are_refused(way):
     """They reach each device as several rows, or none at all."""
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS)
     step, (params, _) = devices.windows(way, tx)
@@ -512,7 +514,7 @@ def test_the_windows_of_another_number_of_devices(way):
         step(params, state, x[0], mask[0], None)
 
 
-def test_the_windows_of_several_devices_on_one():
+def test_stacked_windows_outside_shard_map_are_refused():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     state = oa.sharding.stack_windows(tx.init(PARAMS), COUNT)
     with pytest.raises(ValueError, match=f"`state` holds {COUNT} windows.*sum_windows"):
@@ -520,13 +522,13 @@ def test_the_windows_of_several_devices_on_one():
 
 
 @pytest.mark.parametrize("axis_name", [0, (), ["data", 1]])
-def test_what_is_no_name_of_an_axis(axis_name):
+def test_an_axis_name_that_is_not_a_name_is_refused(axis_name):
     with pytest.raises(TypeError, match="`axis_name` must be the name of an axis"):
         oa.accumulate(optax.sgd(0.1), 2, axis_name=axis_name)
 
 
 @pytest.mark.parametrize("update", WAYS)
-def test_parameters_that_were_cast(update):
+def test_parameters_cast_to_varying_are_refused(update):
     """They are for `jax.grad` alone; the update needs what is the same everywhere."""
     tx = oa.accumulate(ADAMW, 2, axis_name=AXIS)
 
@@ -543,7 +545,7 @@ def test_parameters_that_were_cast(update):
 
 
 @pytest.mark.parametrize("update", WAYS)
-def test_a_shard_map_that_checks_refuses_summed_gradients(update):
+def test_gradients_already_summed_by_shard_map_are_refused(update):
     """`jax.grad` has summed them already; a second sum counts them per device."""
     tx = oa.accumulate(optax.sgd(0.1), 1, axis_name=AXIS)
 

@@ -25,7 +25,7 @@ import optax_accum as oa
 FLOAT16 = pytest.param(jnp.float16, marks=pytest.mark.slow)
 
 
-def test_ones_in_bfloat16_sum_to_their_number():
+def test_bfloat16_ones_sum_exactly():
     """In bfloat16 itself they would sum to 256 and stay there."""
     count = 4096
     tx = oa.accumulate(optax.identity(), count, reduction="sum")
@@ -58,7 +58,7 @@ def test_the_accumulator_is_at_least_float32(own, accumulator):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
-def test_double_precision_stays(dtype):
+def test_double_precision_is_kept(dtype):
     """Sums, weights and result, to the last digits."""
     tx = oa.accumulate(SGD, 3)
     params = jnp.ones(4, dtype)
@@ -76,7 +76,7 @@ def test_double_precision_stays(dtype):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_complex_gradients_are_weighted_as_any(way):
+def test_complex_gradients_are_weighted(way):
     params = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
     grads = [params * (1 + 1j), params * 2j]
     weights = [jnp.float32(1), jnp.float32(3)]
@@ -156,7 +156,7 @@ def test_the_inner_optimizer_computes_in_the_accumulators_dtype(way):
     np.testing.assert_allclose(result.astype(jnp.float32), 2.0, rtol=1e-2)
 
 
-def test_a_requested_dtype_is_kept():
+def test_a_requested_accumulator_dtype_is_used():
     tx = oa.accumulate(SGD, 2, accumulator_dtype=jnp.bfloat16)
     params = jnp.zeros(3)
     state = tx.init(params)
@@ -190,7 +190,7 @@ class TestPassingThrough:
             "flag": np.zeros(2, jax.dtypes.float0),
         }
 
-    def test_they_get_no_accumulator(self):
+    def test_leaves_without_gradients_get_no_accumulator(self):
         state = oa.accumulate(optax.identity(), 2).init(self.params)
         assert state.window.grads["count"] is None
         assert state.window.grads["flag"] is None
@@ -198,7 +198,7 @@ class TestPassingThrough:
 
     @pytest.mark.parametrize("every_k", [1, 2])
     @pytest.mark.parametrize("integer", [float0, jnp.arange(3)])
-    def test_they_come_out_of_update_as_the_inner_optimizer_leaves_them(
+    def test_leaves_without_gradients_leave_update_as_from_the_inner_optimizer(
         self, integer, every_k
     ):
         tx = oa.accumulate(optax.identity(), every_k)
@@ -239,7 +239,7 @@ class TestPassingThrough:
         )
         np.testing.assert_array_equal(params["n"], jnp.arange(3))
 
-    def test_a_tree_without_any_gradient(self):
+    def test_a_tree_without_any_gradient_updates_nothing(self):
         tx = oa.accumulate(SGD, 2)
         params, state = (
             {"none": None, "empty": {}},
@@ -251,7 +251,7 @@ class TestPassingThrough:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_tree_of_several_dtypes(way):
+def test_a_tree_of_several_dtypes_sums_each_leaf_in_its_own(way):
     params = {
         "half": jnp.ones(2, jnp.bfloat16),
         "single": jnp.ones(2),
@@ -271,7 +271,7 @@ def weighted_mean_of(grads):
 
 
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_python_scalars_are_parameters_too(every_k):
+def test_python_scalars_may_be_parameters(every_k):
     tx = oa.accumulate(SGD, every_k)
     params = {"a": 1.0}
     state = tx.init(params)
@@ -280,7 +280,7 @@ def test_python_scalars_are_parameters_too(every_k):
     np.testing.assert_allclose(params["a"], 0.8, rtol=1e-6)
 
 
-def test_numpy_arrays_are_what_jax_makes_of_them():
+def test_numpy_arrays_are_treated_as_jax_arrays():
     """float64 in NumPy is float32 here; nothing warns and nothing is refused."""
     tx = oa.accumulate(SGD, 2)
     params = {"w": np.ones(3)}
@@ -291,7 +291,7 @@ def test_numpy_arrays_are_what_jax_makes_of_them():
     np.testing.assert_allclose(params["w"], 0.9, rtol=1e-6)
 
 
-def test_init_works_on_shapes():
+def test_init_accepts_shapes():
     params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
     tx = oa.accumulate(ADAM, 2, skip=oa.skip_not_finite)
     state = jax.eval_shape(tx.init, params)
@@ -310,7 +310,7 @@ def test_the_first_state_can_be_donated():
 
 
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_types_do_not_change_from_step_to_step(every_k):
+def test_types_of_the_state_never_change(every_k):
     """Not even weakly: the second micro-step compiles nothing."""
     params = {"a": jnp.ones(3)}
     # A weakly typed inner state, as Python scalars make one.

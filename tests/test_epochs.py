@@ -52,36 +52,36 @@ def stepper(tx):
 class TestTheBoundaries:
     @pytest.mark.parametrize("every_k", [None, 1, 2, 3, 8])
     @pytest.mark.parametrize("count", range(8))
-    def test_they_close_the_windows_that_a_list_is_cut_into(self, count, every_k):
+    def test_boundaries_close_every_window_and_the_last_batch(self, count, every_k):
         batches = list(range(count))
         windows = cut(batches, every_k or count or 1)
         closes = [batch == window[-1] for window in windows for batch in window]
         pairs = list(oa.with_boundaries(batches, every_k))
         assert pairs == list(zip(batches, closes, strict=True))
 
-    def test_they_are_bools_and_so_static(self):
+    def test_boundaries_are_python_bools(self):
         for _, boundary in oa.with_boundaries([1, 2, 3], np.int64(2)):
             assert type(boundary) is bool
 
     @pytest.mark.parametrize("seen", range(4))
-    def test_a_window_that_is_open_is_filled_first(self, seen):
+    def test_an_open_window_is_filled_first(self, seen):
         batches = range(11)
         pairs = list(oa.with_boundaries(batches, 4))
         rest = oa.with_boundaries(batches[seen:], 4, micro_step=seen)
         assert list(rest) == pairs[seen:]
 
-    def test_what_a_state_says_is_taken_as_it_is(self):
+    def test_micro_step_may_come_from_a_state(self):
         flags = [b for _, b in oa.with_boundaries("abc", 3, micro_step=jnp.int32(2))]
         assert flags == [True, False, True]
 
-    def test_batches_are_handed_on_whatever_they_are(self):
+    def test_batches_pass_through_unchanged(self):
         batches = [None, 0, (), {"x": np.ones(2)}, np.zeros((0, 3)), None, None]
         pairs = list(oa.with_boundaries(iter(batches), 2))
         assert all(a is b for a, (b, _) in zip(batches, pairs, strict=True))
 
 
 class TestTheIteration:
-    def test_reads_one_batch_ahead_and_never_two(self):
+    def test_it_reads_one_batch_ahead_and_never_two(self):
         read = []
 
         def batches():
@@ -95,7 +95,7 @@ class TestTheIteration:
             assert read[-1] == batch + 1
             assert boundary == (batch % 3 == 2)
 
-    def test_starts_the_iterable_once(self):
+    def test_it_starts_the_iterable_once(self):
         class Loader:
             started = 0
 
@@ -108,7 +108,7 @@ class TestTheIteration:
         assert [batch for batch, _ in pairs] == ["a", "b", "c"]
         assert loader.started == 1
 
-    def test_an_error_in_the_data_comes_through(self):
+    def test_an_error_in_the_data_is_raised(self):
         def broken():
             yield 1
             raise OSError("disk")
@@ -119,35 +119,35 @@ class TestTheIteration:
 
 class TestErrorsAtTheCall:
     @pytest.mark.parametrize("every_k", [lambda _: 2, oa.noise.adaptive_k(2, 8)])
-    def test_a_schedule(self, every_k):
+    def test_a_schedule_as_every_k_is_refused(self, every_k):
         words = ("`every_k` must be an int >= 1 or None", "schedule", "`accumulate`")
         with pytest.raises(TypeError, match=saying(*words)):
             oa.with_boundaries([1], every_k)
 
     @pytest.mark.parametrize("every_k", [True, 2.0, "2"])
-    def test_every_k_of_another_type(self, every_k):
+    def test_every_k_of_another_type_is_refused(self, every_k):
         words = ("`every_k` must be an int >= 1", repr(every_k))
         with pytest.raises(TypeError, match=saying(*words)):
             oa.with_boundaries([1], every_k)
 
     @pytest.mark.parametrize("every_k", [0, -1])
-    def test_every_k_below_one(self, every_k):
+    def test_every_k_below_one_is_refused(self, every_k):
         with pytest.raises(ValueError, match=rf"`every_k` must be .* got {every_k}"):
             oa.with_boundaries([1], every_k)
 
     @pytest.mark.parametrize("micro_step", [None, True, 1.0, "1"])
-    def test_micro_step_of_another_type(self, micro_step):
+    def test_micro_step_of_another_type_is_refused(self, micro_step):
         words = ("`micro_step` must be an int >= 0", repr(micro_step), "oa.micro_step")
         with pytest.raises(TypeError, match=saying(*words)):
             oa.with_boundaries([1], 2, micro_step=micro_step)
 
     @pytest.mark.parametrize("every_k", [None, 2])
-    def test_micro_step_below_zero(self, every_k):
+    def test_a_negative_micro_step_is_refused(self, every_k):
         with pytest.raises(ValueError, match=r"`micro_step` must be .* got -1"):
             oa.with_boundaries([1], every_k, micro_step=-1)
 
     @pytest.mark.parametrize("micro_step", [4, 5])
-    def test_a_window_that_would_be_closed(self, micro_step):
+    def test_a_micro_step_beyond_every_k_is_refused(self, micro_step):
         words = ("`micro_step` must be less than `every_k=4`", f"got {micro_step}")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.with_boundaries([1], 4, micro_step=micro_step)
@@ -183,7 +183,7 @@ class TestTraining:
         assert oa.gradient_step(state) == self.EPOCHS * updates_per_epoch
         chex.assert_trees_all_close(params, self.in_global_batches(count), rtol=2e-5)
 
-    def test_a_run_that_stops_in_mid_window_goes_on_with_the_same_bits(self):
+    def test_a_run_stopped_inside_a_window_resumes_with_the_same_bits(self):
         tx = oa.accumulate(INNER)
         step = stepper(tx)
 
@@ -200,7 +200,7 @@ class TestTraining:
         assert oa.micro_step(stopped[1]) == 2
         chex.assert_trees_all_equal(train(stopped, batches[5:]), train(start, batches))
 
-    def test_two_programs_without_a_branch_for_each_shape(self):
+    def test_each_shape_compiles_to_two_programs_without_a_branch(self):
         tx = oa.accumulate(INNER)
         step = stepper(tx)
         state = tx.init(PARAMS)
@@ -210,7 +210,7 @@ class TestTraining:
             step(PARAMS, state, batch, boundary)
         assert step._cache_size() == 3  # 4 examples inside and at the end, 2 at the end
 
-    def test_a_schedule_closes_by_its_count_and_the_epoch_by_the_last(self):
+    def test_a_schedule_closes_by_its_count_and_at_the_end_of_the_epoch(self):
         tx = oa.accumulate(INNER, every_k=lambda step: 2 + step)
         step = stepper(tx)
         params, state = PARAMS, tx.init(PARAMS)
@@ -253,13 +253,13 @@ class TestMetricsOverTheWindow:
         return logged
 
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
-    def test_they_do_not_depend_on_the_size_of_the_micro_batches(self, size):
+    def test_metrics_do_not_depend_on_the_size_of_the_micro_batches(self, size):
         examples = epoch_of(31)  # global batches of 12, 12 and 7
         logged = self.over_windows(cut(examples, size), 12 // size)
         whole = [metrics_of(self.PARAMS, batch) for batch in cut(examples, 12)]
         chex.assert_trees_all_close(logged, whole, rtol=1e-5)
 
-    def test_nor_on_a_micro_batch_without_weight(self):
+    def test_metrics_ignore_a_micro_batch_of_weight_0(self):
         examples = epoch_of(12)
         nothing = np.full((4, 4), np.nan, np.float32)
         micro_batches = [examples[:5], nothing, examples[5:], nothing]
@@ -272,18 +272,18 @@ class TestMetricsOverTheWindow:
             logged, metrics_of(self.PARAMS, examples), rtol=1e-5
         )
 
-    def test_a_window_that_nobody_counted_in_has_none(self):
+    def test_a_window_without_weight_has_no_metrics(self):
         logged = self.over_windows([epoch_of(3), epoch_of(3)], 2, lambda _: 0)
         chex.assert_trees_all_equal(logged, jax.tree.map(jnp.zeros_like, logged))
 
-    def test_without_every_k_they_are_those_of_a_whole_test_set(self):
+    def test_without_every_k_metrics_are_those_of_a_whole_test_set(self):
         examples = epoch_of(31)
         (logged,) = self.over_windows(cut(examples, 5), None)
         chex.assert_trees_all_close(
             logged, metrics_of(self.PARAMS, examples), rtol=1e-5
         )
 
-    def test_a_count_passes_through_and_is_no_mean(self):
+    def test_a_count_is_taken_over_as_it_is(self):
         """What `docs/epochs.md` warns of."""
         tx = oa.accumulate(optax.identity(), 2)
         state = tx.init({"right": jnp.int32(0)})
@@ -291,7 +291,7 @@ class TestMetricsOverTheWindow:
             means, state = tx.update({"right": jnp.int32(right)}, state, weight=8)
         assert means["right"] == 5
 
-    def test_the_mean_loss_is_in_the_state_already(self):
+    def test_the_mean_loss_is_already_in_the_state(self):
         examples = epoch_of(31)
         tx = oa.accumulate(optax.set_to_zero())
         step = stepper(tx)
@@ -304,7 +304,7 @@ class TestMetricsOverTheWindow:
         whole = [loss_fn(self.PARAMS, batch) for batch in cut(examples, 15)]
         chex.assert_trees_all_close(losses, whole, rtol=1e-5)
 
-    def test_in_one_step_they_are_an_auxiliary_output(self):
+    def test_in_one_step_metrics_are_an_auxiliary_output(self):
         def loss_and_metrics(params, batch):
             return loss_fn(params, batch), metrics_of(params, batch)
 
@@ -318,7 +318,7 @@ class TestMetricsOverTheWindow:
         )
 
     @pytest.mark.several_devices
-    def test_over_devices_with_the_same_axis_name(self):
+    def test_metrics_are_those_of_all_devices(self):
         tx = oa.accumulate(optax.identity(), axis_name="data")
         mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
         weights = np.array([[1, 3], [5, 2]], np.float32)  # of two steps, two devices
@@ -347,7 +347,7 @@ class TestMetricsOverTheWindow:
 class TestNnxMetrics:
     """What `docs/epochs.md` says of them."""
 
-    def test_a_mean_counts_as_one_whatever_it_was_taken_over(self):
+    def test_nnx_average_counts_a_mean_as_one_value(self):
         average = nnx.metrics.Average("loss")
         for mean, _examples in ((1.0, 4), (4.0, 1)):
             average.update(loss=jnp.float32(mean))
@@ -357,13 +357,13 @@ class TestNnxMetrics:
             logged, state = tx.update(jnp.float32(mean), state, weight=examples)
         np.testing.assert_allclose(logged, 1.6, rtol=1e-6)
 
-    def test_values_per_example_are_counted_one_by_one(self):
+    def test_nnx_average_counts_values_per_example(self):
         average = nnx.metrics.Average("loss")
         for losses in (jnp.ones(4), jnp.full(1, 4.0)):
             average.update(loss=losses)
         np.testing.assert_allclose(average.compute(), 1.6, rtol=1e-6)
 
-    def test_a_mask_lets_a_nan_through(self):
+    def test_nnx_average_with_a_mask_lets_a_nan_through(self):
         average = nnx.metrics.Average("loss")
         average.update(loss=jnp.array([1.0, jnp.nan]), mask=jnp.array([True, False]))
         assert jnp.isnan(average.compute())
@@ -376,14 +376,14 @@ class TestGrain:
     def grain(self):
         return pytest.importorskip("grain")
 
-    def test_the_last_micro_batch_may_be_smaller(self, grain):
+    def test_a_smaller_last_batch_of_grain_is_weighted(self, grain):
         dataset = grain.MapDataset.source(np.arange(50)).shuffle(seed=1)
         loader = dataset.batch(4, drop_remainder=False)
         pairs = list(oa.with_boundaries(loader, 3))
         assert [len(batch) for batch, _ in pairs] == [4] * 12 + [2]
         assert list(np.flatnonzero([b for _, b in pairs])) == [2, 5, 8, 11, 12]
 
-    def test_a_position_travels_with_its_batch(self, grain):
+    def test_a_grain_position_travels_with_its_batch(self, grain):
         """The loader itself is one micro-batch ahead of the training."""
         dataset = grain.MapDataset.source(np.arange(50)).shuffle(seed=1)
         options = grain.ReadOptions(num_threads=0)

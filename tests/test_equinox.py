@@ -125,7 +125,7 @@ def stepper(tx, way="update_params", donate="none"):
 @pytest.mark.parametrize(
     ("way", "donate"), [("update", "none"), ("update_params", "all-except-first")]
 )
-def test_across_steps_it_trains_as_in_global_batches(model, way, donate):
+def test_across_steps_training_equals_global_batches(model, way, donate):
     step, state = stepper(WHOLE, way, donate), WHOLE.init(trained(model))
     for batch, expected in zip(WINDOWS, in_global_batches(), strict=True):
         for part, boundary in oa.with_boundaries(parts(batch)):
@@ -136,7 +136,7 @@ def test_across_steps_it_trains_as_in_global_batches(model, way, donate):
     np.testing.assert_array_equal(model.offsets, jnp.arange(4))
 
 
-def test_the_boundary_may_be_counted_or_traced(model):
+def test_the_boundary_of_filter_jit_may_be_counted_or_traced(model):
     expected = in_global_batches()[0]
     for tx, traced in ((COUNTED, False), (WHOLE, True)):
         now = model, tx.init(trained(model))
@@ -148,7 +148,7 @@ def test_the_boundary_may_be_counted_or_traced(model):
 @pytest.mark.parametrize(
     "options", [slow({"num_microbatches": 7}), {"microbatch_size": 3}]
 )
-def test_inside_one_step_it_trains_as_in_global_batches(model, options):
+def test_in_one_step_training_equals_global_batches(model, options):
     @eqx.filter_jit
     def step(model, state, batch):
         params, static = eqx.partition(model, is_trained)
@@ -168,7 +168,7 @@ def test_inside_one_step_it_trains_as_in_global_batches(model, options):
         chex.assert_trees_all_close(trained(model), trained(expected), rtol=2e-5)
 
 
-def test_what_is_not_trained_has_neither_accumulator_nor_gradient(model):
+def test_static_leaves_have_neither_accumulator_nor_gradient(model):
     grads = eqx.filter_jit(eqx.filter_grad(loss_fn))(model, WINDOWS[0])
     assert grads.activation is None
     assert grads.offsets is None
@@ -182,7 +182,7 @@ def test_what_is_not_trained_has_neither_accumulator_nor_gradient(model):
         assert jax.tree.structure(tree) == structure
 
 
-def test_a_part_of_the_model_can_be_trained(model):
+def test_a_part_of_the_model_can_be_trained_alone(model):
     """A specification in place of a predicate, as for fine-tuning."""
     spec = jax.tree.map(lambda _: False, model)
     spec = eqx.tree_at(lambda m: m.layers[1].weight, spec, True)
@@ -226,7 +226,7 @@ def test_a_donated_window_is_free_of_temporaries_and_copies(boundary):
     assert compiled("none").memory_analysis().alias_size_in_bytes == 0
 
 
-def test_a_python_bool_is_static_and_leaves_no_branch(model):
+def test_a_python_boundary_is_static_and_leaves_no_branch(model):
     state = WHOLE.init(trained(model))
     for boundary, branches in ((True, 0), (False, 0), (jnp.array(True), 1)):
         lowered = stepper(WHOLE).lower(WINDOWS[0], model, state, boundary)
@@ -234,7 +234,7 @@ def test_a_python_bool_is_static_and_leaves_no_branch(model):
 
 
 @pytest.mark.parametrize("seen", range(1, len(SIZES)))
-def test_saved_and_read_inside_a_window_it_goes_on_with_the_same_bits(
+def test_a_model_saved_inside_a_window_resumes_with_the_same_bits(
     model, seen, tmp_path
 ):
     step = stepper(COUNTED)
@@ -276,7 +276,7 @@ def normalised_loss(model, batch, statistics):
     return jnp.mean((prediction - batch[1]) ** 2), statistics
 
 
-def test_batch_norm_across_steps_hands_its_statistics_on():
+def test_batch_norm_statistics_carry_over_across_steps():
     model, statistics = eqx.nn.make_with_state(Normalised)(jax.random.key(0))
 
     @eqx.filter_jit
@@ -301,7 +301,7 @@ def test_batch_norm_across_steps_hands_its_statistics_on():
     )
 
 
-def test_batch_norm_inside_one_step_is_a_carry():
+def test_batch_norm_statistics_are_a_carry_in_one_step():
     model, statistics = eqx.nn.make_with_state(Normalised)(jax.random.key(0))
     params, static = eqx.partition(model, is_trained)
 

@@ -19,63 +19,63 @@ def update(tx, grads=PARAMS, **kwargs):
 
 class TestSettings:
     @pytest.mark.parametrize("inner", [optax.adam, None, 0.1])
-    def test_an_inner_that_is_no_transformation(self, inner):
+    def test_an_inner_that_is_not_a_transformation_is_refused(self, inner):
         words = ("`inner` must be an Optax gradient transformation", repr(inner))
         with pytest.raises(TypeError, match=saying(*words)):
             oa.accumulate(inner, 2)
 
     @pytest.mark.parametrize("value", [0, -3, np.int64(0)])
-    def test_every_k_below_one(self, value):
+    def test_every_k_below_one_is_refused(self, value):
         words = ("`every_k` must be an int >= 1", f"got {value}", "every_k=1")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, value)
 
     @pytest.mark.parametrize("value", [True, False, np.True_, 2.0, np.float32(2), "8"])
-    def test_every_k_of_another_type(self, value):
+    def test_every_k_of_another_type_is_refused(self, value):
         words = ("`every_k` must be an int >= 1", repr(value), type(value).__name__)
         with pytest.raises(TypeError, match=saying(*words)):
             oa.accumulate(SGD, value)
 
     @pytest.mark.parametrize("value", [np.int64(2), np.uint8(2), jnp.array(2)])
-    def test_every_k_is_any_integer(self, value):
+    def test_every_k_may_be_any_integer_type(self, value):
         tx = oa.accumulate(SGD, value)
         _, state = update(tx)
         _, state = tx.update(PARAMS, state, PARAMS)
         assert state.gradient_step == 1
 
     @pytest.mark.parametrize("k", [jnp.ones(2), jnp.array(True), jnp.array(2j)])
-    def test_a_schedule_that_returns_no_number(self, k):
+    def test_a_schedule_that_does_not_return_a_number_is_refused(self, k):
         words = ("`every_k` as a schedule must return one real number", str(k.dtype))
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD, lambda _: k))
 
-    def test_an_unknown_reduction(self):
+    def test_an_unknown_reduction_is_refused(self):
         words = ('`reduction` must be one of "mean", "ratio", "sum"', "'average'")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, reduction="average")
 
-    def test_an_unknown_on_skip(self):
+    def test_an_unknown_on_skip_is_refused(self):
         words = ('`on_skip` must be one of "shrink", "wait"', "'drop'")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, on_skip="drop")
 
-    def test_wait_across_devices(self):
+    def test_on_skip_wait_across_devices_is_refused(self):
         words = ('`on_skip="wait"`', "`axis_name`", 'Use on_skip="shrink"')
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, on_skip="wait", axis_name="batch")
 
-    def test_double_precision_that_jax_does_not_have(self):
+    def test_float64_without_x64_is_refused(self):
         words = ("`accumulator_dtype` is float64", "jax_enable_x64")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, accumulator_dtype="float64")
 
     @pytest.mark.parametrize("dtype", [jnp.int32, "uint8", bool])
-    def test_an_accumulator_that_is_not_floating(self, dtype):
+    def test_an_accumulator_dtype_that_is_not_floating_is_refused(self, dtype):
         words = ("`accumulator_dtype` must be a floating or complex dtype", "got")
         with pytest.raises(TypeError, match=saying(*words)):
             oa.accumulate(SGD, 2, accumulator_dtype=dtype)
 
-    def test_an_accumulator_that_is_real_for_complex_parameters(self):
+    def test_a_real_accumulator_of_complex_parameters_is_refused(self):
         tx = oa.accumulate(SGD, 2, accumulator_dtype=jnp.float32)
         words = ("`accumulator_dtype` float32", "`params['z']`", "complex64")
         with pytest.raises(TypeError, match=saying(*words)):
@@ -83,25 +83,25 @@ class TestSettings:
 
 
 class TestBoundary:
-    def test_none_where_every_k_is_none(self):
+    def test_no_boundary_without_every_k_is_refused(self):
         words = ("`boundary` is needed on every call", "`every_k=None`", "got None")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD))
 
     @pytest.mark.parametrize("value", [1, 0.0])
-    def test_no_bool(self, value):
+    def test_a_boundary_that_is_not_a_bool_is_refused(self, value):
         words = ("`boundary` must be a bool", repr(value), type(value).__name__)
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD), boundary=value)
 
     @pytest.mark.parametrize("value", [jnp.array(1), jnp.array([True])])
-    def test_no_boolean_scalar(self, value):
+    def test_an_array_that_is_not_one_boolean_is_refused(self, value):
         words = ("`boundary` must be a bool", str(value.shape), str(value.dtype))
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD), boundary=value)
 
     @pytest.mark.parametrize("value", [False, jnp.array(True)])
-    def test_an_open_window_without_an_accumulator(self, value):
+    def test_boundary_false_with_every_k_1_is_refused(self, value):
         words = ("`boundary` must be True or None with `every_k=1`", "every_k=None")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, 1), boundary=value)
@@ -109,32 +109,32 @@ class TestBoundary:
 
 class TestWeight:
     @pytest.mark.parametrize("value", [jnp.ones(2), np.ones((1, 1))])
-    def test_no_scalar(self, value):
+    def test_a_weight_that_is_not_a_scalar_is_refused(self, value):
         words = ("`weight` must be a scalar", str(value.shape), "mask.sum()")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, 2), weight=value)
 
     @pytest.mark.parametrize("value", [None, "3", [1.0]])
-    def test_no_number(self, value):
+    def test_a_weight_that_is_not_a_number_is_refused(self, value):
         words = ("`weight` must be a real scalar", repr(value), type(value).__name__)
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD, 2), weight=value)
 
-    def test_complex(self):
+    def test_a_complex_weight_is_refused(self):
         with pytest.raises(
             TypeError, match=saying("`weight` must be a real scalar", "complex64")
         ):
             update(oa.accumulate(SGD, 2), weight=jnp.array(1j))
 
     @pytest.mark.parametrize("value", [-1, -0.5, np.float32(-2), np.nan, np.inf])
-    def test_static_and_negative_or_not_finite(self, value):
+    def test_a_static_weight_that_is_negative_or_not_finite_is_refused(self, value):
         words = ("`weight` must be finite and >= 0", f"got {value}", "Use 0")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, 2), weight=value)
 
 
 @pytest.mark.parametrize("value", [jnp.ones(2), jnp.array(1), jnp.array(1j)])
-def test_a_value_that_is_no_loss(value):
+def test_a_value_that_is_not_a_loss_is_refused(value):
     words = ("`value` must be a real floating scalar", str(value.shape))
     with pytest.raises(ValueError, match=saying(*words)):
         update(oa.accumulate(SGD, 2), value=value)
@@ -142,7 +142,7 @@ def test_a_value_that_is_no_loss(value):
 
 @pytest.mark.parametrize("every_k", [1, 2])
 class TestGradients:
-    def test_a_missing_leaf(self, every_k):
+    def test_gradients_without_a_leaf_are_refused(self, every_k):
         grads = {"layer": {"w": jnp.ones((2, 3))}}
         words = (
             "`grads` must have the tree structure of `params`",
@@ -151,7 +151,7 @@ class TestGradients:
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
 
-    def test_a_leaf_too_many(self, every_k):
+    def test_gradients_with_a_leaf_too_many_are_refused(self, every_k):
         grads = {"layer": {**PARAMS["layer"], "c": jnp.ones(1)}}
         words = (
             "`grads` must have the tree structure of `params`",
@@ -160,13 +160,13 @@ class TestGradients:
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
 
-    def test_other_containers(self, every_k):
+    def test_gradients_in_other_containers_are_refused(self, every_k):
         words = ("`grads` must have the tree structure of `params`", "containers")
         tx = oa.accumulate(SGD, every_k)
         with pytest.raises(ValueError, match=saying(*words)):
             tx.update([jnp.ones(2)], tx.init((jnp.ones(2),)), (jnp.ones(2),))
 
-    def test_another_shape(self, every_k):
+    def test_gradients_of_another_shape_are_refused(self, every_k):
         grads = {"layer": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}}
         words = (
             "`grads['layer']['w']` has shape (3, 2)",
@@ -175,13 +175,13 @@ class TestGradients:
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
 
-    def test_an_integer_for_a_floating_parameter(self, every_k):
+    def test_an_integer_gradient_of_a_floating_parameter_is_refused(self, every_k):
         grads = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.arange(3)}}
         words = ("`params['layer']['b']` has no counterpart", "floating gradient")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
 
-    def test_complex_for_a_real_parameter(self, every_k):
+    def test_a_complex_gradient_of_a_real_parameter_is_refused(self, every_k):
         grads = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3, jnp.complex64)}}
         words = ("`grads['layer']['b']` is complex64", "is float32")
         with pytest.raises(TypeError, match=saying(*words)):
@@ -189,18 +189,18 @@ class TestGradients:
 
 
 class TestState:
-    def test_state_and_parameters_in_the_wrong_order(self):
+    def test_swapped_state_and_parameters_are_refused(self):
         tx = oa.accumulate(SGD, 2)
         with pytest.raises(TypeError, match=saying("update_params(grads, state, par")):
             tx.update_params(PARAMS, PARAMS, tx.init(PARAMS))
 
-    def test_the_state_of_multi_steps(self):
+    def test_the_state_of_multi_steps_is_refused_with_the_remedy(self):
         state = optax.MultiSteps(SGD, 2).init(PARAMS)
         with pytest.raises(TypeError, match=saying("`state`", "oa.from_multi_steps")):
             oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
 
     @pytest.mark.parametrize("state", [(), PARAMS, SGD.init(PARAMS)])
-    def test_something_else(self, state):
+    def test_what_is_not_a_state_is_refused(self, state):
         words = (
             "`state` must be the `AccumulateState`",
             "update(grads, state, params)",
@@ -208,13 +208,13 @@ class TestState:
         with pytest.raises(TypeError, match=saying(*words)):
             oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
 
-    def test_a_state_without_an_accumulator(self):
+    def test_a_state_without_an_accumulator_is_refused(self):
         state = oa.accumulate(SGD, 1).init(PARAMS)
         words = ("`state` holds no accumulator", "`every_k=1`", "inner_state")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
 
-    def test_a_state_with_an_accumulator_that_would_be_lost(self):
+    def test_a_state_whose_accumulator_would_be_lost_is_refused(self):
         state = oa.accumulate(SGD, 2).init(PARAMS)
         words = (
             "`state` holds an accumulator",
@@ -228,14 +228,14 @@ class TestState:
         )
 
     @pytest.mark.parametrize("params", [None, {"layer": {"w": jnp.ones(1)}}])
-    def test_parameters_that_are_not_those_of_the_gradients(self, params):
+    def test_parameters_unlike_the_gradients_are_refused(self, params):
         tx = oa.accumulate(SGD, 2)
         with pytest.raises(ValueError, match="`grads` must have the tree structure"):
             tx.update_params(PARAMS, tx.init(PARAMS), params)
 
 
 @pytest.mark.usefixtures("float64")
-def test_gradients_wider_than_their_accumulator():
+def test_gradients_wider_than_their_accumulator_are_refused():
     params, grads = jnp.ones(2, jnp.float32), jnp.ones(2, jnp.float64)
     tx = oa.accumulate(SGD, 2)
     words = (
@@ -250,12 +250,12 @@ def test_gradients_wider_than_their_accumulator():
 
 class TestSkip:
     @pytest.mark.parametrize("decision", [jnp.array(1), jnp.array([True])])
-    def test_no_boolean_scalar(self, decision):
+    def test_a_skip_that_does_not_return_one_boolean_is_refused(self, decision):
         words = ("`skip` must return (bool scalar, info)", str(decision.dtype))
         with pytest.raises(TypeError, match=saying(*words)):
             update(oa.accumulate(SGD, 2, skip=lambda *_: (decision, ())))
 
-    def test_a_state_that_another_predicate_made(self):
+    def test_a_state_of_another_skip_is_refused(self):
         state = oa.accumulate(SGD, 2, skip=optax.skip_not_finite).init(PARAMS)
         tx = oa.accumulate(SGD, 2, skip=oa.skip_not_finite)
         words = (
@@ -267,7 +267,7 @@ class TestSkip:
             tx.update(PARAMS, state, PARAMS)
 
 
-def test_an_optimizer_whose_state_changes_its_structure():
+def test_an_inner_state_that_changes_its_structure_is_refused():
     inner = optax.GradientTransformation(
         lambda _: {}, lambda u, s, _=None: (u, {**s, "seen": jnp.ones(())})
     )
@@ -280,7 +280,7 @@ class TestQueries:
     QUERIES = (oa.has_updated, oa.micro_step, oa.gradient_step, oa.accumulated)
 
     @pytest.mark.parametrize("query", QUERIES)
-    def test_no_state(self, query):
+    def test_a_query_without_a_state_is_refused(self, query):
         words = (
             "`opt_state` must hold the state of `optax_accum.accumulate`",
             "found none in a tuple",
@@ -289,29 +289,29 @@ class TestQueries:
             query(SGD.init(PARAMS))
 
     @pytest.mark.parametrize("query", QUERIES)
-    def test_several_states(self, query):
+    def test_a_query_with_several_states_is_refused(self, query):
         tx = optax.chain(oa.accumulate(SGD, 2), oa.accumulate(SGD, 3))
         with pytest.raises(ValueError, match="`opt_state` holds 2 states of"):
             query(tx.init(PARAMS))
 
     @pytest.mark.parametrize("query", QUERIES)
-    def test_windows_of_windows(self, query):
+    def test_a_query_of_nested_accumulation_is_refused(self, query):
         tx = optax.chain(oa.accumulate(oa.accumulate(SGD, 2), 3))
         with pytest.raises(ValueError, match="`opt_state` holds 2 states of"):
             query(tx.init(PARAMS))
 
-    def test_an_unknown_reduction(self):
+    def test_a_query_with_an_unknown_reduction_is_refused(self):
         state = oa.accumulate(SGD, 2).init(PARAMS)
         with pytest.raises(ValueError, match="`reduction` must be one of"):
             oa.accumulated(state, reduction="average")
 
-    def test_no_accumulator(self):
+    def test_a_query_without_an_accumulator_is_refused(self):
         words = ("`opt_state` holds no accumulator", "`every_k=1`")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulated(oa.accumulate(SGD, 1).init(PARAMS))
 
 
-def test_migrating_from_something_else():
+def test_from_multi_steps_refuses_another_state():
     words = (
         "`multi_steps_state` must be an `optax.MultiStepsState`",
         "tuple",

@@ -73,7 +73,7 @@ def test_the_page_has_the_tables_that_the_example_prints():
         assert example.table(rows) in written, title
 
 
-def test_a_table_that_is_stale_is_noticed():
+def test_a_stale_table_fails_here():
     rows = [["after", "step 1"], ["loss", "125"]]
     stale = example.table(rows).replace("125", "124")
     page = f"Text.\n\n{stale}\n\nText."
@@ -81,7 +81,7 @@ def test_a_table_that_is_stale_is_noticed():
     assert example.table(rows) not in tables_in(page)
 
 
-def test_clipping_meets_two_micro_batches_and_not_their_mean():
+def test_clipping_each_micro_batch_is_not_clipping_their_mean():
     """As the page says of the last mistake."""
     seen = walk("equal")
     norms = jnp.array([optax.tree.norm(s.gradient) for s in seen])
@@ -90,7 +90,7 @@ def test_clipping_meets_two_micro_batches_and_not_their_mean():
 
 
 @pytest.mark.usefixtures("loose_promotion")
-def test_every_mistake_but_that_with_adam_is_one():
+def test_every_mistake_shown_changes_the_parameters():
     wrong = {
         m.name: not np.allclose(leaves(m.made), leaves(m.right), rtol=1e-4)
         for m in example.mistakes()

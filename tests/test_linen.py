@@ -109,7 +109,7 @@ def test_windows_of_uneven_micro_batches_equal_global_batches(wrap):
     assert state.step == 6
 
 
-def test_the_caller_closes_the_window_early_and_with_a_python_bool():
+def test_a_python_boundary_closes_the_window_early():
     state = create(oa.accumulate(INNER))
     program = jax.jit(step, static_argnames="boundary")
     for i, x in enumerate(PARTS):
@@ -119,14 +119,14 @@ def test_the_caller_closes_the_window_early_and_with_a_python_bool():
     chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_flax_passes_no_weight_and_this_does():
+def test_flaxs_own_train_state_passes_no_weight():
     """The trap: the fields that Flax's `apply_gradients` replaces swallow a weight."""
     state = create(oa.accumulate(INNER, 3), cls=train_state.TrainState)
     with pytest.raises(TypeError, match="weight"):
         step(state, PARTS[0])
 
 
-def test_value_is_that_of_the_global_batch():
+def test_the_inner_optimizer_sees_the_value_of_the_global_batch():
     def record():
         def update(updates, state, params=None, *, value, scale=1.0):
             del state, params
@@ -143,7 +143,7 @@ def test_value_is_that_of_the_global_batch():
     np.testing.assert_allclose(value, 2 * expected, rtol=1e-6)
 
 
-def test_a_subclass_adds_fields_without_defaults():
+def test_a_subclass_may_add_fields_without_defaults():
     class WithKey(TrainState):
         batch_stats: Any  # as many declare it
         key: jax.Array
@@ -177,7 +177,7 @@ def normalised_step(state, x, weight):
     return state, stats, prediction
 
 
-def test_statistics_go_from_micro_batch_to_micro_batch():
+def test_batch_norm_statistics_carry_over_between_micro_batches():
     state = create(oa.accumulate(INNER, 2), Normalised())
     before = state.batch_stats
     program = jax.jit(normalised_step)
@@ -191,7 +191,7 @@ def test_statistics_go_from_micro_batch_to_micro_batch():
 
 
 @pytest.mark.parametrize("how", ["weight 0", "rejected"])
-def test_what_does_not_count_leaves_the_statistics(how):
+def test_a_micro_batch_of_weight_0_leaves_the_statistics(how):
     state = create(oa.accumulate(INNER, 2, skip=oa.skip_not_finite), Normalised())
     state, _, _ = jax.jit(normalised_step)(state, PARTS[2], 4.0)
     stats = state.batch_stats
@@ -204,7 +204,7 @@ def test_what_does_not_count_leaves_the_statistics(how):
     assert np.all(np.isfinite(jax.tree.leaves(state.params)[0]))
 
 
-def test_statistics_may_be_frozen_and_keep_their_structure():
+def test_frozen_statistics_keep_their_structure():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     stats = {"norm": {"mean": jnp.zeros(2)}}
     params = {"w": jnp.ones(2)}
@@ -219,7 +219,7 @@ def test_statistics_may_be_frozen_and_keep_their_structure():
 
 
 @pytest.mark.several_devices
-def test_scalar_statistics_in_shard_map():
+def test_scalar_statistics_work_in_shard_map():
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name="data")
     state = TrainState.create(
         apply_fn=None,
@@ -243,7 +243,7 @@ def test_scalar_statistics_in_shard_map():
     assert state.batch_stats["sigma"].shape == ()
 
 
-def test_what_is_overwritten_with_its_gradient():
+def test_overwrite_with_gradient_is_taken_over():
     """Flax's float8 layers keep scales whose `gradient` is their next value."""
     params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: jnp.zeros(1)}
     tx = oa.accumulate(optax.sgd(1.0), 2)
@@ -258,7 +258,7 @@ def test_what_is_overwritten_with_its_gradient():
     np.testing.assert_array_equal(state.params["params"]["w"], 1 - 1.5)
 
 
-def test_one_program_without_copies():
+def test_apply_gradients_is_one_program_without_copies():
     shapes = {"in": (512, 256), "out": (256, 384)}
     params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
     state = jax.eval_shape(
@@ -277,7 +277,7 @@ def test_one_program_without_copies():
     assert hlo.large_copies(program, 256 * 384) == []
 
 
-def test_it_is_traced_once():
+def test_apply_gradients_is_traced_once():
     program = jax.jit(chex.assert_max_traces(step, n=1))
     state = create(oa.accumulate(INNER, 2))
     for _ in range(5):
@@ -285,7 +285,7 @@ def test_it_is_traced_once():
     assert state.gradient_step == 2
 
 
-def test_it_is_saved_in_mid_window():
+def test_a_train_state_is_saved_and_restored_inside_a_window():
     states = [create(oa.accumulate(INNER, 3)) for _ in range(2)]
     program = jax.jit(step)
     for i, x in enumerate(PARTS):
@@ -298,7 +298,7 @@ def test_it_is_saved_in_mid_window():
 
 
 @pytest.mark.several_devices
-def test_in_pmap():
+def test_training_in_pmap_equals_the_global_batch():
     count = jax.device_count()
     state = create(oa.accumulate(INNER, 2, axis_name="batch"))
     program = jax.pmap(step, axis_name="batch")
@@ -312,7 +312,7 @@ def test_in_pmap():
     chex.assert_trees_all_close(one, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_optimizer_that_does_not_accumulate():
+def test_an_optimizer_that_does_not_accumulate_is_refused():
     message = "`tx` must accumulate.*Wrap your optimizer: tx=oa.accumulate"
     with pytest.raises(ValueError, match=message):
         create(optax.adam(1e-3))

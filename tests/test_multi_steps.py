@@ -81,7 +81,7 @@ class TestOptaxsOwnTests(_accumulation_test.AccumulationTest, parameterized.Test
             assert self.built, "this test never built the adapter"
 
 
-def test_there_are_tests_of_optax_to_run():
+def test_optaxs_own_tests_are_found():
     names = [n for n in dir(TestOptaxsOwnTests) if n.startswith("test_multi_steps")]
     assert len(names) >= 6
 
@@ -92,7 +92,7 @@ class TestMoving:
         "stop",
         [4, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3, 5, 6, 7))],
     )
-    def test_a_job_goes_on_where_it_was(self, stop, use_grad_mean):
+    def test_a_moved_run_continues_inside_its_window(self, stop, use_grad_mean):
         """Moved after any micro-step, in a window or between two."""
         old = optax.MultiSteps(ADAM, 3, use_grad_mean=use_grad_mean)
         multi_steps = promoting(old.gradient_transformation())
@@ -117,7 +117,7 @@ class TestMoving:
         moved = oa.from_multi_steps(old.init(PARAMS))
         chex.assert_trees_all_equal_shapes_and_dtypes(moved, tx.init(PARAMS))
 
-    def test_skipping_goes_on(self):
+    def test_a_moved_run_keeps_skipping(self):
         old = optax.MultiSteps(ADAM, 2, should_skip_update_fn=optax.skip_not_finite)
         with jax.numpy_dtype_promotion("standard"):
             _, state = old.update(GRADS[0], old.init(PARAMS), PARAMS)
@@ -128,7 +128,7 @@ class TestMoving:
         _, ours = tx.update(GRADS[1], ours, PARAMS)
         assert ours.gradient_step == 1
 
-    def test_has_updated_goes_with_it(self):
+    def test_a_moved_state_keeps_has_updated(self):
         old = optax.MultiSteps(ADAM, 1)
         start = old.init(PARAMS)
         assert not oa.has_updated(oa.from_multi_steps(start))
@@ -137,7 +137,7 @@ class TestMoving:
         assert oa.has_updated(oa.from_multi_steps(state))
 
     @pytest.mark.usefixtures("float64")
-    def test_a_state_of_multi_steps_under_double_precision(self):
+    def test_a_state_of_multi_steps_can_be_moved_under_double_precision(self):
         """Its accumulator is float32 even there, and keeps its dtype."""
         params = jnp.ones(2, jnp.float64)
         state = oa.from_multi_steps(optax.MultiSteps(ADAM, 2).init(params))

@@ -78,7 +78,7 @@ def same(tree, other):
 
 class TestValueAndGrad:
     @pytest.mark.parametrize("size", [slow(4), 5, slow(16)])
-    def test_it_is_that_of_the_whole_batch(self, size):
+    def test_value_and_gradient_are_those_of_the_whole_batch(self, size):
         model = MLP()
         in_parts = oaf.value_and_grad(loss_fn, microbatch_size=size)
         value, grads = nnx.jit(in_parts)(model, X)
@@ -87,7 +87,7 @@ class TestValueAndGrad:
         close(grads, expected_grads)
         assert jax.tree.structure(grads) == jax.tree.structure(expected_grads)
 
-    def test_it_is_the_micro_batches_one_after_another(self):
+    def test_state_and_outputs_are_those_of_micro_batches_in_sequence(self):
         """In values, gradients, statistics, random streams and auxiliary output."""
 
         def with_aux(model, x):
@@ -109,7 +109,7 @@ class TestValueAndGrad:
         close(model, by_hand)
         assert model.dropout.rngs.count[...] == 4
 
-    def test_dropout_is_drawn_anew_for_each(self):
+    def test_each_micro_batch_has_its_own_dropout(self):
         def dropped(model, x):
             kept = model.dropout(jnp.ones_like(x)) != 0
             return jnp.mean(model(x)), kept
@@ -118,7 +118,7 @@ class TestValueAndGrad:
         (_, kept), _ = nnx.jit(in_parts)(Normalised(), X)
         assert len({row.tobytes() for row in np.asarray(kept)}) == 4
 
-    def test_statistics_go_on_between_calls(self):
+    def test_statistics_and_streams_carry_over_between_calls(self):
         model = Normalised()
         in_parts = nnx.jit(oaf.value_and_grad(loss_fn, num_microbatches=2))
         in_parts(model, X)
@@ -127,7 +127,7 @@ class TestValueAndGrad:
         assert np.all(np.abs(model.norm.mean[...]) > np.abs(first))
         assert model.dropout.rngs.count[...] == 4
 
-    def test_weight_0_leaves_the_module(self):
+    def test_a_micro_batch_of_weight_0_leaves_the_module(self):
         """And `weight` is called as the loss is: with a module."""
 
         def masked_loss(model, x, mask):
@@ -153,7 +153,7 @@ class TestValueAndGrad:
         close(grads, expected_grads)
         close(model, by_hand)
 
-    def test_options_pass_through(self):
+    def test_skip_and_noise_scale_pass_through(self):
         model = MLP()
         x = X.at[0].set(jnp.nan)
         in_parts = oaf.value_and_grad(
@@ -167,7 +167,7 @@ class TestValueAndGrad:
         np.testing.assert_allclose(value, loss_fn(model, kept), rtol=1e-6)
         assert (info.skipped, info.weight, info.noise_scale.count) == (1, 14, 1)
 
-    def test_batches_by_name_and_random_keys(self):
+    def test_batches_by_name_and_keys_pass_through(self):
         def noisy(model, key, *, x):
             return jnp.mean((model(x) + jax.random.normal(key)) ** 2)
 
@@ -183,7 +183,7 @@ class TestValueAndGrad:
         each = [noisy(model, jax.random.fold_in(key, i), x=X[i::2]) for i in range(2)]
         np.testing.assert_allclose(value, np.mean(each), rtol=1e-6)
 
-    def test_only_some_variables(self):
+    def test_wrt_selects_the_variables(self):
         model = MLP()
         only = nnx.All(nnx.Param, nnx.PathContains("last"))
         _, grads = oaf.value_and_grad(loss_fn, wrt=only, num_microbatches=2)(model, X)
@@ -191,7 +191,7 @@ class TestValueAndGrad:
         close(grads, expected)
         assert list(grads) == ["last"]
 
-    def test_intermediates_have_to_go_out(self):
+    def test_intermediates_must_be_popped(self):
         class Keeping(MLP):
             def __call__(self, x):
                 self.hidden = nnx.Intermediate(jnp.tanh(self.first(x)))
@@ -213,7 +213,7 @@ class TestValueAndGrad:
         (_, hidden), _ = nnx.jit(in_parts)(model, X)
         np.testing.assert_allclose(hidden, jnp.tanh(model.first(X)), rtol=1e-5)
 
-    def test_what_would_be_lost_is_refused(self):
+    def test_changes_that_would_be_lost_are_refused(self):
         class Codebook(nnx.Module):
             def __init__(self, kind):
                 self.w, self.calls = nnx.Param(jnp.ones(4)), 0
@@ -245,7 +245,7 @@ class TestValueAndGrad:
         with pytest.raises(ValueError, match=r"of code from .*\[4\] to .*\[3\]"):
             oaf.value_and_grad(narrowing, num_microbatches=2)(model, X)
 
-    def test_the_one_for_trees_refuses_a_module(self):
+    def test_value_and_grad_of_trees_refuses_a_module_with_state(self):
         with pytest.raises(
             TypeError, match=r"`model` is an NNX module.*flax\.value_and"
         ):
@@ -254,7 +254,7 @@ class TestValueAndGrad:
         value, _ = in_parts(MLP(), X)  # of which all is parameters
         np.testing.assert_allclose(value, loss_fn(MLP(), X), rtol=1e-6)
 
-    def test_streams_belong_into_the_module(self):
+    def test_random_streams_outside_the_module_are_refused(self):
         def with_streams(model, x, rngs):
             return jnp.mean(model(x)) + jax.random.normal(rngs.noise())
 
@@ -274,7 +274,7 @@ class TestValueAndGrad:
         value, _ = in_parts(MLP(), X, teacher)  # whose dropout is off
         np.testing.assert_allclose(value, with_teacher(MLP(), X, teacher), rtol=1e-6)
 
-    def test_a_variable_may_hold_a_tree(self):
+    def test_a_variable_may_hold_a_tree_of_arrays(self):
         class Tree(nnx.Module):
             def __init__(self):
                 self.both = nnx.Param({"w": jnp.ones(4), "b": jnp.zeros([])})
@@ -286,7 +286,7 @@ class TestValueAndGrad:
         np.testing.assert_allclose(value, loss_fn(Tree(), X), rtol=1e-6)
         close(grads, nnx.grad(loss_fn)(Tree(), X))
 
-    def test_its_mistakes(self):
+    def test_wrong_arguments_are_refused(self):
         with pytest.raises(TypeError, match=r"`argnums` cannot be .*Say with `wrt`"):
             oaf.value_and_grad(loss_fn, argnums=0, num_microbatches=2)
         with pytest.raises(
@@ -309,7 +309,7 @@ class TestValueAndGrad:
         with pytest.raises(ValueError, match="`batch_argnums` names the positional"):
             oaf.value_and_grad(loss_fn, num_microbatches=2, batch_argnums=3)(MLP(), X)
 
-    def test_a_scan_over_the_module_loses_what_this_keeps(self):
+    def test_nnx_scan_loses_the_statistics_that_value_and_grad_keeps(self):
         """The trap: `nnx.scan` with the module broadcast drops what it updates."""
         model = Normalised()
 
@@ -322,7 +322,7 @@ class TestValueAndGrad:
         oaf.value_and_grad(loss_fn, num_microbatches=4)(model, X)
         assert np.all(model.norm.mean[...] != 0)
 
-    def test_the_memory_is_that_of_one_micro_batch(self):
+    def test_memory_is_that_of_one_micro_batch(self):
         model = MLP()
         x = jnp.ones((4096, 4))
 
@@ -384,7 +384,7 @@ class TestOptimizer:
         ]
         assert optimizer.step[...] == 6
 
-    def test_the_caller_closes_the_window_with_a_python_bool(self):
+    def test_a_python_boundary_closes_the_window(self):
         model = MLP()
         optimizer = oaf.Optimizer(model, oa.accumulate(INNER), wrt=nnx.Param)
         program = nnx.jit(step, static_argnames="boundary")
@@ -393,7 +393,7 @@ class TestOptimizer:
         cut = sum(SIZES[:4])
         close(model, global_batches(X[:cut], X[cut:]))
 
-    def test_extra_arguments_reach_the_optimizer(self):
+    def test_extra_arguments_reach_the_inner_optimizer(self):
         def update(updates, state, params=None, *, value, scale):
             del state, params
             return updates, value * scale
@@ -408,7 +408,7 @@ class TestOptimizer:
         value = optimizer.opt_state.inner_state[0][...]
         np.testing.assert_allclose(value, 2 * expected, rtol=1e-6)
 
-    def test_what_is_accumulated_can_be_asked(self):
+    def test_queries_answer_for_the_optimizer(self):
         model = MLP()
         optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 3), wrt=nnx.Param)
         grads = nnx.grad(loss_fn)(model, X)
@@ -416,7 +416,7 @@ class TestOptimizer:
         close(oa.accumulated(optimizer), grads)
         assert oa.accumulated(optimizer)["last"]["bias"] > -jnp.inf
 
-    def test_the_noise_scale_is_numbers(self):
+    def test_the_noise_scale_can_be_queried(self):
         model = MLP()
         tx = oa.accumulate(INNER, 2, noise_decay=0.9)
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
@@ -424,14 +424,14 @@ class TestOptimizer:
             step(model, optimizer, x)
         assert oa.noise.estimate(optimizer).count > 0
 
-    def test_comparing_the_state_itself_raises_and_a_query_does_not(self):
+    def test_queries_replace_comparing_the_state(self):
         """The trap: `nnx.Optimizer` keeps every leaf in a variable."""
         optimizer = oaf.Optimizer(MLP(), oa.accumulate(INNER, 3), wrt=nnx.Param)
         with pytest.raises(TypeError):
             _ = optimizer.opt_state.micro_step > 0
         assert not optimizer.micro_step > 0
 
-    def test_one_program_without_copies(self):
+    def test_update_is_one_program_without_copies(self):
         def apply(model, optimizer, grads, weight):
             optimizer.update(model, grads, weight=weight)
 
@@ -445,7 +445,7 @@ class TestOptimizer:
         assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
         assert hlo.large_copies(program, 512 * 384) == []
 
-    def test_it_is_traced_once(self):
+    def test_update_is_traced_once(self):
         model = MLP()
         optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 2), wrt=nnx.Param)
         program = nnx.jit(chex.assert_max_traces(step, n=1))
@@ -453,7 +453,7 @@ class TestOptimizer:
             program(model, optimizer, PARTS[0])
         assert optimizer.gradient_step == 2
 
-    def test_both_levels(self):
+    def test_micro_batches_inside_windows_equal_the_global_batch(self):
         model = MLP()
         optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 2), wrt=nnx.Param)
         in_parts = oaf.value_and_grad(loss_fn, microbatch_size=2, return_info=True)
@@ -467,7 +467,7 @@ class TestOptimizer:
             both(model, optimizer, x)
         close(model, global_batches(X))
 
-    def test_arguments_in_the_wrong_order(self):
+    def test_arguments_in_the_wrong_order_are_refused(self):
         model = MLP()
         optimizer = oaf.Optimizer(model, oa.accumulate(INNER, 3), wrt=nnx.Param)
         grads = nnx.grad(loss_fn)(model, X)
@@ -476,11 +476,11 @@ class TestOptimizer:
         ):
             optimizer.update(grads, model)
 
-    def test_multi_steps_is_to_be_replaced(self):
+    def test_multi_steps_is_refused_with_the_remedy(self):
         with pytest.raises(ValueError, match=r"Replace optax\.MultiSteps\(opt"):
             oaf.Optimizer(MLP(), optax.MultiSteps(INNER, 2), wrt=nnx.Param)
 
-    def test_an_optimizer_that_does_not_accumulate(self):
+    def test_an_optimizer_that_does_not_accumulate_is_refused(self):
         with pytest.raises(ValueError, match="`tx` must accumulate"):
             oaf.Optimizer(MLP(), optax.adam(1e-3), wrt=nnx.Param)
 
@@ -492,7 +492,7 @@ BATCH = jnp.asarray(np.random.default_rng(1).normal(size=(4 * COUNT, 4)), jnp.fl
 @pytest.mark.several_devices
 class TestDevices:
     @pytest.mark.parametrize("way", ["mesh", slow("shard_map")])
-    def test_value_and_grad(self, way):
+    def test_value_and_grad_on_devices_equals_the_whole_batch(self, way):
         model = MLP()
         settings = {"num_microbatches": 2, "axis_name": "data"}
         if way == "mesh":
@@ -509,7 +509,7 @@ class TestDevices:
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         close(grads, expected_grads)
 
-    def test_statistics_are_averaged_and_dropout_differs(self):
+    def test_devices_average_statistics_and_draw_their_own_dropout(self):
         def dropped(model, x):
             value = loss_fn(model, x)
             return value, model.dropout(jnp.ones((1, 64))) != 0
@@ -533,7 +533,7 @@ class TestDevices:
             each.append(one.norm.mean[...])
         np.testing.assert_allclose(model.norm.mean[...], np.mean(each, 0), rtol=1e-5)
 
-    def test_windows_in_pmap(self):
+    def test_windows_in_pmap_equal_the_global_batch(self):
         tx = oa.accumulate(INNER, 2, axis_name="data")
 
         @nnx.vmap(in_axes=0, out_axes=0, axis_size=COUNT)
@@ -552,7 +552,7 @@ class TestDevices:
             close(state, expected)
 
     @pytest.mark.parametrize("wrap", [lambda tx: tx, slow(optax.chain)])
-    def test_windows_in_shard_map(self, wrap):
+    def test_windows_in_shard_map_equal_the_global_batch(self, wrap):
         class Named(MLP):
             """With parameters that are called as fields of the state are."""
 

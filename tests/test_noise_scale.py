@@ -60,7 +60,7 @@ def estimate(grads, weights, reduction="mean"):
 # --- The estimate ---
 
 
-def test_it_is_unbiased_with_uneven_weights():
+def test_the_estimate_is_unbiased_with_uneven_weights():
     grads = sample_gradients(jax.random.key(0), (20_000,), UNEVEN)
     found = jax.vmap(lambda g: estimate(g, UNEVEN))(grads)
     for got, wanted in ((found.noise, TRACE), (found.signal, SIGNAL)):
@@ -79,7 +79,7 @@ def test_it_is_unbiased_with_uneven_weights():
     assert 2.6 < naive / TRACE < 2.8
 
 
-def test_a_ratio_of_averages_is_the_noise_scale():
+def test_the_noise_scale_is_a_ratio_of_averages():
     """And an average of ratios is not."""
     grads = sample_gradients(jax.random.key(1), (4000,), UNEVEN)
     samples = jax.vmap(lambda g: estimate(g, UNEVEN))(grads)
@@ -110,7 +110,7 @@ def test_the_averages_are_corrected_for_their_start(decay):
         assert int(average.count) == n
 
 
-def test_a_decay_that_is_nearly_one():
+def test_a_decay_that_rounds_to_one_averages_all():
     """In float32 it is 1; the average is then the mean of all."""
     average = oa.noise.NoiseScale.empty()
     for x in (1.0, 2.0, 6.0):
@@ -129,7 +129,7 @@ def test_averages_keep_their_dtype(decay):
     assert [x.dtype for x in added] == [x.dtype for x in average]
 
 
-def test_nothing_is_nan_in_a_window_that_is_fine():
+def test_debug_nans_finds_nothing_in_a_good_window():
     """Someone may look for NaN with jax_debug_nans."""
     grads, weights = micro_batches(PARAMS, 2)
     tx = oa.accumulate(optax.sgd(0.1), noise_decay=0.9)
@@ -140,7 +140,7 @@ def test_nothing_is_nan_in_a_window_that_is_fine():
     assert int(oa.noise.estimate(state).count) == 1
 
 
-def test_a_sample_of_nothing_changes_nothing():
+def test_an_empty_sample_changes_no_average():
     average = oa.noise.NoiseScale(jnp.float32(2), jnp.float32(6), jnp.int32(3))
     nothing = estimate(jnp.ones((1, DIM)), [4.0])
     assert np.isnan(nothing.signal)
@@ -160,14 +160,14 @@ def test_the_signal_may_be_negative():
 
 
 @pytest.mark.parametrize("reduction", ["ratio", "sum"])
-def test_gradients_of_sums(reduction):
+def test_gradients_of_sums_give_the_same_estimate(reduction):
     grads = sample_gradients(jax.random.key(2), (), UNEVEN)
     sums = grads * jnp.asarray(UNEVEN, jnp.float32)[:, None]
     found = estimate(sums, UNEVEN, reduction)
     np.testing.assert_allclose(found[:2], by_hand(grads, UNEVEN), rtol=1e-4)
 
 
-def test_complex_and_narrow_and_integer_leaves():
+def test_the_squared_norm_handles_complex_narrow_and_integer_leaves():
     tree = {
         "c": jnp.array([3 + 4j, 1j]),
         "b": jnp.full(1000, 2.0, jnp.bfloat16),
@@ -191,7 +191,7 @@ def run(tx, grads, weights, way="update_params", params=PARAMS, **options):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reduction", ["mean", "ratio", slow("sum")])
-def test_windows_are_averaged(way, reduction):
+def test_estimates_of_windows_are_averaged(way, reduction):
     decay, k, windows = 0.7, 4, 3
     grads, weights = micro_batches(PARAMS, k * windows)
     given = grads
@@ -212,7 +212,7 @@ def test_windows_are_averaged(way, reduction):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_else_changes(way):
+def test_noise_decay_changes_nothing_else(way):
     grads, weights = micro_batches(PARAMS, 6)
     inner = promoting(optax.adamw(1e-2))
     plain = run(oa.accumulate(inner, 3), grads, weights, way)
@@ -224,7 +224,7 @@ def test_nothing_else_changes(way):
     jax.tree.map(np.testing.assert_array_equal, plain, (measured[0], without))
 
 
-def test_it_costs_nothing_where_it_is_not_asked_for():
+def test_without_noise_decay_the_program_is_the_same():
     tx = oa.accumulate(optax.sgd(0.1), 4)
     state = tx.init(PARAMS)
     assert state.noise == ()
@@ -237,7 +237,7 @@ def test_it_costs_nothing_where_it_is_not_asked_for():
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(1e-3)])
-def test_it_is_free_of_copies(way, inner):
+def test_noise_decay_adds_no_copies(way, inner):
     params = {"w": jnp.zeros((1024, 512)), "b": jnp.zeros(1000)}
     tx = oa.accumulate(promoting(inner), 4, noise_decay=0.99)
     state = tx.init(params)
@@ -253,7 +253,7 @@ def test_it_is_free_of_copies(way, inner):
     [(None, "shrink", 0), (oa.skip_not_finite, "shrink", 1)],
     ids=["weight 0", "skipped"],
 )
-def test_what_does_not_count_is_excluded(skip, on_skip, bad):
+def test_micro_batches_without_weight_are_excluded(skip, on_skip, bad):
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
     tx = oa.accumulate(optax.sgd(0.1), 5, noise_decay=0.9, skip=skip, on_skip=on_skip)
@@ -263,7 +263,7 @@ def test_what_does_not_count_is_excluded(skip, on_skip, bad):
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
-def test_what_waits_is_excluded():
+def test_micro_batches_rejected_while_waiting_are_excluded():
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), grads[0])
     tx = oa.accumulate(
@@ -279,7 +279,7 @@ def test_what_waits_is_excluded():
 
 
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_windows_of_one_micro_batch_say_nothing(every_k):
+def test_windows_of_one_micro_batch_give_no_estimate(every_k):
     grads, weights = micro_batches(PARAMS, 3)
     tx = oa.accumulate(optax.sgd(0.1), every_k, noise_decay=0.9)
     state = tx.init(PARAMS)
@@ -294,7 +294,7 @@ def test_windows_of_one_micro_batch_say_nothing(every_k):
     assert int(oa.gradient_step(state)) == 3
 
 
-def test_a_nan_does_not_outlive_its_window():
+def test_a_nan_in_the_estimate_does_not_outlive_its_window():
     grads, weights = micro_batches(PARAMS, 4)
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads[0])
     inner = optax.chain(promoting(optax.zero_nans()), optax.sgd(0.1))
@@ -305,7 +305,7 @@ def test_a_nan_does_not_outlive_its_window():
     assert int(found.count) == 1
 
 
-def test_an_empty_window_changes_nothing():
+def test_an_empty_window_changes_no_average():
     grads, weights = micro_batches(PARAMS, 2)
     tx = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     params, state = run(tx, grads, weights)
@@ -316,7 +316,7 @@ def test_an_empty_window_changes_nothing():
 
 
 @pytest.mark.parametrize("boundary", [True, jnp.array(True)])
-def test_a_boundary_of_the_caller(boundary):
+def test_windows_closed_by_the_caller_are_measured(boundary):
     grads, weights = micro_batches(PARAMS, 3)
     tx = oa.accumulate(optax.sgd(0.1), noise_decay=0.9)
     params, state = PARAMS, tx.init(PARAMS)
@@ -327,7 +327,7 @@ def test_a_boundary_of_the_caller(boundary):
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-4)
 
 
-def test_bfloat16_parameters():
+def test_bfloat16_parameters_are_measured_in_float32():
     """There the updates and the inner state are computed in turn."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     grads, weights = micro_batches(params, 4)
@@ -338,7 +338,7 @@ def test_bfloat16_parameters():
 
 
 @pytest.mark.usefixtures("float64")
-def test_float64():
+def test_float64_is_measured_in_float64():
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
     grads, weights = micro_batches(params, 3)
     tx = oa.accumulate(optax.sgd(0.1), 3, noise_decay=0.9)
@@ -348,7 +348,7 @@ def test_float64():
     np.testing.assert_allclose(found[:2], by_hand(grads, weights), rtol=1e-12)
 
 
-def test_a_state_from_before():
+def test_a_state_without_the_noise_scale_is_refused():
     old = oa.accumulate(optax.sgd(0.1), 2)
     new = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     grads, weights = micro_batches(PARAMS, 2)
@@ -402,14 +402,14 @@ def in_step(k, **options):
 
 
 @pytest.mark.parametrize("k", [slow(2), 4])
-def test_in_one_step(k):
+def test_in_one_step_the_estimate_is_that_of_the_equations(k):
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
     np.testing.assert_allclose(info.noise_scale[:2], by_hand(*parts(k)), rtol=1e-4)
     assert int(info.noise_scale.count) == 1
 
 
 @pytest.mark.slow
-def test_in_one_step_with_equal_weights_and_sums():
+def test_in_one_step_equal_weights_and_sums_are_measured():
     def total(params, x):
         return len(x) * loss(params, x, jnp.ones(len(x), bool))
 
@@ -437,7 +437,7 @@ def test_in_one_step_with_equal_weights_and_sums():
     )
 
 
-def test_one_micro_batch_gives_nan():
+def test_in_one_step_one_micro_batch_gives_nan():
     (_, grads), info = jax.jit(in_step(1))(WEIGHTS, X, MASK)
     assert np.isnan(info.noise_scale.signal)
     assert np.isnan(info.noise_scale.batch_size)
@@ -445,7 +445,7 @@ def test_one_micro_batch_gives_nan():
     assert np.isfinite(grads["w"]).all()
 
 
-def test_rejected_micro_batches_are_excluded_in_one_step():
+def test_in_one_step_rejected_micro_batches_are_excluded():
     x = X.at[0].set(jnp.nan)  # in the first of four
     _, info = jax.jit(in_step(4, skip=oa.skip_not_finite))(
         WEIGHTS, x, MASK.at[0].set(True)
@@ -456,7 +456,7 @@ def test_rejected_micro_batches_are_excluded_in_one_step():
     assert int(info.skipped) == 1
 
 
-def test_without_it_the_info_is_as_before():
+def test_without_noise_scale_the_info_has_none():
     f = oa.value_and_grad(
         lambda p, x: (x @ p).mean(), num_microbatches=2, return_info=True
     )
@@ -485,7 +485,7 @@ def device_parts(k):
 @pytest.mark.several_devices
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("scatter", [False, True])
-def test_in_one_step_on_a_mesh(k, scatter):
+def test_in_one_step_a_mesh_gives_the_estimate_of_one_device(k, scatter):
     # So that a leaf can be cut and another cannot.
     f = jax.jit(in_step(k, mesh=mesh(), axis_name=AXIS, scatter=scatter))
     _, info = f(WEIGHTS, *device_data())
@@ -494,7 +494,7 @@ def test_in_one_step_on_a_mesh(k, scatter):
 
 
 @pytest.mark.several_devices
-def test_gradients_that_are_scattered_have_the_same_norm():
+def test_scattered_gradients_give_the_same_estimate():
     params = jnp.ones((COUNT, 2)), jnp.ones(COUNT + 1)
 
     def fun(params, x):
@@ -518,7 +518,7 @@ def test_gradients_that_are_scattered_have_the_same_norm():
 
 @pytest.mark.several_devices
 @parametrized(INSIDE)
-def test_in_one_step_on_every_device(way):
+def test_in_one_step_every_device_has_the_same_estimate(way):
     f = in_step(2, axis_name=AXIS)
     x, mask = device_data()
     if way == "pmap":
@@ -532,7 +532,7 @@ def test_in_one_step_on_every_device(way):
 
 
 @pytest.mark.several_devices
-def test_gradients_in_parts_over_another_axis_are_refused():
+def test_gradients_sharded_over_another_axis_are_refused():
     if COUNT % 2:
         pytest.skip("needs an even number of devices")
     tx = oa.accumulate(optax.sgd(0.1), 2, axis_name=AXIS, noise_decay=0.9)
@@ -558,7 +558,7 @@ def test_gradients_in_parts_over_another_axis_are_refused():
 @pytest.mark.several_devices
 @parametrized(INSIDE)
 @pytest.mark.parametrize("every_k", [slow(1), 2])
-def test_windows_over_devices(way, every_k):
+def test_windows_on_devices_give_the_estimate_of_one_device(way, every_k):
     """k·D samples, in the one exchange that there is."""
     tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_decay=0.9)
 
@@ -593,13 +593,13 @@ def test_windows_over_devices(way, every_k):
 
 
 @pytest.mark.several_devices
-def test_in_one_step_there_is_still_one_exchange():
+def test_the_noise_scale_adds_no_exchange_in_one_step():
     f = jax.jit(in_step(2, mesh=mesh(), axis_name=AXIS))
     program = f.lower(WEIGHTS, *device_data()).compile()
     assert exchanges(program) == {"all-reduce, entry": 1}
 
 
-def test_windows_of_several_devices_can_be_stacked_and_summed():
+def test_windows_with_noise_sums_can_be_stacked_and_summed():
     grads, weights = micro_batches(PARAMS, 3)
     tx = oa.accumulate(optax.sgd(0.1), 2, noise_decay=0.9)
     _, state = run(tx, grads, weights)  # an open window, after a closed one
@@ -621,7 +621,7 @@ def test_windows_of_several_devices_can_be_stacked_and_summed():
 
 
 @pytest.mark.parametrize("k", [slow(2), 4])
-def test_the_three_ways_agree(k):
+def test_across_steps_in_one_step_and_on_devices_agree(k):
     """Streaming, in one step, and by hand, on the same micro-batches."""
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
     tx = oa.accumulate(optax.sgd(0.1), k, noise_decay=0.9)
@@ -652,7 +652,7 @@ def quadratic(tx, true_scale, size, steps, seed=0):
 
 @pytest.mark.parametrize("powers_of_two", [True, False])
 @pytest.mark.parametrize("true_k", [3, 10, 50])
-def test_k_settles_at_the_noise_scale(true_k, powers_of_two):
+def test_adaptive_k_settles_at_the_noise_scale(true_k, powers_of_two):
     every_k = oa.noise.adaptive_k(2, 1000, powers_of_two=powers_of_two)
     tx = oa.accumulate(optax.sgd(0.0), every_k, noise_decay=0.95)
     (_, state), ks = quadratic(tx, 4.0 * true_k, 4, 6000)
@@ -667,7 +667,7 @@ def test_k_settles_at_the_noise_scale(true_k, powers_of_two):
     assert len(set(late.tolist())) <= 4  # it has settled
 
 
-def test_it_settles_while_it_trains():
+def test_adaptive_k_settles_during_training():
     """A quadratic bowl with known noise: as it descends, the signal gets less."""
     dim, size, rate = 50, 4, 0.01
     tx = oa.accumulate(optax.sgd(rate), oa.noise.adaptive_k(2, 4096), noise_decay=0.8)
@@ -690,7 +690,7 @@ def test_it_settles_while_it_trains():
 
 
 @pytest.mark.slow
-def test_k_has_bounds():
+def test_adaptive_k_stays_within_its_bounds():
     def last_k(every_k, true_k):
         tx = oa.accumulate(optax.sgd(0.0), every_k, noise_decay=0.9)
         return int(quadratic(tx, 4.0 * true_k, 4, 800)[1][-1])
@@ -700,7 +700,7 @@ def test_k_has_bounds():
     assert last_k(oa.noise.adaptive_k(2, 500, multiple=4), 8) in (16, 32, 64)
 
 
-def test_without_signal_k_is_the_most():
+def test_adaptive_k_is_largest_without_signal():
     adaptive = oa.noise.adaptive_k(2, 64)
     k = jnp.int32(2)
     lost = oa.noise.NoiseScale(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
@@ -710,14 +710,14 @@ def test_without_signal_k_is_the_most():
     assert k.dtype == jnp.int32
 
 
-def test_before_the_first_measurement_k_stays():
+def test_adaptive_k_waits_for_the_first_estimate():
     adaptive = oa.noise.adaptive_k(2, 64)
     k = adaptive.next(jnp.int32(5), oa.noise.NoiseScale.empty(), jnp.float32(1))
     assert int(k) == 5
 
 
 @pytest.mark.parametrize(("wanted", "k"), [(11.9, 8), (12.1, 16), (5.4, 8), (5.2, 4)])
-def test_k_has_a_hysteresis(wanted, k):
+def test_adaptive_k_has_a_hysteresis(wanted, k):
     adaptive = oa.noise.adaptive_k(2, 64, hysteresis=0.5)
     scale = oa.noise.NoiseScale(jnp.float32(1), jnp.float32(wanted), jnp.int32(1))
     assert int(adaptive.next(jnp.int32(8), scale, jnp.float32(1))) == k
@@ -725,7 +725,7 @@ def test_k_has_a_hysteresis(wanted, k):
 
 @pytest.mark.several_devices
 @parametrized(INSIDE)
-def test_k_is_the_same_on_all_devices(way):
+def test_adaptive_k_is_the_same_on_all_devices(way):
     """And one device may begin with windows of one, because there are others."""
     every_k = oa.noise.adaptive_k(1, 64)
     tx = oa.accumulate(optax.sgd(0.0), every_k, axis_name=AXIS, noise_decay=0.9)
@@ -757,7 +757,7 @@ def test_k_is_the_same_on_all_devices(way):
     assert programs[-1] == programs[1]
 
 
-def test_it_compiles_once():
+def test_adaptive_k_compiles_once():
     tx = oa.accumulate(optax.sgd(0.0), oa.noise.adaptive_k(2, 32))
     assert tx.init(PARAMS).noise.k.shape == ()
     step = jax.jit(stepper(tx))
@@ -826,12 +826,12 @@ def test_it_compiles_once():
         (lambda: oa.noise.estimate(3), ValueError, "`opt_state` must hold the state"),
     ],
 )
-def test_errors(make, error, words):
+def test_wrong_settings_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
 
 
-def test_what_a_call_is_told_where_it_is_wrong():
+def test_wrong_calls_are_refused():
     average = oa.noise.NoiseScale.empty()
     with pytest.raises(ValueError, match="`decay` is how much of the averages"):
         average.add(average, 1.0)

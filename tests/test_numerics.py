@@ -78,7 +78,7 @@ def error(result, grads):
 
 @pytest.mark.parametrize("way", [given, in_step])
 @pytest.mark.parametrize(("dtype", "sum_of_ones"), [(None, 4096), (jnp.bfloat16, 256)])
-def test_where_a_sum_of_ones_ends(way, dtype, sum_of_ones):
+def test_a_narrow_sum_of_ones_stalls_where_its_digits_end(way, dtype, sum_of_ones):
     ones = jnp.ones((4096, 2), jnp.bfloat16)
     total = way(ones, accumulator_dtype=dtype, reduction="sum")
     # In one step the loss is the example's, and so is the sum.
@@ -87,13 +87,13 @@ def test_where_a_sum_of_ones_ends(way, dtype, sum_of_ones):
 
 @pytest.mark.parametrize("way", [given, in_step, multi_steps])
 @pytest.mark.parametrize("mean", [0, 1])
-def test_float32_sums_are_better_than_the_root_of_k(way, mean):
+def test_float32_sums_err_by_less_than_the_root_of_k(way, mean):
     grads = normal(mean)
     assert 0 < error(way(grads), grads) < K**0.5 * U32
 
 
 @pytest.mark.usefixtures("float64")
-def test_float64_sums_of_float32_gradients_lose_nothing_here():
+def test_float64_sums_of_float32_gradients_are_exact_to_float32():
     grads = normal(1)
     tx = oa.accumulate(remember(jnp.float64), K, accumulator_dtype=jnp.float64)
     assert error(last_state(tx, grads).inner_state, grads) < 1e-15
@@ -102,23 +102,23 @@ def test_float64_sums_of_float32_gradients_lose_nothing_here():
 class TestBfloat16Gradients:
     grads = normal(1, dtype=jnp.bfloat16)
 
-    def test_the_optimizer_is_given_their_mean_in_float32(self):
+    def test_the_inner_optimizer_sees_the_float32_mean_of_bfloat16_gradients(self):
         assert error(given(self.grads), self.grads) < K**0.5 * U32
 
     @pytest.mark.parametrize("way", [in_step, multi_steps])
-    def test_others_round_it_once_more(self, way):
+    def test_multi_steps_rounds_the_mean_once_more(self, way):
         assert U16 / 4 < error(way(self.grads), self.grads) < 2 * U16
 
 
 class TestBfloat16Sums:
     @pytest.mark.parametrize("mean", [0, 1])
     @pytest.mark.parametrize("k", [slow(4), slow(64), 256])
-    def test_the_root_of_k_up_to_256(self, k, mean):
+    def test_bfloat16_sums_err_by_the_root_of_k_up_to_256(self, k, mean):
         grads = normal(mean, k)
         narrow = given(grads, accumulator_dtype=jnp.bfloat16)
         assert U16 / 2 < error(narrow, grads) < 1.5 * k**0.5 * U16
 
-    def test_beyond_that_they_stall_and_a_running_mean_does_not(self):
+    def test_bfloat16_sums_stall_beyond_256_and_a_running_mean_does_not(self):
         grads = normal(1, 4 * K)
         narrow = given(grads, accumulator_dtype=jnp.bfloat16)
         running = multi_steps(grads, accumulator_dtype=jnp.bfloat16)
@@ -132,7 +132,7 @@ def test_float16_sums_overflow():
     assert jnp.isinf(given(grads, accumulator_dtype=jnp.float16)).all()
 
 
-def test_the_order_of_a_sum_is_part_of_it():
+def test_the_order_of_a_sum_changes_its_rounding():
     """Which is why no bit-identity with the global batch is promised."""
     large, small = jnp.float32([1e8]), jnp.float32([1])
     one_way = given(jnp.stack([large, small, -large]), reduction="sum")
@@ -140,7 +140,7 @@ def test_the_order_of_a_sum_is_part_of_it():
     assert (one_way, another) == (0, 1)
 
 
-def test_a_weight_sum_beyond_float32_is_one_rounding_off():
+def test_weights_beyond_float32_integers_cost_one_rounding():
     tx = oa.accumulate(optax.identity())
     one = jnp.ones(1)
     add = jax.jit(functools.partial(tx.update, boundary=False))
@@ -153,7 +153,7 @@ def test_a_weight_sum_beyond_float32_is_one_rounding_off():
 class TestBitForBit:
     grads, weights = micro_batches(PARAMS, 3)
 
-    def test_a_window_of_one_is_the_optimizer_alone(self):
+    def test_a_window_of_one_has_the_bits_of_the_optimizer_alone(self):
         tx = oa.accumulate(ADAM, 1)
         params, state = PARAMS, tx.init(PARAMS)
         alone, inner_state = PARAMS, ADAM.init(PARAMS)
@@ -167,7 +167,7 @@ class TestBitForBit:
         chex.assert_trees_all_equal((params, state.inner_state), (alone, inner_state))
 
     @pytest.mark.parametrize("place", [0, 3])
-    def test_a_micro_batch_of_weight_0_changes_nothing(self, place):
+    def test_a_micro_batch_of_weight_0_changes_no_bit(self, place):
         batches = [
             (g, {"weight": w}) for g, w in zip(self.grads, self.weights, strict=True)
         ]

@@ -24,12 +24,12 @@ def imported_by(statement):
     return output.split()
 
 
-def test_importing_it_imports_jax_and_optax_alone():
+def test_importing_the_package_imports_only_jax_and_optax():
     allowed = set(imported_by("import jax, optax"))
     assert set(imported_by("import optax_accum")) <= allowed
 
 
-def test_the_test_above_can_fail():
+def test_the_import_check_can_fail():
     assert "flax" in imported_by("import optax_accum, flax")
     assert "flax" not in imported_by("import jax, optax")
 
@@ -38,7 +38,7 @@ MODULES = (oa, oa.sharding, oa.noise, oa.diagnose, oaf)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_every_public_name_is_there_and_documented(module):
+def test_every_public_name_exists_and_is_documented(module):
     assert sorted(module.__all__) == module.__all__
     public = {
         name
@@ -50,12 +50,12 @@ def test_every_public_name_is_there_and_documented(module):
         assert len(getattr(module, name).__doc__) > 50, name
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_has_the_version_of_the_package():
     citation = (Path(__file__).parents[1] / "CITATION.cff").read_text()
     assert f"\nversion: {oa.__version__}\n" in citation
 
 
-def test_a_transformation_to_whoever_looks():
+def test_accumulate_returns_an_optax_transformation():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     init, update = tx

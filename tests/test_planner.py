@@ -59,7 +59,7 @@ def searched(curve, limit, candidates=CANDIDATES):
 
 @pytest.mark.parametrize("limit", [2, 5, 9.5, 20, 33, 49, 80, 97, 300])
 @pytest.mark.parametrize("floor", [0, 1])
-def test_on_a_falling_curve_it_finds_the_fewest_that_fit(limit, floor):
+def test_the_search_finds_the_fewest_that_fit_on_a_falling_curve(limit, floor):
     def curve(k):
         return floor + 96 / k
 
@@ -70,27 +70,27 @@ def test_on_a_falling_curve_it_finds_the_fewest_that_fit(limit, floor):
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, 1), (9, None)])
-def test_on_a_flat_curve_it_asks_little(limit, expected):
+def test_the_search_asks_little_on_a_flat_curve(limit, expected):
     found, asked = searched(lambda _: 10, limit)
     assert found == expected
     assert len(asked) <= (1 if expected else 5)
 
 
-def test_where_nothing_fits_it_has_asked_beside_the_smallest():
+def test_the_search_asks_next_to_the_smallest_if_nothing_fits():
     found, asked = searched(lambda k: 10 + abs(math.log2(k / 6)), 5)
     assert found is None
     assert {4, 6, 8} <= set(asked)
     assert len(asked) < len(CANDIDATES)
 
 
-def test_a_valley_between_the_doublings_is_found():
+def test_the_search_finds_a_valley_between_the_doublings():
     valley = {3: 8, 4: 6, 6: 4, 8: 6, 12: 8}
     found, _ = searched(lambda k: valley.get(k, 20), 4)
     assert found == 6
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_on_any_curve_what_it_finds_fits_and_the_one_before_does_not(seed):
+def test_the_search_result_fits_and_the_one_before_does_not_on_any_curve(seed):
     random = np.random.default_rng(seed)
     curve = dict(zip(CANDIDATES, random.random(len(CANDIDATES)), strict=True))
     found, asked = searched(curve.get, 0.4)
@@ -103,7 +103,7 @@ def test_on_any_curve_what_it_finds_fits_and_the_one_before_does_not(seed):
 
 
 @pytest.mark.parametrize("limit", [0.5, 1])
-def test_one_candidate(limit):
+def test_a_single_candidate_is_planned(limit):
     assert searched(lambda _: 1, limit, [7]) == (7 if limit == 1 else None, [7])
 
 
@@ -123,7 +123,7 @@ def test_the_plan_is_the_fewest_micro_batches_that_fit():
     assert found.memory_limit == limit
 
 
-def test_the_figures_are_those_of_the_compiled_program():
+def test_the_memory_is_that_of_the_compiled_program():
     found = plan(memory_limit=2**30)
     (candidate,) = found.candidates
     analysis = make_step(1).lower(*SHAPES).compile().memory_analysis()
@@ -141,7 +141,7 @@ def test_the_figures_are_those_of_the_compiled_program():
     )
 
 
-def test_the_step_is_ready_to_be_called():
+def test_the_planned_step_can_be_called():
     found = plan()
     random = np.random.default_rng(0)
     w, x = (jnp.asarray(random.normal(size=s.shape), s.dtype) for s in SHAPES)
@@ -167,14 +167,14 @@ def test_each_candidate_is_compiled_once_and_none_is_run():
     assert len(set(made)) == len(made)
 
 
-def test_a_step_that_is_not_jitted_and_arrays_as_arguments():
+def test_a_step_without_jit_can_be_planned():
     w, x = (jnp.zeros(s.shape, s.dtype) for s in SHAPES)
     found = plan(lambda k: oa.grad(loss, num_microbatches=k), w, np.asarray(x))
     assert found.step(w, x).shape == w.shape
     assert found.candidates[0].memory.aliased == 0
 
 
-def test_a_step_that_is_lowered_already():
+def test_a_lowered_step_can_be_planned():
     """As where the shapes of the arguments change with the number."""
     tx = oa.accumulate(optax.sgd(0.1), every_k=4)
     w = SHAPES[0]
@@ -197,7 +197,7 @@ def test_a_step_that_is_lowered_already():
     assert memory.arguments < 4 * BATCH * WIDTH
 
 
-def test_a_step_that_is_compiled_already():
+def test_a_compiled_step_can_be_planned():
     found = oa.diagnose.plan_microbatches(
         lambda k: make_step(k).lower(*SHAPES).compile(),
         batch_size=BATCH,
@@ -208,7 +208,7 @@ def test_a_step_that_is_compiled_already():
 
 
 @pytest.mark.several_devices
-def test_figures_are_per_device():
+def test_the_memory_is_per_device():
     devices = jax.device_count()
     mesh = jax.make_mesh(
         (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
@@ -229,13 +229,13 @@ def test_figures_are_per_device():
     assert memory.arguments == 4 * (WIDTH * WIDTH + BATCH * WIDTH // devices)
 
 
-def test_candidates_that_are_named():
+def test_candidates_may_be_given():
     found = plan(candidates=[32, 2, 8], batch_size=None)
     assert {c.num_microbatches for c in found.candidates} <= {2, 8, 32}
     assert found.num_microbatches in (8, 32)
 
 
-def test_headroom_is_left_free():
+def test_the_headroom_is_left_free():
     exact = plan(memory_limit=2**30).candidates[0].memory.total
     assert plan(memory_limit=exact).num_microbatches == 1
     assert plan(memory_limit=exact, headroom=0.1).num_microbatches > 1
@@ -243,7 +243,7 @@ def test_headroom_is_left_free():
     assert roomy.num_microbatches == 1
 
 
-def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
+def test_out_of_memory_in_the_compiler_means_that_it_does_not_fit():
     class Refuses(jax.stages.Lowered):
         def __init__(self):
             pass
@@ -266,7 +266,7 @@ def test_a_compiler_that_runs_out_of_memory_is_a_candidate_that_does_not_fit():
     assert "Give it more memory" in str(error.value)
 
 
-def test_other_errors_of_the_compiler_are_raised():
+def test_other_compiler_errors_are_raised():
     class Fails(jax.stages.Lowered):
         def __init__(self):
             pass
@@ -283,7 +283,7 @@ def test_other_errors_of_the_compiler_are_raised():
 # --- What people see ---
 
 
-def test_it_prints_as_a_table():
+def test_the_plan_prints_as_a_table():
     found = plan()
     answer, title, headings, *rows = str(found).splitlines()
     assert answer == f"{found.num_microbatches} micro-batches: the fewest that fit"
@@ -326,7 +326,7 @@ def test_each_candidate_is_logged(caplog):
         (2.25 * 2**40, "2.25 TiB"),
     ],
 )
-def test_sizes_are_shown(size, text):
+def test_sizes_print_with_units(size, text):
     assert _memory.show_size(size) == text
 
 
@@ -340,7 +340,7 @@ class Device:
         return self.stats
 
 
-def test_by_default_the_limit_is_what_the_device_has_left(monkeypatch):
+def test_the_default_limit_is_what_the_device_has_left(monkeypatch):
     stats = {"bytes_limit": 5000, "bytes_in_use": 1000}
     monkeypatch.setattr(_memory, "_devices", lambda _: [Device(stats), Device(stats)])
     assert _memory.available(()) == 4000
@@ -349,7 +349,7 @@ def test_by_default_the_limit_is_what_the_device_has_left(monkeypatch):
     assert _memory.available(()) == 3500
 
 
-def test_what_the_arguments_hold_is_not_in_use_twice(monkeypatch):
+def test_memory_of_the_arguments_is_not_counted_twice(monkeypatch):
     class Held(Device):
         """It calls itself equal to the device that holds the arguments."""
 
@@ -366,7 +366,7 @@ def test_what_the_arguments_hold_is_not_in_use_twice(monkeypatch):
     assert _memory.available((x, x, np.zeros(5), SHAPES[0])) == 4400
 
 
-def test_it_asks_the_devices_of_the_arguments():
+def test_the_limit_is_that_of_the_arguments_devices():
     last = jax.local_devices()[-1]
     x = jax.device_put(jnp.zeros(3), last)
     assert _memory._devices(({"x": x}, 3)) == [last]
@@ -420,14 +420,14 @@ def test_it_asks_the_devices_of_the_arguments():
         ),
     ],
 )
-def test_errors(options, error, words):
+def test_wrong_arguments_are_refused(options, error, words):
     with pytest.raises(error) as caught:
         plan(**options)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_where_the_arguments_of_lowered_steps_do_not_fit():
+def test_lowered_steps_whose_arguments_do_not_fit_are_refused():
     """Each has its own, so that all are asked."""
 
     def lowered(k):
@@ -440,12 +440,12 @@ def test_where_the_arguments_of_lowered_steps_do_not_fit():
     assert "of which 144 KiB are arguments and outputs" in str(error.value)
 
 
-def test_arguments_besides_those_of_a_lowered_step():
+def test_arguments_beside_a_lowered_step_are_refused():
     with pytest.raises(TypeError, match="there are 2 more in `args`"):
         plan(lambda k: make_step(k).lower(*SHAPES))
 
 
-def test_only_one_is_compiled_where_the_arguments_alone_are_too_much():
+def test_one_candidate_is_compiled_if_the_arguments_alone_do_not_fit():
     made = []
     with pytest.raises(ValueError, match="144 KiB are arguments"):
         plan(lambda k: made.append(k) or make_step(k), memory_limit=100 * KIB)
@@ -453,13 +453,13 @@ def test_only_one_is_compiled_where_the_arguments_alone_are_too_much():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reports its memory")
-def test_a_cpu_needs_a_limit():
+def test_a_cpu_without_a_limit_is_refused():
     with pytest.raises(ValueError, match="`memory_limit` is needed") as error:
         plan(memory_limit=None)
     assert "does not report how much memory it has" in str(error.value)
 
 
-def test_a_backend_that_does_not_tell():
+def test_a_backend_without_memory_analysis_is_refused():
     class Silent:
         def memory_analysis(self):
             return None
@@ -472,7 +472,7 @@ def test_a_backend_that_does_not_tell():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks about CPU memory")
-def test_the_figure_is_the_real_rise_in_resident_memory():
+def test_the_planned_memory_is_the_rise_in_resident_memory():
     """Within 15 % and 24 MiB, what a thread pool and an allocator take beside it."""
     script = Path(__file__).parent / "support" / "resident_memory.py"
     output = subprocess.check_output([sys.executable, script], text=True)

@@ -38,7 +38,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_the_state_is_found_inside(wrap):
+def test_queries_find_the_state_inside_a_chain(wrap):
     tx = promoting(wrap(oa.accumulate(SGD, 2)))
     state = tx.init(PARAMS)
     seen = []
@@ -51,7 +51,7 @@ def test_the_state_is_found_inside(wrap):
     assert oa.has_updated(state).dtype == bool
 
 
-def test_it_is_found_in_a_linen_train_state():
+def test_queries_find_the_state_in_a_linen_train_state():
     model = nn.Dense(2)
     params = model.init(jax.random.key(0), jnp.ones((1, 3)))
     state = TrainState.create(
@@ -64,7 +64,7 @@ def test_it_is_found_in_a_linen_train_state():
 
 
 @pytest.mark.usefixtures("loose_promotion")
-def test_it_is_found_in_an_nnx_optimizer():
+def test_queries_find_the_state_in_an_nnx_optimizer():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, oa.accumulate(SGD, 2), wrt=nnx.Param)
 
@@ -84,7 +84,7 @@ def test_it_is_found_in_an_nnx_optimizer():
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(gradient))
 
 
-def test_a_state_among_several_answers_for_itself():
+def test_one_of_several_states_can_be_queried():
     tx = optax.chain(oa.accumulate(SGD, 2), oa.accumulate(SGD, 3))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert oa.micro_step(state[1]) == 1
@@ -93,7 +93,7 @@ def test_a_state_among_several_answers_for_itself():
 
 
 class TestAccumulated:
-    def test_nothing_on_an_empty_window(self):
+    def test_accumulated_is_zero_on_an_empty_window(self):
         """Neither before the first micro-step nor after an update."""
         tx = oa.accumulate(SGD, 2)
         zeros = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -102,7 +102,7 @@ class TestAccumulated:
         chex.assert_trees_all_equal(oa.accumulated(state), zeros)
 
     @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
-    def test_the_gradient_that_closing_now_would_give(self, reduction):
+    def test_accumulated_is_the_gradient_that_closing_now_would_give(self, reduction):
         tx = oa.accumulate(SGD, 8, reduction=reduction)
         pairs = zip(GRADS, WEIGHTS, strict=True)
         batches = [(g, {"weight": w}) for g, w in pairs]
@@ -118,7 +118,7 @@ class TestAccumulated:
             mean = weighted_mean(GRADS, WEIGHTS)
             chex.assert_trees_all_close(gradient, mean, rtol=1e-6)
 
-    def test_a_stack_of_states_is_asked_one_by_one(self):
+    def test_accumulated_of_stacked_states_is_asked_one_by_one(self):
         tx = oa.accumulate(SGD, 4)
         states = [feed(tx, [(g, {}) for g in GRADS[:n]])[1] for n in (1, 2)]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
@@ -128,7 +128,7 @@ class TestAccumulated:
         second = jax.tree.map(lambda x: x[1], each)
         chex.assert_trees_all_close(second, oa.accumulated(states[1]), rtol=1e-6)
 
-    def test_leaves_that_pass_through_are_none(self):
+    def test_accumulated_is_none_for_leaves_without_gradients(self):
         params = {"w": jnp.ones(2), "n": jnp.arange(2)}
         state = oa.accumulate(optax.identity(), 2).init(params)
         assert oa.accumulated(state)["n"] is None

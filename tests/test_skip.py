@@ -30,7 +30,7 @@ BAD = (NAN, {"weight": jnp.float32(7)})
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("predicate", [oa.skip_not_finite, optax.skip_not_finite])
-def test_shrink_keeps_the_place_with_weight_zero(predicate, place, way):
+def test_on_skip_shrink_keeps_the_place_with_weight_0(predicate, place, way):
     batches = list(BATCHES[:2])
     batches.insert(place, BAD)
     tx = oa.accumulate(ADAM, 3, skip=predicate)
@@ -42,7 +42,7 @@ def test_shrink_keeps_the_place_with_weight_zero(predicate, place, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_wait_holds_the_window_for_another(place, way):
+def test_on_skip_wait_holds_the_window_open(place, way):
     batches = list(BATCHES[:2])
     batches.insert(place, BAD)
     tx = oa.accumulate(ADAM, 3, skip=oa.skip_not_finite, on_skip="wait")
@@ -58,7 +58,7 @@ def test_wait_holds_the_window_for_another(place, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("on_skip", ["shrink", "wait"])
 @pytest.mark.parametrize("every_k", [1, 2])
-def test_a_window_of_nothing_but_rejects_updates_nothing(every_k, on_skip, way):
+def test_a_window_of_rejected_micro_batches_updates_nothing(every_k, on_skip, way):
     tx = oa.accumulate(ADAM, every_k, skip=oa.skip_not_finite, on_skip=on_skip)
     start = tx.init(PARAMS)
     params, state = feed(tx, [BAD, BAD], way)
@@ -68,7 +68,7 @@ def test_a_window_of_nothing_but_rejects_updates_nothing(every_k, on_skip, way):
 
 
 @pytest.mark.parametrize("on_skip", ["shrink", "wait"])
-def test_nothing_has_updated_on_a_rejected_micro_step(on_skip):
+def test_has_updated_is_false_on_a_rejected_micro_step(on_skip):
     tx = oa.accumulate(SGD, 1, skip=oa.skip_not_finite, on_skip=on_skip)
     _, state = feed(tx, BATCHES[:1])
     assert oa.has_updated(state)
@@ -79,7 +79,7 @@ def test_nothing_has_updated_on_a_rejected_micro_step(on_skip):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("on_skip", ["shrink", "wait"])
 @pytest.mark.parametrize("boundary", [True, jnp.array(True)])
-def test_a_boundary_of_the_caller_stands(boundary, on_skip, way):
+def test_a_boundary_of_the_caller_closes_despite_a_rejection(boundary, on_skip, way):
     """The epoch's last micro-batch is rejected; the epoch is over all the same."""
     tx = oa.accumulate(SGD, 4, skip=oa.skip_not_finite, on_skip=on_skip)
     params, state = feed(tx, BATCHES[:2], way)
@@ -89,7 +89,7 @@ def test_a_boundary_of_the_caller_stands(boundary, on_skip, way):
     assert (state.micro_step, state.gradient_step) == (0, 1)
 
 
-def test_wait_does_not_close_a_window_held_beyond_its_count():
+def test_on_skip_wait_does_not_close_a_window_held_beyond_its_count():
     """A rejected micro-step never happened, so it cannot be the boundary either."""
     tx = oa.accumulate(SGD, 2, skip=oa.skip_not_finite, on_skip="wait")
     held = [(g, {"boundary": False, **w}) for g, w in BATCHES[:3]]
@@ -97,7 +97,7 @@ def test_wait_does_not_close_a_window_held_beyond_its_count():
     assert (state.micro_step, state.gradient_step) == (3, 0)
 
 
-def test_optax_predicates_and_their_info_fit():
+def test_optaxs_own_predicates_work():
     def predicate(updates, gradient_step, params):
         return optax.skip_large_updates(updates, gradient_step, params, 10.0)
 
@@ -111,7 +111,7 @@ def test_optax_predicates_and_their_info_fit():
     assert state.window.skipped == 1
 
 
-def test_the_predicate_sees_the_gradient_step_and_the_parameters():
+def test_skip_sees_the_gradient_step_and_the_parameters():
     def predicate(updates, gradient_step, params):
         del updates
         return (gradient_step == 1) & (params["b"][0] != 0), ()
@@ -124,25 +124,25 @@ def test_the_predicate_sees_the_gradient_step_and_the_parameters():
 class TestSkipNotFinite:
     @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
-    def test_it_finds_one_among_many(self, bad, dtype):
+    def test_one_value_that_is_not_finite_is_found(self, bad, dtype):
         updates = {"a": jnp.ones((3, 5), dtype), "b": jnp.ones(7, dtype).at[4].set(bad)}
         assert oa.skip_not_finite(updates)[0]
         assert optax.skip_not_finite(updates, 0, None)[0]
 
     @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16])
-    def test_narrow_dtypes_may_have_no_infinity(self, dtype):
+    def test_narrow_dtypes_without_infinity_are_checked(self, dtype):
         assert not oa.skip_not_finite(jnp.ones(3, dtype))[0]
         assert oa.skip_not_finite(jnp.array([1, jnp.nan], dtype))[0]
 
-    def test_a_complex_number_may_be_larger_than_its_parts_can_be(self):
+    def test_a_large_complex_number_is_finite(self):
         largest = jnp.finfo(jnp.float32).max
         assert not oa.skip_not_finite(lax.complex(largest, largest))[0]
 
     @pytest.mark.parametrize("imaginary", [jnp.nan, jnp.inf])
-    def test_it_finds_an_imaginary_one(self, imaginary):
+    def test_an_imaginary_infinity_is_found(self, imaginary):
         assert oa.skip_not_finite(jnp.array([1 + 2j, complex(0, imaginary)]))[0]
 
-    def test_it_passes_what_is_finite(self):
+    def test_finite_gradients_pass(self):
         largest = jnp.finfo(jnp.float32).max
         updates = {
             "a": jnp.array([largest, -largest, 0.0]),
@@ -153,5 +153,5 @@ class TestSkipNotFinite:
         }
         assert not oa.skip_not_finite(updates)[0]
 
-    def test_an_empty_tree_is_finite(self):
+    def test_an_empty_tree_passes(self):
         assert not oa.skip_not_finite({})[0]

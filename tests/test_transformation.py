@@ -54,7 +54,7 @@ def two_micro_steps(tx, step):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_update_params_survives(way):
+def test_update_params_survives_replace_flattening_and_mapping(way):
     def step_with(tx):
         return lambda p, s, w: tx.update_params(PARAMS, s, p, weight=w)
 
@@ -66,7 +66,7 @@ def test_update_params_survives(way):
     )
 
 
-def test_it_is_an_argument_of_eqx_filter_jit():
+def test_a_transformation_may_be_an_argument_of_eqx_filter_jit():
     @eqx.filter_jit
     def step(params, state, weight, tx, trainer):
         params, state = tx.update_params(PARAMS, state, params, weight=weight)
@@ -78,7 +78,7 @@ def test_it_is_an_argument_of_eqx_filter_jit():
     chex.assert_trees_all_close(params, jax.tree.map(lambda p: 0.9 * p, PARAMS))
 
 
-def test_it_is_a_static_argument_of_jit():
+def test_a_transformation_may_be_a_static_argument_of_jit():
     step = jax.jit(lambda tx, *args: tx.update_params(*args), static_argnums=0)
     _, state = step(TX, PARAMS, TX.init(PARAMS), PARAMS)
     _, state = step(flattened(TX), PARAMS, state, PARAMS)
@@ -86,7 +86,7 @@ def test_it_is_a_static_argument_of_jit():
     assert step._cache_size() == 1
 
 
-def test_another_update_in_its_place_is_that_of_update_params_too():
+def test_update_params_uses_a_replaced_update():
     """Nothing that was wrapped around `update` is gone around."""
     called = []
 
@@ -101,12 +101,12 @@ def test_another_update_in_its_place_is_that_of_update_params_too():
     chex.assert_trees_all_close(params, jax.tree.map(lambda p: 0.9 * p, PARAMS))
 
 
-def test_it_prints_in_a_line():
+def test_a_transformation_prints_in_one_line():
     text = repr(oa.accumulate(optax.adam(1e-3), every_k=8, reduction="ratio"))
     assert text == "accumulate(..., every_k=8, reduction='ratio', on_skip='shrink')"
 
 
-def test_its_methods_say_what_they_take():
+def test_the_methods_have_signatures_and_docstrings():
     """What an editor completes, and what the API page has as headings."""
     for method in ("init", "update", "update_params"):
         assert "Args:" in getattr(oa.AccumulateTransformation, method).__doc__
@@ -135,10 +135,10 @@ def traces_of_one_compilation(dtype, boundary):
 
 
 @pytest.mark.parametrize("boundary", [None, True])
-def test_one_trace_tells_the_shapes_and_is_what_runs(boundary):
+def test_the_inner_optimizer_is_traced_once(boundary):
     assert traces_of_one_compilation(jnp.float32, boundary) == 1
 
 
-def test_a_second_trace_is_in_the_accumulators_dtype():
+def test_a_second_trace_is_in_the_dtype_of_the_accumulator():
     """The updates are computed in float32, and have the dtype that bfloat16 gives."""
     assert traces_of_one_compilation(jnp.bfloat16, None) == 2

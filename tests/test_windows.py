@@ -36,7 +36,7 @@ class TestReductions:
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
-    def test_each_gives_its_equation(self, reduction, way):
+    def test_each_reduction_gives_its_equation(self, reduction, way):
         tx = oa.accumulate(SGD, 3, reduction=reduction)
         pairs = zip(self.grads, self.weights, strict=True)
         params, _ = feed(tx, [(g, {"weight": w}) for g, w in pairs], way)
@@ -44,7 +44,7 @@ class TestReductions:
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
     @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
-    def test_the_value_goes_with_the_gradient(self, reduction):
+    def test_the_value_is_reduced_like_the_gradient(self, reduction):
         """The value is reduced as its gradient is."""
         values = [jnp.float32(v) for v in (2.0, 5.0, 11.0)]
         tx = oa.accumulate(remember_value(), 3, reduction=reduction)
@@ -59,7 +59,7 @@ class TestReductions:
         np.testing.assert_allclose(state.inner_state, expected, rtol=1e-6)
 
     @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
-    def test_every_k_1_is_a_window_of_one(self, reduction):
+    def test_every_k_1_equals_a_window_of_one(self, reduction):
         """Without an accumulator, and with the same arithmetic and the same state."""
         inner = optax.chain(SGD, remember_value())
         kwargs = {"weight": self.weights[0], "value": jnp.float32(3)}
@@ -78,14 +78,14 @@ class TestReductions:
         )
         chex.assert_trees_all_close(one_state, other_state, rtol=1e-6)
 
-    def test_unit_weights_are_the_default(self):
+    def test_the_default_weight_is_1(self):
         tx = oa.accumulate(SGD, 3)
         by_default, _ = feed(tx, [(g, {}) for g in self.grads])
         by_hand, _ = feed(tx, [(g, {"weight": 1}) for g in self.grads])
         chex.assert_trees_all_equal(by_default, by_hand)
 
     @pytest.mark.parametrize("weight", [2, 2.0, True, np.float32(2), np.array(2)])
-    def test_a_static_weight_is_any_real_number(self, weight):
+    def test_a_static_weight_may_be_any_real_number(self, weight):
         tx = oa.accumulate(SGD, 2)
         state = tx.init(PARAMS)
         _, state = tx.update(self.grads[0], state, PARAMS, weight=weight)
@@ -106,7 +106,7 @@ class TestZeroWeights:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("place", [0, 1, 2])
     @pytest.mark.parametrize("zero", [0, jnp.float32(0)])
-    def test_a_nan_of_weight_zero_contributes_nothing(self, place, zero, way):
+    def test_a_nan_of_weight_0_contributes_nothing(self, place, zero, way):
         grads, weights = micro_batches(PARAMS, 2)
         batches = [(g, {"weight": w}) for g, w in zip(grads, weights, strict=True)]
         batches.insert(place, (NAN, {"weight": zero, "value": jnp.nan}))
@@ -140,7 +140,7 @@ class TestZeroWeights:
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
-    def test_every_k_1_updates_nothing_either(self, weight, way):
+    def test_every_k_1_updates_nothing_on_weight_0(self, weight, way):
         tx = oa.accumulate(ADAM, 1)
         state = tx.init(PARAMS)
         params, after = stepper(tx, way)(PARAMS, state, NAN, weight=weight)
@@ -153,7 +153,7 @@ class TestNotFinite:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("place", [0, 1, 2])
     @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-    def test_none_outlives_its_window(self, bad, place, way):
+    def test_a_nan_or_infinity_does_not_outlive_its_window(self, bad, place, way):
         """It is in the update of its window, as in the global batch's, and gone."""
         tx = oa.accumulate(SGD, 3)
         grads, _ = micro_batches(PARAMS, 3)
@@ -171,7 +171,7 @@ class TestBoundaries:
     batches = tuple((g, {"weight": w}) for g, w in zip(grads, weights, strict=True))
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_off_the_boundary_nothing_changes(self, way):
+    def test_parameters_and_inner_state_change_only_at_the_boundary(self, way):
         tx = oa.accumulate(ADAM, 3)
         start = tx.init(PARAMS)
         for count in (1, 2):
@@ -180,7 +180,7 @@ class TestBoundaries:
             chex.assert_trees_all_equal(state.inner_state, start.inner_state)
             assert (state.micro_step, state.gradient_step) == (count, 0)
 
-    def test_the_updates_are_zeros_there(self):
+    def test_updates_off_the_boundary_are_zeros(self):
         tx = oa.accumulate(ADAM, 3)
         updates, _ = tx.update(self.grads[0], tx.init(PARAMS), PARAMS)
         chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
@@ -188,7 +188,9 @@ class TestBoundaries:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("boundary", [True, jnp.array(True)])
     @pytest.mark.parametrize("every_k", [4, None])
-    def test_an_early_close_divides_by_what_it_saw(self, every_k, boundary, way):
+    def test_a_window_closed_early_divides_by_the_weights_it_saw(
+        self, every_k, boundary, way
+    ):
         """Two of four, then two again: the end of a short epoch."""
         tx = oa.accumulate(ADAM, every_k)
         params, state = PARAMS, tx.init(PARAMS)
@@ -207,7 +209,7 @@ class TestBoundaries:
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
-    def test_closing_twice_is_closing_once(self, weight, way):
+    def test_closing_an_empty_window_again_changes_nothing(self, weight, way):
         tx = oa.accumulate(ADAM, 4)
         closed = [*self.batches[:2], (self.grads[2], {"weight": 1, "boundary": True})]
         once, before = feed(tx, closed, way)
@@ -216,7 +218,7 @@ class TestBoundaries:
         chex.assert_trees_all_equal(before.inner_state, after.inner_state)
         assert after.gradient_step == before.gradient_step == 1
 
-    def test_the_caller_may_hold_a_window_open(self):
+    def test_boundary_false_holds_a_window_open_beyond_its_count(self):
         """`boundary=False` goes before the count, and the count goes on."""
         tx = oa.accumulate(SGD, 2)
         held = [(g, {"boundary": False, **w}) for g, w in self.batches[:4]]
@@ -227,7 +229,7 @@ class TestBoundaries:
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_a_schedule_changes_k(self, way):
+    def test_a_schedule_sets_k_by_the_gradient_step(self, way):
         """Windows of 1, 2 and 2: k follows the gradient step."""
         tx = oa.accumulate(ADAM, lambda step: jnp.where(step < 1, 1, 2))
         params, state = feed(tx, self.batches, way)
@@ -238,7 +240,7 @@ class TestBoundaries:
         chex.assert_trees_all_close(params, alone(ADAM, *means)[0], rtol=1e-6)
         assert (state.micro_step, state.gradient_step) == (0, 3)
 
-    def test_a_schedule_may_shrink_k_in_an_open_window(self):
+    def test_a_window_closes_at_once_if_k_shrinks_below_its_count(self):
         """Resumed with a smaller k: the window closes at once."""
         _, state = feed(oa.accumulate(SGD, 5), self.batches[:3])
         params, state = feed(
@@ -248,7 +250,7 @@ class TestBoundaries:
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
         assert (state.micro_step, state.gradient_step) == (0, 1)
 
-    def test_schedules_and_decay_inside_advance_once_per_update(self):
+    def test_schedules_of_the_inner_optimizer_advance_once_per_update(self):
         inner = promoting(
             optax.adamw(optax.linear_schedule(0.1, 0.0, 4), weight_decay=0.1)
         )
@@ -275,7 +277,7 @@ class TestBoundaries:
         gradient = jax.tree.map(lambda g: g / self.weights[2], self.grads[2])
         chex.assert_trees_all_close(params, alone(SGD, gradient)[0], rtol=1e-6)
 
-    def test_other_extra_arguments_come_from_the_boundary(self):
+    def test_other_extra_arguments_are_those_of_the_boundary(self):
         def update(updates, state, params=None, *, tag, **extra_args):
             del state, params, extra_args
             return updates, tag
@@ -286,7 +288,7 @@ class TestBoundaries:
         _, state = feed(tx, tagged)
         assert state.inner_state == 1
 
-    def test_reduce_on_plateau_sees_the_global_batch(self):
+    def test_reduce_on_plateau_sees_the_value_of_the_global_batch(self):
         """The mean value of a window, not the last micro-batch's."""
         values = [4.0, 2.0, 3.0, 1.0]
         inner = promoting(
@@ -299,7 +301,7 @@ class TestBoundaries:
         _, state = feed(oa.accumulate(inner, 2), batches)
         np.testing.assert_allclose(state.inner_state[1].best_value, 2.0)
 
-    def test_the_window_of_the_last_update_can_be_logged(self):
+    def test_sums_of_the_last_window_stay_until_the_next_begins(self):
         """Sums stay until the next window overwrites them."""
         batches = [
             (g, {"value": jnp.float32(i), **w})

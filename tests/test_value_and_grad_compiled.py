@@ -62,7 +62,7 @@ def program(fun, params, batch):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("k", [slow(2), 8, slow(32)])
-def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
+def test_temporaries_are_those_of_a_scan_by_hand(k, dtype):
     params = make_params(dtype)
     ours = program(oa.value_and_grad(loss, num_microbatches=k), params, make_batch())
     scan = program(by_hand(k), params, make_batch(k, B // k))
@@ -74,7 +74,7 @@ def test_it_holds_no_more_than_a_scan_by_hand(k, dtype):
 
 
 @pytest.mark.parametrize("k", [slow(2), 8, slow(32)])
-def test_it_holds_less_than_optax_microbatch(k):
+def test_temporaries_are_below_those_of_optax_microbatch(k):
     params, batch = make_params(), make_batch()
     theirs = microbatching.microbatch(
         jax.value_and_grad(loss),
@@ -86,7 +86,7 @@ def test_it_holds_less_than_optax_microbatch(k):
     assert hlo.temporaries(ours) < hlo.temporaries(program(theirs, params, batch))
 
 
-def test_more_micro_batches_hold_less():
+def test_more_micro_batches_need_less_memory():
     params = make_params()
     batch = {"x": shape(8 * B, SIZES[0]), "y": shape(8 * B, SIZES[-1])}
     held = [
@@ -113,7 +113,7 @@ def test_more_micro_batches_hold_less():
     "size",
     [{"num_microbatches": 8}, {"microbatch_size": B // 8}, {"microbatch_size": 30}],
 )
-def test_no_copy_of_the_batch_nor_of_the_parameters(size, options):
+def test_neither_the_batch_nor_the_parameters_are_copied(size, options):
     params, batch = make_params(), make_batch()
     f = oa.value_and_grad(loss, **size, **options)
     compiled = program(f, params, batch)
@@ -176,7 +176,7 @@ def test_one_micro_batch_needs_no_loop():
     assert hlo.temporaries(ours) <= hlo.temporaries(plain) + SCALARS
 
 
-def test_sums_and_means_of_aux_are_not_stacked():
+def test_aux_sums_and_means_are_not_stacked():
     """A statistic as large as the parameters is held once, not once per micro-batch."""
 
     def with_statistic(params, batch):

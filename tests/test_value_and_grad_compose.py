@@ -41,17 +41,17 @@ def whole(fun, *args):
 
 @pytest.mark.usefixtures("float64")
 class TestTransformations:
-    def test_vmap_over_parameters(self):
+    def test_vmap_over_parameters_equals_one_by_one(self):
         w, x, y = normal(4, 3, 2), *arguments()[1:]
         got = jax.jit(jax.vmap(in_parts(), (0, None, None)))(w, x, y)
         same(got, jax.vmap(lambda w: whole(loss, w, x, y))(w))
 
-    def test_vmap_over_batches(self):
+    def test_vmap_over_batches_equals_one_by_one(self):
         w, x, y = normal(3, 2), normal(4, 12, 3), normal(4, 12, 2)
         got = jax.jit(jax.vmap(in_parts(), (None, 0, 0)))(w, x, y)
         same(got, jax.vmap(lambda x, y: whole(loss, w, x, y))(x, y))
 
-    def test_vmap_with_weights_and_skip(self):
+    def test_vmap_with_weights_and_skip_equals_one_by_one(self):
         w, x, y = normal(3, 2), normal(4, 12, 3), normal(4, 12, 2)
         x = x.at[1, 0].set(jnp.nan)
         f = in_parts(skip=oa.skip_not_finite, return_info=True)
@@ -60,7 +60,7 @@ class TestTransformations:
         assert info.weight.tolist() == [12, 7, 12, 12]
         same(grads[1], whole(loss, w, x[1, 5:], y[1, 5:])[1])
 
-    def test_checkpoint_and_scan_over_layers_inside(self):
+    def test_checkpointed_scanned_layers_equal_the_whole_batch(self):
         def deep(w, x, y):
             @jax.checkpoint
             def layer(h, w):
@@ -73,7 +73,7 @@ class TestTransformations:
         got = jax.jit(in_parts(deep))(w, x, y)
         same(got, whole(deep, w, x, y))
 
-    def test_custom_derivatives_inside(self):
+    def test_custom_derivatives_equal_the_whole_batch(self):
         @jax.custom_vjp
         def clipped(x):
             return x
@@ -91,12 +91,12 @@ class TestTransformations:
         same(jax.jit(in_parts(fun))(*args)[1], wanted)
 
     @pytest.mark.parametrize("size", [4, 5])
-    def test_the_gradient_of_its_value(self, size):
+    def test_the_value_can_be_differentiated(self, size):
         args = arguments()
         f = in_parts(microbatch_size=size)
         same(jax.jit(jax.grad(lambda *a: f(*a)[0]))(*args), whole(loss, *args)[1])
 
-    def test_the_gradient_of_its_gradient(self):
+    def test_the_gradient_can_be_differentiated(self):
         def norm(value_and_grad):
             return lambda *args: jnp.sum(value_and_grad(*args)[1] ** 2)
 
@@ -104,7 +104,7 @@ class TestTransformations:
         wanted = jax.jit(jax.grad(norm(jax.value_and_grad(loss))))(*args)
         same(jax.jit(jax.grad(norm(in_parts())))(*args), wanted)
 
-    def test_a_hessian_vector_product(self):
+    def test_a_hessian_vector_product_equals_the_whole_batch(self):
         w, x, y = arguments()
         tangent = normal(3, 2, seed=1)
 
@@ -114,7 +114,7 @@ class TestTransformations:
 
         same(product(in_parts()), product(jax.value_and_grad(loss)))
 
-    def test_the_gradient_of_its_value_with_weights_skip_and_carry(self):
+    def test_the_value_with_weights_skip_and_carry_can_be_differentiated(self):
         """Selects and the reciprocal of W put no NaN into a second derivative."""
 
         def fun(w, x, y, carry):
@@ -130,7 +130,7 @@ class TestTransformations:
         got = jax.jit(jax.grad(lambda w: f(w, x, y, jnp.zeros(()))[0][0]))(w)
         same(got, whole(loss, w, x[:5], y[:5])[1])
 
-    def test_inside_cond_scan_and_while(self):
+    def test_it_runs_inside_cond_scan_and_while(self):
         w, x, y = arguments()
         f = in_parts()
 
@@ -145,7 +145,7 @@ class TestTransformations:
         wanted, _ = jax.lax.scan(plain, w, length=3)
         same(got, wanted)
 
-    def test_without_jit(self):
+    def test_it_runs_without_jit(self):
         args = arguments()
         with jax.disable_jit():
             same(in_parts()(*args), whole(loss, *args))
@@ -183,7 +183,7 @@ def test_donation_reuses_parameters_and_state():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("reduction", ["mean", "ratio"])
 @pytest.mark.parametrize("optimizer", [optax.adamw, optax.sgd])
-def test_micro_batches_inside_and_windows_outside(optimizer, reduction):
+def test_micro_batches_inside_windows_equal_the_global_batch(optimizer, reduction):
     """The weights multiply through: two levels update as the global batch does."""
 
     def token_loss(w, x, mask):
@@ -274,7 +274,7 @@ def test_splitting_a_sharded_batch_needs_no_collective(kind):
 
 
 @KINDS
-def test_the_instruments_see_what_a_contiguous_split_does(kind):
+def test_a_contiguous_split_needs_collectives(kind):
     mesh, x = sharded(kind, normal(32, 6), "data")
 
     def contiguous(x):
@@ -287,7 +287,7 @@ def test_the_instruments_see_what_a_contiguous_split_does(kind):
 
 @pytest.mark.parametrize("size", [{"num_microbatches": 4}, {"microbatch_size": 12}])
 @KINDS
-def test_on_a_mesh_the_result_is_that_of_the_whole_batch(kind, size):
+def test_the_result_on_a_mesh_is_that_of_the_whole_batch(kind, size):
     _, x = sharded(kind, normal(32, 6), "data")
     mesh, w = sharded(kind, normal(6, 4), None, "model")
     with jax.set_mesh(mesh):
@@ -300,7 +300,7 @@ def test_on_a_mesh_the_result_is_that_of_the_whole_batch(kind, size):
 
 
 @KINDS
-def test_on_a_mesh_auxiliary_outputs_stay_sharded(kind):
+def test_auxiliary_outputs_on_a_mesh_stay_sharded(kind):
     mesh, x = sharded(kind, normal(32, 6), "data")
     policies = {"last": "last", "mean": "mean", "sum": "sum", "stack": "stack"}
 
@@ -319,7 +319,7 @@ def test_on_a_mesh_auxiliary_outputs_stay_sharded(kind):
         assert aux[name].sharding.is_equivalent_to(x.sharding, 2)
 
 
-def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
+def test_an_explicit_mesh_too_large_for_a_micro_batch_is_refused():
     mesh, x = sharded(AxisType.Explicit, normal(32, 6), "data")
     with jax.set_mesh(mesh):
         f = jax.jit(
@@ -338,7 +338,7 @@ def test_an_explicit_mesh_that_cannot_hold_a_micro_batch():
 
 
 @pytest.mark.slow
-def test_batch_norm_and_dropout_of_flax():
+def test_batch_norm_and_dropout_of_linen_run_as_carry_and_key():
     """Statistics and keys go from micro-batch to micro-batch as by hand."""
     # Imported here, because Flax warns about JAX's strict promotion when it is.
     import flax.linen as nn  # noqa: PLC0415

@@ -91,7 +91,7 @@ X = normal(EXAMPLES, 3)
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", slow("ratio")])
-def test_training_is_that_of_the_global_batch(way, reduction):
+def test_training_on_devices_equals_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
     # With an epsilon, because Adam turns the rounding of a gradient near 0 into a step.
     adamw = optax.adamw(0.05, eps=1e-3)
@@ -125,7 +125,7 @@ def test_training_is_that_of_the_global_batch(way, reduction):
 
 
 @everywhere
-def test_one_all_reduce_after_the_loop(way):
+def test_there_is_one_all_reduce_after_the_loop(way):
     """For any model: biases, a norm, a tied embedding; with weights and skipping."""
     params, batch = language_model(), devices.whole(way, tokens())
     for options in ({}, {"weight": count_tokens}, {"skip": oa.skip_not_finite}):
@@ -146,7 +146,7 @@ def test_one_all_reduce_after_the_loop(way):
 
 
 @everywhere
-def test_with_a_smaller_last_micro_batch(way):
+def test_a_smaller_last_micro_batch_adds_no_all_reduce(way):
     size = 3 if way in devices.INSIDE else 3 * COUNT
     f = devices.in_step(way, small, microbatch_size=size)
     assert hlo.exchanges(f.lower(SMALL, devices.whole(way, X)).compile()) == {
@@ -157,7 +157,7 @@ def test_with_a_smaller_last_micro_batch(way):
 
 
 @everywhere
-def test_a_sum_is_the_sum_over_all_devices(way):
+def test_reduction_sum_sums_over_all_devices(way):
     f = devices.in_step(way, small, num_microbatches=4, reduction="sum")
     got = devices.result(way, f(SMALL, devices.whole(way, X)))
     value, grads = jax.value_and_grad(small)(SMALL, X)
@@ -177,7 +177,7 @@ def recurrent(params, x):
 
 
 @pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
-def test_a_model_that_starts_a_scan_from_zeros(way):
+def test_a_model_may_start_a_scan_from_zeros(way):
     f = devices.in_step(way, recurrent, num_microbatches=2)
     got = devices.result(way, f(SMALL, devices.whole(way, X)))
     close(got, jax.value_and_grad(recurrent)(SMALL, X))
@@ -185,7 +185,7 @@ def test_a_model_that_starts_a_scan_from_zeros(way):
 
 @pytest.mark.skipif(COUNT < 3, reason="needs a third device")
 @everywhere
-def test_weight_nothing_and_nan_on_one_device(way):
+def test_a_device_that_rejects_everything_does_not_spoil_the_others(way):
     """A device that rejects all it has, and one whose own W is 0, meet the others."""
     per_device = EXAMPLES // COUNT
     x = X.at[per_device].set(jnp.nan).at[:per_device].set(jnp.inf)
@@ -211,7 +211,7 @@ def test_weight_nothing_and_nan_on_one_device(way):
 
 
 @everywhere
-def test_no_weight_anywhere(way):
+def test_no_weight_on_any_device_gives_zeros(way):
     f = devices.in_step(
         way,
         small,
@@ -226,7 +226,7 @@ def test_no_weight_anywhere(way):
 
 
 @everywhere
-def test_the_function_is_traced_once(way):
+def test_the_function_is_traced_once_on_devices(way):
     chex.clear_trace_counter()
     fun = chex.assert_max_traces(small, n=1)
     f = devices.in_step(way, fun, num_microbatches=2)
@@ -253,7 +253,7 @@ def with_aux(params, x):
 
 
 @everywhere
-def test_auxiliary_outputs(way):
+def test_auxiliary_outputs_are_those_of_all_micro_batches(way):
     """As if the micro-batches of all devices had run one after another."""
     specs = {k: P(AXIS) if k in ("stack", "concat") else P() for k in POLICIES}
     f = devices.in_step(
@@ -315,7 +315,7 @@ def statistics():
 
 @everywhere
 @pytest.mark.parametrize("weighted", [True, False])
-def test_a_carry_comes_back_as_one(way, weighted):
+def test_a_carry_is_averaged_over_the_devices_by_weight(way, weighted):
     """The mean of the devices' statistics, by weight; their counters and keys."""
     per_device = EXAMPLES // COUNT
     x = X.at[:per_device].set(0)  # the first device has no weight
@@ -345,7 +345,7 @@ def test_a_carry_comes_back_as_one(way, weighted):
 
 
 @everywhere
-def test_counters_of_a_batch_that_ends_in_padding(way):
+def test_counters_ignore_a_device_that_has_only_padding(way):
     """The last device has no weight and has not moved; the others have."""
     x = X.at[-(EXAMPLES // COUNT) :].set(0)
 
@@ -363,7 +363,7 @@ def test_counters_of_a_batch_that_ends_in_padding(way):
 
 
 @everywhere
-def test_a_carry_stays_where_nothing_has_weight(way):
+def test_a_carry_is_unchanged_if_nothing_has_weight(way):
     f = devices.in_step(
         way,
         with_carry,
@@ -414,7 +414,7 @@ def wide(params, x):
 
 
 @pytest.mark.parametrize("way", ["checked", "unchecked", *devices.OUTSIDE])
-def test_scattered_gradients(way):
+def test_scatter_replaces_the_all_reduce_by_a_reduce_scatter(way):
     """A reduce-scatter in place of the all-reduce; what cannot be cut stays whole."""
     specs = oa.sharding.scatter_specs(WIDE, devices.mesh(), AXIS)
     assert specs == {"w": P(None, AXIS), "b": P(AXIS), "odd": P()}
@@ -434,7 +434,7 @@ def test_scattered_gradients(way):
     close((value, grads), jax.value_and_grad(wide)(WIDE, X))
 
 
-def test_scattered_gradients_under_pmap():
+def test_scattered_gradients_are_stacked_by_pmap():
     """Every device has its part: `pmap` stacks them."""
     f = devices.in_step("pmap", wide, num_microbatches=2, scatter=True)
     _, grads = f(WIDE, devices.whole("pmap", X))
@@ -445,7 +445,7 @@ def test_scattered_gradients_under_pmap():
 
 
 @outside
-def test_training_with_a_sharded_optimizer_state(way):
+def test_training_with_a_sharded_optimizer_state_equals_the_global_batch(way):
     """ZeRO-2: gradients and moments in parts, parameters whole."""
     inner = promoting(optax.adamw(0.05))
     mesh = mesh_of(way)
@@ -480,7 +480,7 @@ def test_training_with_a_sharded_optimizer_state(way):
     close(jax.device_get(params), jax.device_get(wanted))
 
 
-def test_which_axis_is_scattered():
+def test_scatter_specs_choose_the_largest_free_axis():
     mesh = jax.make_mesh((COUNT,), (AXIS,), axis_types=(AxisType.Explicit,))
     taken = jax.device_put(
         normal(2 * COUNT, 4 * COUNT), NamedSharding(mesh, P("data", None))
@@ -515,7 +515,7 @@ KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 
 @needs_four
 @KINDS
-def test_a_batch_over_both_axes(kind):
+def test_a_batch_may_be_sharded_over_two_axes(kind):
     mesh = two_axes(kind)
     x = jax.device_put(X, NamedSharding(mesh, P((AXIS, "model"))))
     f = oa.value_and_grad(small, num_microbatches=4, axis_name=AXIS, mesh=mesh)
@@ -526,7 +526,7 @@ def test_a_batch_over_both_axes(kind):
 @needs_four
 @pytest.mark.parametrize("axis_name", [(AXIS, "model"), [AXIS, "model"]])
 @KINDS
-def test_two_axes_as_one(kind, axis_name):
+def test_two_axis_names_act_as_one_axis(kind, axis_name):
     mesh = two_axes(kind)
     f = oa.value_and_grad(
         wide, num_microbatches=2, axis_name=axis_name, mesh=mesh, scatter=True
@@ -539,7 +539,7 @@ def test_two_axes_as_one(kind, axis_name):
 
 @needs_four
 @pytest.mark.parametrize("axis_name", [None, AXIS])
-def test_in_a_shard_map_over_some_axes_that_checks(axis_name):
+def test_a_checking_shard_map_over_some_axes_equals_the_whole_batch(axis_name):
     def local(params, x):
         f = oa.value_and_grad(small, num_microbatches=2, axis_name=axis_name)
         params = jax.lax.pcast(params, AXIS, to="varying")
@@ -558,7 +558,7 @@ def test_in_a_shard_map_over_some_axes_that_checks(axis_name):
 
 @needs_four
 @KINDS
-def test_tensor_parallelism_stays_with_the_compiler(kind):
+def test_tensor_parallel_parameters_stay_sharded(kind):
     mesh = two_axes(kind)
     params = {
         "w": jax.device_put(normal(3, 4), NamedSharding(mesh, P(None, "model"))),
@@ -597,7 +597,7 @@ def test_tensor_parallelism_stays_with_the_compiler(kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_parameters_sharded_over_the_axis_of_the_batch(kind):
+def test_fsdp_parameters_stay_sharded(kind):
     """FSDP, through plain `jit` and without `mesh`: what is needed is in the loop."""
     mesh = devices.mesh(kind)
     sharding = NamedSharding(mesh, P(None, AXIS))
@@ -634,7 +634,7 @@ def mesh_of(way):
 
 
 @outside
-def test_without_jit_and_without_placing_anything(way):
+def test_a_mesh_works_without_jit_and_without_placed_arrays(way):
     options = {"num_microbatches": 2, "axis_name": AXIS, "mesh": mesh_of(way)}
     wanted = jax.value_and_grad(small)(SMALL, X)
     close(jax.device_get(oa.value_and_grad(small, **options)(SMALL, X)), wanted)
@@ -643,14 +643,14 @@ def test_without_jit_and_without_placing_anything(way):
 
 
 @outside
-def test_the_gradient_of_the_value(way):
+def test_the_value_on_a_mesh_can_be_differentiated(way):
     f = devices.in_step(way, small, num_microbatches=2)
     got = jax.jit(jax.grad(lambda params: f(params, X)[0]))(SMALL)
     close(jax.device_get(got), jax.grad(small)(SMALL, X))
 
 
 @outside
-def test_axes_of_the_examples_and_arguments_by_name(way):
+def test_batch_axis_and_batch_argnames_work_on_devices(way):
     def fun(params, x, y):
         return jnp.mean((params["w"].T @ x) ** 2) + 0 * y.sum()
 
@@ -668,7 +668,7 @@ def test_axes_of_the_examples_and_arguments_by_name(way):
 
 
 @outside
-def test_arguments_that_are_no_arrays(way):
+def test_arguments_that_are_not_arrays_reach_the_function_on_devices(way):
     def fun(params, x, mode, *, scale):
         assert mode == "train"
         return small(params, x) * scale
@@ -685,7 +685,7 @@ def test_arguments_that_are_no_arrays(way):
 @pytest.mark.parametrize(
     "options", [{}, {"weight": True}, {"skip": oa.skip_not_finite}]
 )
-def test_local_micro_batches_of_cast_parameters(options):
+def test_gradients_of_cast_parameters_stay_on_their_device(options):
     """For one exchange per window, the sum of `accumulate`."""
     if options.get("weight"):
         options = {"weight": lambda _, x: jnp.abs(x).sum()}
@@ -703,7 +703,7 @@ def test_local_micro_batches_of_cast_parameters(options):
     close(got, wanted(SMALL, X))
 
 
-def test_a_carry_from_plain_zeros():
+def test_a_carry_of_plain_zeros_takes_the_type_of_the_micro_batches():
     """It takes the type that the micro-batches give it."""
 
     def fun(params, x, total):
@@ -719,7 +719,7 @@ def test_a_carry_from_plain_zeros():
 
 
 @pytest.mark.parametrize("every_k", [2, None])
-def test_micro_batches_inside_and_windows_outside(every_k):
+def test_micro_batches_inside_windows_exchange_once_per_window(every_k):
     """Both levels, and still one exchange per window."""
     inner = promoting(optax.adamw(0.05))
     tx = oa.accumulate(inner, every_k, axis_name=AXIS)
@@ -771,21 +771,21 @@ PMEAN = reduced(lambda x: jax.lax.pmean(x, AXIS))
 
 @inside
 @pytest.mark.parametrize("name", PMEAN)
-def test_a_loss_that_is_reduced_already(way, name):
+def test_a_loss_that_is_already_reduced_is_refused(way, name):
     f = devices.in_step(way, PMEAN[name], num_microbatches=2)
     with pytest.raises(ValueError, match="must return this device's own value"):
         f(SMALL, devices.whole(way, X))
 
 
 @outside
-def test_a_loss_that_is_reduced_already_on_a_mesh(way):
+def test_a_loss_that_is_already_reduced_is_refused_on_a_mesh(way):
     f = devices.in_step(way, PMEAN["at once"], num_microbatches=2)
     with pytest.raises(ValueError, match="Leave the psum or pmean out of `fun`"):
         f(SMALL, X)
 
 
 @everywhere
-def test_a_contrastive_loss_may_gather(way):
+def test_a_contrastive_loss_may_gather_from_all_devices(way):
     """Each device compares its own examples with those of all."""
 
     def contrast(params, own, others):
@@ -801,7 +801,7 @@ def test_a_contrastive_loss_may_gather(way):
 
 
 @pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
-def test_what_looks_like_a_reduced_loss(way):
+def test_constants_broadcasts_and_group_reductions_are_not_refused(way):
     """A constant, a value that one device alone hands out, a reduction over groups."""
 
     def constant(params, x):
@@ -824,7 +824,7 @@ def test_what_looks_like_a_reduced_loss(way):
 
 
 @everywhere
-def test_statistics_of_all_devices_are_no_reduced_loss(way):
+def test_synchronised_batch_norm_is_not_refused(way):
     """Batch normalisation over the devices: an exchange of activations is allowed."""
 
     def synchronised(params, x):
@@ -836,13 +836,13 @@ def test_statistics_of_all_devices_are_no_reduced_loss(way):
 
 
 @pytest.mark.parametrize("axis_name", ["batch", (AXIS, "batch")])
-def test_an_axis_that_is_not_bound(axis_name):
+def test_an_unbound_axis_name_is_refused(axis_name):
     f = oa.value_and_grad(small, num_microbatches=2, axis_name=axis_name)
     with pytest.raises(ValueError, match=r"is not bound.*jax\.shard_map"):
         f(SMALL, X)
 
 
-def test_a_mesh_without_that_axis():
+def test_a_mesh_without_the_axis_is_refused():
     with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
         oa.value_and_grad(
             small, num_microbatches=2, axis_name="batch", mesh=devices.mesh()
@@ -856,7 +856,7 @@ def test_a_mesh_without_that_axis():
 
 
 @outside
-def test_a_batch_that_the_devices_do_not_divide(way):
+def test_a_batch_that_the_devices_do_not_divide_is_refused(way):
     f = devices.in_step(way, small, num_microbatches=2)
     message = (
         f"the {COUNT} devices do not divide the batch: `x` holds {EXAMPLES - 1} "
@@ -869,7 +869,7 @@ def test_a_batch_that_the_devices_do_not_divide(way):
 
 
 @outside
-def test_a_micro_batch_smaller_than_the_number_of_devices(way):
+def test_a_micro_batch_smaller_than_the_devices_is_refused(way):
     f = devices.in_step(way, small, num_microbatches=8)
     message = f"holds {EXAMPLES} examples along axis 0, 4 on each of {COUNT} devices"
     with pytest.raises(ValueError, match=f"{message}. Use 1, 2 or 4, or"):
@@ -880,7 +880,7 @@ def test_a_micro_batch_smaller_than_the_number_of_devices(way):
         f(SMALL, X)
 
 
-def test_a_mesh_inside_of_it():
+def test_a_mesh_inside_shard_map_is_refused():
     f = oa.value_and_grad(
         small, num_microbatches=2, axis_name=AXIS, mesh=devices.mesh()
     )
@@ -888,7 +888,7 @@ def test_a_mesh_inside_of_it():
         devices.inside("unchecked", f, (None, 0), (None,))(SMALL, X)
 
 
-def test_parameters_that_are_sharded_over_the_axis():
+def test_parameters_sharded_over_the_batch_axis_are_refused():
     mesh = devices.mesh(AxisType.Explicit)
     w = jax.device_put(normal(3, COUNT), NamedSharding(mesh, P(None, AXIS)))
     params = {"w": w, "b": jnp.zeros(COUNT)}

@@ -78,7 +78,7 @@ def whole(fun, *args, **kwargs):
 
 
 @every_size
-def test_the_result_is_that_of_the_whole_batch(size):
+def test_value_and_gradient_are_those_of_the_whole_batch(size):
     params, batch = make_params(), make_batch()
     wanted = whole(mean_loss)(params, batch)
     same(jax.jit(oa.value_and_grad(mean_loss, **size))(params, batch), wanted)
@@ -87,7 +87,7 @@ def test_the_result_is_that_of_the_whole_batch(size):
 
 
 @pytest.mark.parametrize("argnums", [0, 1, -5, (0, 1), (1, 0), (1,)])
-def test_several_argnums_and_batches(argnums):
+def test_several_argnums_and_batches_equal_the_whole_batch(argnums):
     def loss(a, b, x, other, y):
         return jnp.mean((x @ a * b[None] + other - y) ** 2)
 
@@ -98,7 +98,7 @@ def test_several_argnums_and_batches(argnums):
 
 
 @pytest.mark.parametrize("names", ["y", ["y"], ("y", "x")])
-def test_keyword_batches(names):
+def test_batches_may_be_passed_by_keyword(names):
     def loss(w, x, *, y, scale):
         return scale * jnp.mean((x @ w - y) ** 2)
 
@@ -123,7 +123,7 @@ def test_keyword_batches(names):
     ],
     ids=str,
 )
-def test_a_role_finds_its_argument_by_position_or_by_name(options):
+def test_a_batch_is_found_by_position_or_by_name(options):
     def loss(w, x, y=None):
         return jnp.mean((x @ w - y) ** 2)
 
@@ -135,7 +135,7 @@ def test_a_role_finds_its_argument_by_position_or_by_name(options):
     same(f(w, y=y, x=x), wanted)
 
 
-def test_the_weight_is_called_as_the_function_is():
+def test_the_weight_is_called_with_the_arguments_as_they_were_passed():
     def loss(w, x, mask):
         return jnp.sum(mask * (x @ w)) / mask.sum()
 
@@ -148,7 +148,7 @@ def test_the_weight_is_called_as_the_function_is():
     same(f(w, x, mask=mask), jax.value_and_grad(loss)(w, x, mask))
 
 
-def test_a_keyword_that_is_called_as_a_position():
+def test_a_keyword_may_have_the_name_of_a_positional_only_argument():
     def loss(w, x, /, **more):
         return jnp.mean(x @ w * more["x"])
 
@@ -159,7 +159,7 @@ def test_a_keyword_that_is_called_as_a_position():
 
 @pytest.mark.parametrize("axis", [1, -2])
 @every_size
-def test_examples_along_another_axis(size, axis):
+def test_batch_axis_splits_along_another_axis(size, axis):
     def loss(w, x):
         return jnp.mean(jnp.tanh(jnp.einsum("tbi,io->tbo", x, w)) ** 2)
 
@@ -168,7 +168,7 @@ def test_examples_along_another_axis(size, axis):
     same(oa.value_and_grad(loss, **size, batch_axis=axis)(w, x), wanted)
 
 
-def test_what_is_no_batch_reaches_fun_as_it_is():
+def test_arguments_that_are_not_batches_reach_fun_unchanged():
     def loss(w, x, flag, config):
         assert flag is True
         assert config == {"name": "tanh", "scale": 2}
@@ -196,7 +196,7 @@ def test_a_batch_may_hold_none_integers_and_keys():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[1], SIZES[5]], ids=name_of)
-def test_dtypes_are_those_of_jax(size, dtype):
+def test_dtypes_are_those_of_jax_value_and_grad(size, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), make_params())
     batch = jax.tree.map(lambda x: x.astype(dtype), make_batch())
     with jax.numpy_dtype_promotion("standard"):
@@ -205,7 +205,7 @@ def test_dtypes_are_those_of_jax(size, dtype):
     same(got, wanted, rtol=8 * float(jnp.finfo(dtype).eps))
 
 
-def test_mixed_and_complex_parameters():
+def test_mixed_and_complex_parameters_keep_their_dtypes():
     params = {
         "c": jnp.asarray(normal(3) + 1j * normal(3, seed=1)),
         "h": jnp.ones(3, jnp.bfloat16),
@@ -239,7 +239,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert jax.jit(narrow)(w, x) == 256
 
 
-def test_a_double_precision_value_of_single_precision_parameters():
+def test_a_float64_value_of_float32_parameters_keeps_its_dtype():
     def loss(w, x):
         value = jnp.mean(x) + jnp.mean(w).astype(x.dtype)
         return value, value
@@ -251,7 +251,7 @@ def test_a_double_precision_value_of_single_precision_parameters():
     assert grads.dtype == jnp.float32
 
 
-def test_without_jit_no_batch_is_kept():
+def test_no_batch_is_kept_in_memory_without_jit():
     f = oa.value_and_grad(mean_loss, microbatch_size=5)
     params, batch = jax.tree.map(jnp.asarray, (make_params(), make_batch()))
     f(params, batch)
@@ -290,7 +290,9 @@ def count_tokens(w, x, mask):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_token_mean_of_the_whole_batch(size, dtype, mask):
+def test_weighted_micro_batches_give_the_token_mean_of_the_whole_batch(
+    size, dtype, mask
+):
     w, x = jnp.asarray(normal(4), dtype), jnp.asarray(normal(6, 3, 4), dtype)
     mask = jnp.asarray(mask, dtype)
     wanted = whole(token_mean)(w, x, mask)
@@ -306,7 +308,7 @@ def test_the_token_mean_of_the_whole_batch(size, dtype, mask):
     same(jax.jit(ratio)(w, x, mask), wanted, rtol)
 
 
-def test_without_weights_it_is_a_mean_of_means():
+def test_without_weights_the_result_is_a_mean_of_means():
     """What the weights are for: the test above can fail."""
     x, mask = np.array([1.0, 1.0, 1.0, 4.0]), np.array([1.0, 1.0, 1.0, 0.0])[::-1]
 
@@ -336,7 +338,7 @@ def test_no_weight_at_all_gives_zeros(reduction):
 
 @every_size
 @pytest.mark.parametrize("reduction", ["ratio", "sum"])
-def test_sums(reduction, size):
+def test_ratio_and_sum_equal_the_whole_batch(reduction, size):
     def sum_loss(params, batch):
         return residuals(params, batch).sum()
 
@@ -349,7 +351,7 @@ def test_sums(reduction, size):
     assert info == oa.MicrobatchInfo(B, 0)
 
 
-def test_a_weight_sees_the_arguments_of_fun():
+def test_the_weight_sees_the_arguments_of_fun():
     seen = []
 
     def loss(w, x, key, *, flag):
@@ -380,7 +382,7 @@ def loss_with_aux(params, batch):
 
 
 @every_size
-def test_every_policy(size):
+def test_every_aux_policy_gives_the_whole_batchs_output(size):
     params, batch = make_params(), make_batch()
     wanted, grads = whole(loss_with_aux, has_aux=True)(params, batch)
     policies = {"loss": "concat", "sizes": ("stack", "mean"), "correct": "concat"}
@@ -414,7 +416,7 @@ def test_the_order_of_stacked_outputs_is_that_of_the_microbatches():
 
 
 @every_size
-def test_sums_and_last(size):
+def test_sum_and_last_policies_keep_dtypes(size):
     def loss(params, batch):
         per_example = residuals(params, batch)
         count = jnp.asarray(len(per_example), jnp.int8)
@@ -433,7 +435,7 @@ def test_sums_and_last(size):
     assert last.dtype == jnp.int8
 
 
-def test_the_mean_of_a_count_and_of_a_narrow_float():
+def test_aux_mean_of_a_count_is_floating_and_of_bfloat16_stays():
     def loss(w, x):
         aux = {"count": jnp.asarray(len(x)), "narrow": x.mean().astype(jnp.bfloat16)}
         return jnp.mean(w * x), aux
@@ -465,7 +467,7 @@ def test_an_aux_mean_is_weighted_whatever_the_reduction():
         same(aux["mean"], jnp.asarray((0 + 4 + 5) / 3))
 
 
-def test_aux_of_several_kinds_passes():
+def test_aux_may_hold_none_integers_and_keys():
     def loss(w, x):
         aux = {"int": 3, "none": None, "empty": (), "key": jax.random.key(1)}
         return jnp.mean(w * x), aux
@@ -509,7 +511,7 @@ def test_a_carry_goes_from_microbatch_to_microbatch(has_aux, size):
     chex.assert_trees_all_close(got[1][1] if has_aux else got[1], rest)
 
 
-def test_the_carry_is_what_a_loop_by_hand_gives():
+def test_the_carry_equals_that_of_a_loop_by_hand():
     """In order, each micro-batch on what the one before it left."""
 
     def loss(w, x, state):
@@ -530,7 +532,7 @@ def test_the_carry_is_what_a_loop_by_hand_gives():
 
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
-def test_each_microbatch_has_its_own_randomness(make_key):
+def test_each_micro_batch_has_its_own_key(make_key):
     def loss(w, x, keys):
         noise = jax.random.normal(keys["dropout"])
         return jnp.mean(w * x), noise
@@ -546,7 +548,7 @@ def test_each_microbatch_has_its_own_randomness(make_key):
     assert jax.jit(f)(1.0, np.ones(10), keys)[0][1].tolist() == noise.tolist()
 
 
-def test_without_rng_argnums_the_key_is_the_same_everywhere():
+def test_without_rng_argnums_every_micro_batch_has_the_same_key():
     def loss(w, x, key):
         return jnp.mean(w * x), jax.random.normal(key)
 
@@ -561,7 +563,7 @@ def test_without_rng_argnums_the_key_is_the_same_everywhere():
 @pytest.mark.parametrize("skip", [oa.skip_not_finite, optax.skip_not_finite])
 @pytest.mark.parametrize("bad", [0, 3, 5])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_bad_microbatch_is_left_out(poison, bad, skip):
+def test_a_skipped_micro_batch_is_left_out(poison, bad, skip):
     """Micro-batch i holds the examples i and i + 6, or 2 i and 2 i + 1 when ragged."""
 
     def loss(params, batch, carry):
@@ -597,7 +599,7 @@ def test_a_bad_microbatch_is_left_out(poison, bad, skip):
     assert not np.isfinite(grads["w"]).all()
 
 
-def test_a_bad_tail_and_all_bad():
+def test_a_skipped_remainder_and_a_batch_of_skipped_micro_batches():
     f = oa.value_and_grad(
         mean_loss, microbatch_size=5, skip=oa.skip_not_finite, return_info=True
     )
@@ -615,7 +617,7 @@ def test_a_bad_tail_and_all_bad():
     assert info == oa.MicrobatchInfo(0, 3)
 
 
-def test_a_predicate_sees_gradients_and_parameters():
+def test_skip_sees_gradients_and_parameters():
     def skip(grads, gradient_step, params):
         """Rejects what it should not have seen."""
         assert gradient_step is None
@@ -637,7 +639,7 @@ def test_a_predicate_sees_gradients_and_parameters():
     assert info == oa.MicrobatchInfo(4, 0)
 
 
-def test_info_beside_grad():
+def test_grad_returns_the_info_too():
     grads, info = oa.grad(mean_loss, microbatch_size=5, return_info=True)(
         make_params(), make_batch()
     )

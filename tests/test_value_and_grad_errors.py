@@ -31,7 +31,7 @@ def run(fun=loss, *args, **options):
 
 
 @pytest.mark.parametrize("sizes", [(), (2, 5)])
-def test_neither_or_both_sizes(sizes):
+def test_neither_or_both_sizes_are_refused(sizes):
     options = dict(zip(("num_microbatches", "microbatch_size"), sizes, strict=False))
     for function in (oa.value_and_grad, oa.grad):
         with raises(
@@ -43,7 +43,7 @@ def test_neither_or_both_sizes(sizes):
 
 
 @pytest.mark.parametrize("name", ["num_microbatches", "microbatch_size"])
-def test_a_size_that_is_none(name):
+def test_a_size_that_is_not_a_positive_integer_is_refused(name):
     for value in (0, -3):
         with raises(ValueError, f"`{name}` must be an int >= 1", f"got {value}"):
             oa.value_and_grad(loss, **{name: value})
@@ -53,7 +53,7 @@ def test_a_size_that_is_none(name):
     run(**{name: np.int64(5)})
 
 
-def test_a_size_above_the_batch():
+def test_a_size_above_the_batch_is_refused():
     with raises(
         ValueError,
         "`microbatch_size=11` is more than the batch has",
@@ -64,7 +64,7 @@ def test_a_size_above_the_batch():
 
 
 @pytest.mark.parametrize("number", [3, 4, 20])
-def test_a_number_that_does_not_divide_the_batch(number):
+def test_a_number_that_does_not_divide_the_batch_is_refused(number):
     with raises(
         ValueError,
         f"`num_microbatches={number}` does not divide the batch",
@@ -75,7 +75,7 @@ def test_a_number_that_does_not_divide_the_batch(number):
         run(num_microbatches=number)
 
 
-def test_a_batch_of_one_example():
+def test_a_batch_of_one_example_is_refused():
     with raises(
         ValueError, "`batch` holds 1 example along", "Use 1, or `microbatch_size`"
     ):
@@ -85,7 +85,7 @@ def test_a_batch_of_one_example():
 # --- The batch ---
 
 
-def test_different_numbers_of_examples():
+def test_different_numbers_of_examples_are_refused():
     def fun(params, batch, *, mask):
         return loss(params, batch["x"][0]) * mask.sum()
 
@@ -99,7 +99,7 @@ def test_different_numbers_of_examples():
         )
 
 
-def test_a_scalar_in_the_batch():
+def test_a_scalar_in_the_batch_is_refused():
     def fun(params, batch):
         return loss(params, batch["x"]) * batch["scale"]
 
@@ -112,12 +112,12 @@ def test_a_scalar_in_the_batch():
         run(fun, PARAMS, {"x": X, "scale": 2.0})
 
 
-def test_no_such_axis():
+def test_a_batch_axis_that_does_not_exist_is_refused():
     with raises(ValueError, "`batch` has shape (10, 3)", "`batch_axis=2`"):
         run(batch_axis=2)
 
 
-def test_an_empty_batch():
+def test_an_empty_batch_is_refused():
     with raises(ValueError, "the batch is empty: `batch` has 0 examples"):
         run(loss, PARAMS, X[:0], microbatch_size=1)
     with raises(ValueError, "hold no array to split", "`batch`"):
@@ -126,7 +126,7 @@ def test_an_empty_batch():
         run(batch_argnums=())
 
 
-def test_arguments_that_have_no_name():
+def test_names_of_nameless_arguments_are_refused():
     def fun(params, *batches):
         return loss(params, batches[0])
 
@@ -137,7 +137,7 @@ def test_arguments_that_have_no_name():
 # --- Roles ---
 
 
-def test_a_position_that_the_call_does_not_have():
+def test_a_position_missing_from_the_call_is_refused():
     with raises(
         ValueError,
         "`batch_argnums` names the positional argument 1",
@@ -150,7 +150,7 @@ def test_a_position_that_the_call_does_not_have():
             run(**{name: 2})
 
 
-def test_a_name_that_the_call_does_not_have():
+def test_a_name_missing_from_the_call_is_refused():
     with raises(
         ValueError, "`batch_argnames` names the argument 'mask'", "with params, batch"
     ):
@@ -168,19 +168,19 @@ def test_a_name_that_the_call_does_not_have():
         ({"rng_argnums": (0,)}, "`argnums` and `rng_argnums` both name"),
     ],
 )
-def test_an_argument_with_two_roles(options, words):
+def test_an_argument_with_two_roles_is_refused(options, words):
     with raises(ValueError, words, "an argument has one role"):
         run(**options)
 
 
 @pytest.mark.parametrize("name", ["argnums", "batch_argnums", "rng_argnums"])
-def test_positions_that_are_none(name):
+def test_positions_that_are_not_integers_are_refused(name):
     for value in ("batch", 1.0, ("x",), None):
         with raises(TypeError, f"`{name}` must be an int or several ints", repr(value)):
             run(**{name: value})
 
 
-def test_a_key_that_is_none():
+def test_an_rng_argument_that_is_not_a_key_is_refused():
     def fun(params, batch, rngs):
         del rngs
         return loss(params, batch)
@@ -211,7 +211,7 @@ def test_a_key_that_is_none():
         (lambda _: None, ("got NoneType",)),
     ],
 )
-def test_a_value_that_cannot_be_differentiated(result, words):
+def test_a_value_that_cannot_be_differentiated_is_refused(result, words):
     def fun(params, batch):
         return result(batch * params["w"][None])
 
@@ -235,7 +235,7 @@ def test_a_value_that_cannot_be_differentiated(result, words):
         ),
     ],
 )
-def test_a_result_that_is_no_pair(options, result, words):
+def test_a_result_that_is_not_a_pair_is_refused(options, result, words):
     with raises(TypeError, "`fun` must return", *words):
         run(lambda params, batch, carry: result, PARAMS, X, 0.0, **options)  # noqa: ARG005
 
@@ -261,7 +261,7 @@ def test_a_result_that_is_no_pair(options, result, words):
         (lambda _: {}, ValueError, ("`stats['mean']` has no counterpart",)),
     ],
 )
-def test_a_carry_that_changes_its_type(change, error, words):
+def test_a_carry_that_changes_its_type_is_refused(change, error, words):
     def fun(params, batch, stats):
         return loss(params, batch), change(stats)
 
@@ -277,7 +277,7 @@ def with_aux(params, batch):
     return value, {"value": value, "x": batch}
 
 
-def test_an_unknown_policy():
+def test_an_unknown_aux_policy_is_refused():
     for policies in (
         "average",
         {"x": "stack", "value": "average"},
@@ -291,7 +291,7 @@ def test_an_unknown_policy():
     "policies",
     [{"value": "mean"}, ["mean", "stack"], {"value": ["mean"], "x": "stack"}],
 )
-def test_policies_that_are_no_prefix(policies):
+def test_aux_policies_that_are_not_a_prefix_are_refused(policies):
     with raises(
         ValueError,
         "a tree of policies that is a prefix of what `fun` returns",
@@ -301,12 +301,12 @@ def test_policies_that_are_no_prefix(policies):
         run(with_aux, has_aux=True, aux=policies)
 
 
-def test_policies_without_aux():
+def test_aux_policies_without_has_aux_are_refused():
     with raises(ValueError, "`aux='mean'`", "`has_aux` is False"):
         oa.value_and_grad(loss, num_microbatches=2, aux="mean")
 
 
-def test_concat_of_what_has_no_examples():
+def test_concat_of_outputs_without_examples_is_refused():
     with raises(
         ValueError,
         "`aux['value']` has the policy \"concat\"",
@@ -323,7 +323,7 @@ def test_concat_of_what_has_no_examples():
         run(transposed, has_aux=True, aux="concat", microbatch_size=4)
 
 
-def test_the_mean_of_a_key():
+def test_the_mean_of_a_key_is_refused():
     def fun(params, batch):
         return loss(params, batch), jax.random.key(0)
 
@@ -331,7 +331,7 @@ def test_the_mean_of_a_key():
         run(fun, has_aux=True, aux="mean")
 
 
-def test_stack_of_what_differs():
+def test_stacking_outputs_of_different_shapes_is_refused():
     with raises(
         ValueError,
         "`aux['x']` has the policy \"stack\"",
@@ -344,7 +344,7 @@ def test_stack_of_what_differs():
 # --- Settings ---
 
 
-def test_settings_that_are_none():
+def test_unknown_settings_are_refused():
     with raises(ValueError, '`reduction` must be one of "mean", "ratio", "sum"'):
         run(reduction="average")
     with raises(TypeError, "`accumulator_dtype`", "int32"):
@@ -361,19 +361,19 @@ def test_settings_that_are_none():
         (lambda p, b: -1, ValueError, ("`weight` must be finite and >= 0",)),  # noqa: ARG005
     ],
 )
-def test_a_weight_that_is_none(weight, error, words):
+def test_a_weight_that_is_not_a_scalar_is_refused(weight, error, words):
     with raises(error, *words):
         run(weight=weight)
 
 
-def test_a_decision_that_is_none():
+def test_a_skip_that_does_not_return_a_bool_is_refused():
     with raises(TypeError, "`skip` must return (bool scalar, info)", "shape (3,)"):
         run(skip=lambda grads, step, params: (grads["w"] > 0, ()))  # noqa: ARG005
     with raises(TypeError, "`skip` must return (bool scalar, info), as Optax's"):
         run(skip=lambda grads, step, params: grads["w"] > 0)  # noqa: ARG005
 
 
-def test_complex_sums_of_real_gradients():
+def test_a_complex_accumulator_of_real_gradients_is_refused():
     with raises(TypeError, "`accumulator_dtype` complex64 cannot hold", "['w']"):
         run(accumulator_dtype=jnp.complex64)
 

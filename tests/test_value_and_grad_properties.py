@@ -96,7 +96,7 @@ def assert_close(got, wanted, params):
 
 
 @given(problems(), st.sampled_from(["mean", "ratio", "sum"]), st.sampled_from([0, -1]))
-def test_any_batch_in_any_parts(problem, reduction, axis):
+def test_any_batch_in_any_parts_equals_the_whole_batch(problem, reduction, axis):
     tree, seed, examples, size = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples, axis)
     reduce = jnp.mean if reduction == "mean" else jnp.sum
@@ -124,7 +124,7 @@ def test_any_batch_in_any_parts(problem, reduction, axis):
 
 
 @given(problems(), st.sampled_from(["mean", "ratio"]), st.data())
-def test_any_weights(problem, reduction, data):
+def test_any_weights_give_the_weighted_mean(problem, reduction, data):
     """Masked means: zero weights, all zero, and NaN where nothing is valid."""
     tree, seed, examples, size = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples)
@@ -150,7 +150,7 @@ def test_any_weights(problem, reduction, data):
 
 
 @given(problems(), st.data())
-def test_any_bad_example(problem, data):
+def test_any_bad_example_is_left_out_with_its_micro_batch(problem, data):
     """`skip` leaves out the micro-batches with a NaN, and counts them."""
     tree, seed, examples, size = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples)

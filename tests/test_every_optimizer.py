@@ -35,7 +35,7 @@ def slow_parts(names):
 
 
 @pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))
-def test_any_transformation_sees_the_global_batch(name):
+def test_any_transformation_updates_as_with_the_global_batch(name):
     """Three windows of uneven weights against the weighted mean gradients."""
     inner = promoting(TRANSFORMATIONS[name]())
     tx = oa.accumulate(inner, every_k=K)
@@ -71,7 +71,7 @@ def test_any_transformation_sees_the_global_batch(name):
     assert oa.gradient_step(state) == WINDOWS
 
 
-def test_the_catalogue_is_complete():
+def test_introspection_finds_every_optimizer_of_optax():
     """Introspection finds what a reader of Optax's documentation would name."""
     assert len(catalogue.optimizers()) >= 40
     for name in ("optax.sgd", "optax.adamw", "optax.lbfgs", "optax.contrib.muon"):

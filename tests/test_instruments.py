@@ -10,7 +10,7 @@ X = jax.ShapeDtypeStruct((64, 32), jnp.float32)
 FLAG = jax.ShapeDtypeStruct((), bool)
 
 
-def test_a_cond_is_counted():
+def test_conditionals_are_counted():
     def step(x, flag):
         return lax.cond(flag, lambda x: x @ x.T @ x, lambda x: x, x)
 
@@ -18,20 +18,20 @@ def test_a_cond_is_counted():
     assert len(hlo.operations(program, "conditional")) == 1
 
 
-def test_a_copy_is_counted_by_its_size():
+def test_copies_are_counted_by_their_size():
     """An argument that is not donated and goes out unchanged has to be copied."""
     program = hlo.compiled(lambda x: (x, x + 1), X, donate=())
     assert hlo.large_copies(program, 64 * 32) == ["f32[64,32]{1,0}"]
     assert hlo.large_copies(program, 64 * 32 + 1) == []
 
 
-def test_a_temporary_is_counted():
+def test_temporaries_are_counted():
     program = hlo.compiled(lambda x: (x @ x.T) @ x, X, donate=())
     assert hlo.temporaries(program) >= 64 * 64 * 4
 
 
 @pytest.mark.several_devices
-def test_collectives_are_counted_where_they_are():
+def test_collectives_are_counted_with_their_place():
     """One that runs once, one in a loop, one in a branch, and one in a branch there."""
 
     def total(x):
@@ -63,5 +63,5 @@ def test_collectives_are_counted_where_they_are():
     assert hlo.exchanges(program(lambda x, _: x)) == {}
 
 
-def test_bytes_of_a_tree():
+def test_bytes_of_a_tree_are_counted():
     assert hlo.nbytes({"x": X, "flag": FLAG}) == 64 * 32 * 4 + 1

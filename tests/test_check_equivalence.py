@@ -97,7 +97,7 @@ def assert_differs(report, name, *words):
     ],
     ids=["mean", "sum", "weights", "ratio", "remainder", "aux", "dtype", "info"],
 )
-def test_equal(fun, batch, options):
+def test_a_mean_over_examples_is_equal(fun, batch, options):
     report = check(fun, batch, **options)
     assert report, str(report)
     assert report.cause is None
@@ -109,7 +109,7 @@ def test_equal(fun, batch, options):
     )
 
 
-def test_more_arguments():
+def test_further_arguments_reach_the_loss():
     def fun(params, x, y, *, scale):
         return scale * ((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2).mean()
 
@@ -118,14 +118,14 @@ def test_more_arguments():
     assert report, str(report)
 
 
-def test_a_carry():
+def test_a_loss_with_a_carry_is_equal():
     def fun(params, x, carry):
         return mean(params, x), carry + 1
 
     assert check(fun, args=(jnp.zeros([]),), carry_argnum=2)
 
 
-def test_dropout_that_is_off():
+def test_dropout_that_is_switched_off_is_equal():
     def fun(params, x, key):
         del key
         return mean(params, x)
@@ -134,7 +134,7 @@ def test_dropout_that_is_off():
 
 
 @pytest.mark.several_devices
-def test_on_a_mesh():
+def test_the_check_runs_on_a_mesh():
     x = jnp.concatenate([X] * COUNT)
     assert check(mean, x, k=2, mesh=mesh(), axis_name="data")
     options = {"k": 2, "mesh": mesh(), "axis_name": "data"}
@@ -143,7 +143,7 @@ def test_on_a_mesh():
     assert_differs(report, "factor", f"are {2 * COUNT} micro-batches: `fun` is a mean")
 
 
-def test_a_leaf_that_is_zero_but_for_rounding():
+def test_a_leaf_that_is_zero_but_for_rounding_is_equal():
     def fun(params, x):
         """The softmax does not see `shift`."""
         logits = jnp.tanh(x @ params["w"]) + params["shift"].reshape(1, 1)
@@ -167,7 +167,7 @@ def test_the_tolerance_is_that_of_the_narrowest_dtype(dtype):
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_tolerance_in_float64():
+def test_the_tolerance_in_float64_is_that_of_float64():
     def fun(params, x):
         return mean(jax.tree.map(lambda p: p.astype(jnp.float64), params), x)
 
@@ -177,7 +177,7 @@ def test_the_tolerance_in_float64():
     assert report, str(report)
 
 
-def test_a_dtype_inside_a_loop_counts():
+def test_a_narrow_dtype_inside_a_loop_sets_the_tolerance():
     def fun(params, x):
         def body(c, row):
             return c, jax.lax.cond(True, narrow, lambda r: r, row)
@@ -194,7 +194,7 @@ def test_a_dtype_inside_a_loop_counts():
 # --- What differs, and why ---
 
 
-def test_a_mean_of_unequal_means():
+def test_missing_weights_are_named():
     report = check(masked, BATCH)
     assert_differs(report, "weights", "Pass `weight=`", "valid tokens")
     shares = np.array([MASK[i::K].sum() for i in range(K)]) / MASK.sum()
@@ -202,12 +202,12 @@ def test_a_mean_of_unequal_means():
     np.testing.assert_allclose([float(s) for s in shown], shares, atol=2e-3)
 
 
-def test_the_wrong_weights():
+def test_wrong_weights_are_named():
     report = check(masked, BATCH, weight=lambda p, b: count(p, b) ** 2)
     assert_differs(report, "weights", "`weight` counts something else")
 
 
-def test_unequal_means_of_a_tiny_model():
+def test_missing_weights_of_a_tiny_model_are_named():
     """Three equations for four weights: the others come from elsewhere."""
 
     def fun(w, batch):
@@ -221,12 +221,12 @@ def test_unequal_means_of_a_tiny_model():
 
 
 @pytest.mark.parametrize("fun", [slow(normalised), contrastive])
-def test_examples_that_depend_on_each_other(fun):
+def test_dependent_examples_are_named(fun):
     assert_differs(check(fun), "dependence", "exchanging examples", "BatchNorm")
 
 
 @pytest.mark.slow
-def test_dependence_in_a_tiny_model():
+def test_dependent_examples_of_a_tiny_model_are_named():
     """A fit could explain three numbers by four, but not at other parameters."""
 
     def fun(w, x):
@@ -237,22 +237,22 @@ def test_dependence_in_a_tiny_model():
     assert_differs(report, "dependence")
 
 
-def test_dependence_where_every_micro_batch_is_one_example():
+def test_dependence_is_named_with_micro_batches_of_one_example():
     assert_differs(check(normalised, k=B), "dependence", "an example alone")
 
 
-def test_dropout():
+def test_dropout_is_named():
     report = check(dropout, args=(jax.random.key(0),), rng_argnums=2)
     assert_differs(report, "randomness", "draw their own", "with the dropout off")
 
 
 @pytest.mark.parametrize("make", [jax.random.key, slow(jax.random.PRNGKey)])
-def test_dropout_whose_key_is_not_named(make):
+def test_dropout_without_rng_argnums_is_named(make):
     report = check(dropout, args=(make(0),))
     assert_differs(report, "randomness", "another `key` moves", "pass rng_argnums=2")
 
 
-def test_randomness_without_a_key():
+def test_randomness_without_a_key_is_named():
     random = np.random.default_rng(0)
 
     def fun(params, x):
@@ -262,22 +262,22 @@ def test_randomness_without_a_key():
 
 
 @pytest.mark.parametrize("k", [slow(2), 4])
-def test_a_sum_that_is_averaged(k):
+def test_a_sum_under_reduction_mean_is_named(k):
     report = check(total, k=k)
     assert_differs(report, "factor", f"is {1 / k:.4g} times", 'Use reduction="sum"')
 
 
-def test_a_sum_that_is_averaged_with_a_remainder():
+def test_a_sum_under_reduction_mean_with_a_remainder_is_named():
     report = check(total, X[:23], k=None, microbatch_size=5)
     assert_differs(report, "factor", "is the sum of its parts'")
 
 
-def test_a_mean_that_is_added_up():
+def test_a_mean_under_reduction_sum_is_named():
     report = check(mean, reduction="sum")
     assert_differs(report, "factor", "is 4 times", 'Use reduction="mean"')
 
 
-def test_another_factor():
+def test_another_factor_is_named():
     def weight(params, batch):
         """Counts double in small batches."""
         del params
@@ -290,7 +290,7 @@ def test_another_factor():
     assert_differs(report, "factor", "is 0.5 times", "divides by something else")
 
 
-def test_a_batch_argument_that_is_not_named():
+def test_a_batch_missing_from_batch_argnums_is_named():
     def fun(params, x, y):
         logits = jnp.tanh(x @ params["w"])[:, None] - y[None, : len(y)]
         return (logits**2).mean()
@@ -308,7 +308,7 @@ def test_a_batch_argument_that_is_not_named():
     assert check(fun, args=(y,))  # this one wants all of it
 
 
-def test_a_penalty_that_is_added_once_per_micro_batch():
+def test_a_penalty_added_once_per_micro_batch_is_named():
     def fun(params, x):
         return total(params, x) + 3 * sum((p**2).sum() for p in params.values())
 
@@ -316,7 +316,7 @@ def test_a_penalty_that_is_added_once_per_micro_batch():
     assert_differs(report, "constant term", "penalty on the", "Leave it out of `fun`")
 
 
-def test_a_difference_that_no_probe_explains():
+def test_an_unexplained_difference_says_so():
     """It depends on the batch's size, in two ways, and examples not on each other."""
 
     def fun(params, x):
@@ -326,7 +326,7 @@ def test_a_difference_that_no_probe_explains():
     assert_differs(check(fun, reduction="sum"), "unknown", "in float64")
 
 
-def test_a_micro_batch_that_is_all_padding():
+def test_a_micro_batch_of_padding_is_named():
     def fun(params, batch):
         counted = batch["mask"].sum().astype(jnp.float32)
         return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
@@ -337,12 +337,12 @@ def test_a_micro_batch_that_is_all_padding():
     assert "nan" in str(report)
 
 
-def test_a_global_batch_with_a_nan():
+def test_a_nan_in_the_global_batch_is_named():
     report = check(mean, X.at[3].set(jnp.nan))
     assert_differs(report, "not finite", "mend that first")
 
 
-def test_a_micro_batch_that_is_skipped():
+def test_a_skipped_micro_batch_is_named():
     def skip(grads, step, params):
         del step, params
         return jnp.linalg.norm(grads["v"]) > limit, ()
@@ -364,7 +364,7 @@ def test_a_weak_difference_is_judged_by_the_tolerance():
     assert report.tolerance == 0.1
 
 
-def test_two_halves_tell_what_many_micro_batches_cannot():
+def test_two_halves_show_what_many_micro_batches_hide():
     """With 3 numbers per gradient any 12 of them add up to any other."""
 
     def fun(w, x):
@@ -384,12 +384,12 @@ def test_two_halves_tell_what_many_micro_batches_cannot():
 
 
 @pytest.mark.parametrize("reduction", ["sum", slow("ratio")])
-def test_a_mean_of_unequal_means_that_is_added_up(reduction):
+def test_missing_weights_under_reduction_sum_are_named(reduction):
     report = check(masked, BATCH, reduction=reduction, weight=count)
     assert_differs(report, "weights", 'Use reduction="mean", with `weight=`')
 
 
-def test_a_variance_that_must_stay_positive():
+def test_probes_keep_a_variance_positive():
     """Elsewhere is a tenth of each entry away, not a tenth of the largest one."""
 
     def fun(variance, batch):
@@ -401,7 +401,7 @@ def test_a_variance_that_must_stay_positive():
     assert_differs(oa.diagnose.check_equivalence(fun, variance, BATCH, 2), "weights")
 
 
-def test_a_gradient_that_is_not_finite_nearby():
+def test_probes_avoid_gradients_that_are_not_finite():
     def fun(params, batch):
         is_here = jnp.abs(params["v"] - PARAMS["v"]).max() < 1e-3
         return masked(params, batch) * jnp.where(is_here, 1.0, jnp.nan)
@@ -410,7 +410,7 @@ def test_a_gradient_that_is_not_finite_nearby():
     assert_differs(report, "unknown", "is not finite", "Check at others")
 
 
-def test_values_that_cancel():
+def test_values_that_cancel_are_judged_by_their_size():
     """As those of a policy gradient with normalised advantages."""
     advantages = X[:, 0] - X[:, 0].mean()
 
@@ -424,7 +424,7 @@ def test_values_that_cancel():
     assert report, str(report)
 
 
-def test_a_gradient_that_is_zero():
+def test_a_gradient_of_zero_is_equal():
     """At an optimum only rounding is left of it."""
     y = jnp.asarray(RANDOM.normal(size=B), jnp.float32)
     w = jnp.asarray(np.linalg.lstsq(np.asarray(X), np.asarray(y))[0])
@@ -435,7 +435,7 @@ def test_a_gradient_that_is_zero():
     assert oa.diagnose.check_equivalence(fun, w, {"x": X, "y": y}, K)
 
 
-def test_a_nan_of_weight_zero_is_no_cause():
+def test_a_nan_of_weight_0_is_equal():
     def fun(params, batch):
         counted = batch["mask"].sum().astype(jnp.float32)
         return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
@@ -447,14 +447,14 @@ def test_a_nan_of_weight_zero_is_no_cause():
     assert np.isfinite([leaf.error for leaf in report.leaves]).all()
 
 
-def test_a_value_that_differs_alone():
+def test_a_value_that_alone_differs_is_named():
     def fun(params, x):
         return mean(params, x) + jax.lax.stop_gradient(x.max())
 
     assert_differs(check(fun), "dependence")
 
 
-def test_one_parameter():
+def test_a_loss_of_one_parameter_is_judged():
     """Any two numbers have a factor; these are a mean of unequal means."""
 
     def fun(w, batch):
@@ -466,7 +466,7 @@ def test_one_parameter():
     assert_differs(report, "weights")
 
 
-def test_a_loss_that_depends_on_its_carry():
+def test_a_loss_that_depends_on_its_carry_is_named():
     def fun(params, x, carry):
         return mean(params, x) * (1 + carry), carry + 0.1
 
@@ -474,7 +474,7 @@ def test_a_loss_that_depends_on_its_carry():
     assert_differs(report, "carry", "`carry`, its carry")
 
 
-def test_a_carry_that_holds_a_key():
+def test_a_carry_may_hold_a_key():
     def fun(params, x, carry):
         key, next_key = jax.random.split(carry)
         return dropout(params, x, key), next_key
@@ -483,12 +483,12 @@ def test_a_carry_that_holds_a_key():
     assert_differs(report, "randomness", "draw their own")
 
 
-def test_a_key_by_keyword():
+def test_a_key_may_be_passed_by_keyword():
     report = check(dropout, kwargs={"key": jax.random.key(0)})
     assert_differs(report, "randomness", "another `key`", "pass rng_argnums=2")
 
 
-def test_a_batch_argument_by_keyword_that_is_not_named():
+def test_a_batch_missing_from_batch_argnames_is_named():
     def fun(params, x, *, y):
         h = jnp.tanh(x @ params["w"])
         pairs = (h - y) ** 2 if len(x) == len(y) else (h[:, None] - y[None]) ** 2
@@ -499,7 +499,7 @@ def test_a_batch_argument_by_keyword_that_is_not_named():
 
 
 @pytest.mark.slow
-def test_arguments_that_are_no_arrays():
+def test_arguments_may_be_other_than_arrays():
     def fun(params, batch, kind, activation):
         assert kind == "mean"
         h = activation(batch["x"] @ params["w"]) @ params["v"] + params["b"]
@@ -517,7 +517,7 @@ def test_arguments_that_are_no_arrays():
 # --- What people see ---
 
 
-def test_it_prints():
+def test_the_report_prints_the_cause_and_the_remedy():
     text = str(check(masked, BATCH)).splitlines()
     assert text[0] == (
         "4 micro-batches are NOT the same as the global batch (tolerance 3.5e-04)"
@@ -529,7 +529,7 @@ def test_it_prints():
     assert text[6].startswith("  weights: ")
 
 
-def test_it_prints_the_worst_leaves_alone():
+def test_the_report_prints_only_the_worst_leaves():
     def fun(params, x):
         return sum((x * p) ** 2 for p in params).mean()
 
@@ -539,7 +539,7 @@ def test_it_prints_the_worst_leaves_alone():
     assert "  and 18 more, of which none differ" in str(report)
 
 
-def test_a_note_on_what_looks_like_a_batch_where_shapes_do_not_fit():
+def test_a_misfit_shape_is_noted_as_a_likely_batch():
     def fun(params, x, y):
         return ((jnp.tanh(x @ params["w"]) - y) ** 2).mean()
 
@@ -549,7 +549,7 @@ def test_a_note_on_what_looks_like_a_batch_where_shapes_do_not_fit():
 
 
 @pytest.mark.slow
-def test_as_an_assertion():
+def test_raise_if_different_raises_with_the_report():
     report = check(normalised)
     with pytest.raises(AssertionError, match="NOT the same as"):
         assert report, str(report)
@@ -569,6 +569,6 @@ def test_as_an_assertion():
         (mean, {"args": X}, TypeError, "`args` must be a tuple or list"),
     ],
 )
-def test_errors(fun, options, error, words):
+def test_wrong_arguments_are_refused(fun, options, error, words):
     with pytest.raises(error, match=words):
         check(fun, **options)
