@@ -154,9 +154,8 @@ def test_statistics_of_a_skipped_micro_batch_are_left_out():
 def test_modules_named_mean_and_var_are_not_taken_for_statistics():
     class Heads(nnx.Module):
         def __init__(self):
-            for name in ("mean", "var"):
-                norm = nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0))
-                setattr(self, name, norm)
+            self.mean = nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0))
+            self.var = nnx.BatchNorm(3, momentum=MOMENTUM, rngs=nnx.Rngs(0))
 
         def __call__(self, x):
             return self.mean(x) + self.var(2 * x + 1)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.devices import COUNT, mesh
-from support.training import slow
 
 import optax_accum as oa
+from tests.support.devices import COUNT, mesh
+from tests.support.training import slow
 
 B, K = 24, 4
 RANDOM = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Checkpoints: what was saved inside a window goes on from there, bit for bit."""
 
 import functools
+from typing import Any
 
 import chex
 import flax.jax_utils
@@ -14,10 +15,12 @@ import pytest
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from support import devices
-from support import stored_checkpoint as first
-from support.devices import AXIS, COUNT
-from support.training import (
+
+import optax_accum as oa
+from tests.support import devices
+from tests.support import stored_checkpoint as first
+from tests.support.devices import AXIS, COUNT
+from tests.support.training import (
     NAN,
     PARAMS,
     SGD,
@@ -27,8 +30,6 @@ from support.training import (
     stepper,
     weighted_mean,
 )
-
-import optax_accum as oa
 
 K = 3
 ADAM = promoting(optax.adam(0.1))
@@ -128,17 +129,17 @@ def test_a_restored_run_ends_with_the_same_bits_wherever_it_was_saved(
 ):
     """The bits come back, and lead on to the same bits in the program that is there."""
     tx, checkpoints = VARIANTS[variant](), saver(tmp_path)
-    params, *grads = PARAMS, *GRADS
+    params, grads = PARAMS, list(GRADS)
     if variant in ("everything", "chain", "waiting"):
         grads[1] = NAN
     if variant == "bfloat16":
-        params, *grads = optax.tree.cast((params, *grads), jnp.bfloat16)
+        params, grads = optax.tree.cast((params, grads), jnp.bfloat16)
     # What is restored is committed to its device; what is created is not, and JAX
     # compiles for either.
     start = jax.device_put((params, tx.init(params)), jax.devices()[0])
     chex.clear_trace_counter()
     way = "update" if variant == "chain" else "update_params"
-    step = jax.jit(chex.assert_max_traces(stepper(tx, way), n=1))
+    step: Any = jax.jit(chex.assert_max_traces(stepper(tx, way), n=1))
 
     def micro_step(i, params, state):
         return step(params, state, grads[i], weight=WEIGHTS[i], value=jnp.float32(i))

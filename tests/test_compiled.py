@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import hlo
-from support.training import WAYS, promoting, stepper
 
 import optax_accum as oa
+from tests.support import hlo
+from tests.support.training import WAYS, promoting, stepper
 
 needs_fused_maximum = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2),

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.training import (
+
+import optax_accum as oa
+from tests.support.training import (
     PARAMS,
     SGD,
     WAYS,
@@ -18,8 +20,6 @@ from support.training import (
     stepper,
     weighted_mean,
 )
-
-import optax_accum as oa
 
 ADAM = promoting(optax.adam(0.1))
 K = 3

@@ -8,11 +8,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import devices, hlo
-from support.devices import AXIS, COUNT
-from support.training import promoting, slow
 
 import optax_accum as oa
+from tests.support import devices, hlo
+from tests.support.devices import AXIS, COUNT
+from tests.support.training import promoting, slow
 
 pytestmark = pytest.mark.several_devices
 WIDTH, LENGTH, WORDS = 8, 5, 11
@@ -733,15 +733,15 @@ def test_micro_batches_inside_windows_exchange_once_per_window(every_k):
         )
 
     axes = None, "state", 0
-    step = devices.inside("checked", step, axes, (None, "state"))
+    mapped = devices.inside("checked", step, axes, (None, "state"))
     params, state = SMALL, oa.sharding.stack_windows(tx.init(SMALL), COUNT)
     wanted = {} if every_k is None else {"all-reduce, branch": 1}
-    assert hlo.exchanges(step.lower(params, state, X).compile()) == wanted
+    assert hlo.exchanges(mapped.lower(params, state, X).compile()) == wanted
     if every_k is None:
         return
     batches = [normal(EXAMPLES, 3, seed=i) for i in range(2)]
     for x in batches:
-        params, state = step(params, state, x)
+        params, state = mapped(params, state, x)
     grads = jax.grad(small)(SMALL, jnp.concatenate(batches))
     updates, _ = inner.update(grads, inner.init(SMALL), SMALL)
     close(params, optax.apply_updates(SMALL, updates))

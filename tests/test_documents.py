@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support.training import slow
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+from tests.support.training import slow
 
 ROOT = Path(__file__).parents[1]
 PRINTED = re.compile(r"\s+```text\n(?P<text>.*?)```", re.DOTALL)

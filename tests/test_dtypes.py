@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import catalogue
-from support.training import (
+
+import optax_accum as oa
+from tests.support import catalogue
+from tests.support.training import (
     ADAM,
     SGD,
     WAYS,
@@ -19,8 +21,6 @@ from support.training import (
     promoting,
     stepper,
 )
-
-import optax_accum as oa
 
 FLOAT16 = pytest.param(jnp.float16, marks=pytest.mark.slow)
 
@@ -206,7 +206,7 @@ class TestPassingThrough:
         grads = self.grads(integer)
         for step in range(1, 3):
             updates, state = jax.jit(tx.update)(grads, state, self.params)
-            assert jax.tree.structure(updates) == jax.tree.structure(grads)
+            chex.assert_trees_all_equal_structs(updates, grads)
             assert updates["count"].dtype == integer.dtype
             closes = step % every_k == 0
             np.testing.assert_array_equal(updates["w"], 2.0 if closes else 0.0)
@@ -241,10 +241,8 @@ class TestPassingThrough:
 
     def test_a_tree_without_any_gradient_updates_nothing(self):
         tx = oa.accumulate(SGD, 2)
-        params, state = (
-            {"none": None, "empty": {}},
-            tx.init({"none": None, "empty": {}}),
-        )
+        params: dict = {"none": None, "empty": {}}
+        state = tx.init(params)
         for _ in range(2):
             params, state = tx.update_params(params, state, params)
         assert state.gradient_step == 1

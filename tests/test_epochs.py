@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import hlo
-from support.errors import saying
-from support.training import promoting, slow
 
 import optax_accum as oa
+from tests.support import hlo
+from tests.support.errors import saying
+from tests.support.training import promoting, slow
 
 INNER = promoting(optax.adamw(optax.linear_schedule(0.1, 0.0, 20)))
 PARAMS = {"w": jnp.zeros(3), "b": jnp.zeros([])}

@@ -2,19 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import hlo
-from support.training import slow
 
 import optax_accum as oa
-
-eqx = pytest.importorskip("equinox")
+from tests.support import hlo
+from tests.support.training import slow
 
 pytestmark = pytest.mark.usefixtures("loose_promotion")
 is_trained = eqx.is_inexact_array
@@ -177,9 +177,9 @@ def test_static_leaves_have_neither_accumulator_nor_gradient(model):
     assert state.window.grads.activation is None
     assert state.window.grads.offsets is None
     updates, state = tx.update(grads, state, trained(model))
-    structure = jax.tree.structure(trained(model))
-    for tree in (updates, state.window.grads, oa.accumulated(state)):
-        assert jax.tree.structure(tree) == structure
+    chex.assert_trees_all_equal_structs(
+        trained(model), updates, state.window.grads, oa.accumulated(state)
+    )
 
 
 def test_a_part_of_the_model_can_be_trained_alone(model):
@@ -216,7 +216,7 @@ def test_a_donated_window_is_free_of_temporaries_and_copies(boundary):
         return tx.update_params(grads, state, params, weight=3, boundary=boundary)
 
     def compiled(donate):
-        step_ = eqx.filter_jit(step, donate=donate)
+        step_: Any = eqx.filter_jit(step, donate=donate)
         return step_.lower(params, params, state, boundary).compile().compiled
 
     program, size = compiled("all-except-first"), hlo.nbytes(params)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.errors import saying
 
 import optax_accum as oa
+from tests.support.errors import saying
 
 PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
 SGD = optax.sgd(0.1)

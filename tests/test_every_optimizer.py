@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from support import catalogue
-from support.training import (
+
+import optax_accum as oa
+from tests.support import catalogue
+from tests.support.training import (
     WAYS,
     micro_batches,
     promoting,
@@ -14,8 +16,6 @@ from support.training import (
     stepper,
     weighted_mean,
 )
-
-import optax_accum as oa
 
 K, WINDOWS = 3, 3
 TRANSFORMATIONS = catalogue.transformations()

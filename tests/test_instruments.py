@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import hlo
+
+from tests.support import hlo
 
 X = jax.ShapeDtypeStruct((64, 32), jnp.float32)
 FLAG = jax.ShapeDtypeStruct((), bool)

@@ -15,11 +15,11 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import hlo
-from support.training import promoting, slow
 
 import optax_accum as oa
 from optax_accum.flax import TrainState
+from tests.support import hlo
+from tests.support.training import promoting, slow
 
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)

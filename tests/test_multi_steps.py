@@ -7,15 +7,15 @@ import optax
 import pytest
 from absl.testing import parameterized
 from optax.transforms import _accumulation, _accumulation_test
-from support.training import (
+
+import optax_accum as oa
+from tests.support.training import (
     NAN,
     PARAMS,
     micro_batches,
     promoting,
     stepper,
 )
-
-import optax_accum as oa
 
 ADAM = promoting(optax.adam(0.1))
 GRADS, _ = micro_batches(PARAMS, 8)
@@ -69,7 +69,7 @@ class TestOptaxsOwnTests(_accumulation_test.AccumulationTest, parameterized.Test
     @pytest.fixture(autouse=True)
     def _against_the_adapter(self, monkeypatch, loose_promotion):
         del loose_promotion
-        self.built = []
+        self.built: list[MultiSteps] = []
 
         def build(*args, **kwargs):
             self.built.append(MultiSteps(*args, **kwargs))
@@ -124,7 +124,7 @@ class TestMoving:
             _, state = old.update(NAN, state, PARAMS)
         tx = oa.accumulate(ADAM, 2, skip=optax.skip_not_finite, on_skip="wait")
         _, ours = tx.update(NAN, oa.from_multi_steps(state), PARAMS)
-        assert (ours.micro_step, ours.window.skipped) == (1, 1)
+        assert ours.micro_step == ours.window.skipped == 1
         _, ours = tx.update(GRADS[1], ours, PARAMS)
         assert ours.gradient_step == 1
 

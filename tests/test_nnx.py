@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import hlo
-from support.training import promoting, slow
 
 import optax_accum as oa
 import optax_accum.flax as oaf
+from tests.support import hlo
+from tests.support.training import promoting, slow
 
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
@@ -85,7 +85,7 @@ class TestValueAndGrad:
         expected, expected_grads = nnx.value_and_grad(loss_fn)(model, X)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         close(grads, expected_grads)
-        assert jax.tree.structure(grads) == jax.tree.structure(expected_grads)
+        chex.assert_trees_all_equal_structs(grads, expected_grads)
 
     def test_state_and_outputs_are_those_of_micro_batches_in_sequence(self):
         """In values, gradients, statistics, random streams and auxiliary output."""
@@ -439,8 +439,8 @@ class TestOptimizer:
         tx = oa.accumulate(optax.adamw(1e-3), 8)
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
         grads = nnx.state(model, nnx.Param)
-        program = nnx.jit(apply, donate_argnums=(0, 1))
-        program = program.lower(model, optimizer, grads, jnp.float32(1)).compile()
+        jitted = nnx.jit(apply, donate_argnums=(0, 1))
+        program = jitted.lower(model, optimizer, grads, jnp.float32(1)).compile()
         params = jax.tree.leaves(grads)
         assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
         assert hlo.large_copies(program, 512 * 384) == []

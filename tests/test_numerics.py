@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.training import ADAM, PARAMS, feed, micro_batches, slow
 
 import optax_accum as oa
+from tests.support.training import ADAM, PARAMS, feed, micro_batches, slow
 
 U32, U16 = 2.0**-24, 2.0**-9  # the error of one rounding, in float32 and bfloat16
 K = 1024

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.devices import PARAMS, examples, loss
-from support.training import promoting
+
+from tests.support.devices import PARAMS, examples, loss
+from tests.support.training import promoting
 
 PROCESSES, DEVICES, K = 2, 4, 3
 
@@ -32,13 +33,13 @@ def test_two_processes_train_to_the_same_bits_as_one(tmp_path):
     started = []
     try:
         for i in range(PROCESSES):
-            command = [sys.executable, "-m", "support.worker_process"]
+            command = [sys.executable, "-m", "tests.support.worker_process"]
             arguments = [address, str(PROCESSES), str(i), str(files[i])]
             with logs[i].open("w") as log:
                 started.append(
                     subprocess.Popen(
                         command + arguments,
-                        cwd=Path(__file__).parent,
+                        cwd=Path(__file__).parents[1],
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env=os.environ | {"JAX_PLATFORMS": "cpu"},

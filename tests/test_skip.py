@@ -7,7 +7,9 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from support.training import (
+
+import optax_accum as oa
+from tests.support.training import (
     ADAM,
     NAN,
     PARAMS,
@@ -19,8 +21,6 @@ from support.training import (
     stepper,
     weighted_mean,
 )
-
-import optax_accum as oa
 
 GRADS, WEIGHTS = micro_batches(PARAMS, 4)
 BATCHES = [(g, {"weight": w}) for g, w in zip(GRADS, WEIGHTS, strict=True)]

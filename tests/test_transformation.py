@@ -1,5 +1,7 @@
 """What `accumulate` returns, wherever it is passed, copied and printed."""
 
+from typing import Any
+
 import chex
 import equinox as eqx
 import jax
@@ -79,7 +81,7 @@ def test_a_transformation_may_be_an_argument_of_eqx_filter_jit():
 
 
 def test_a_transformation_may_be_a_static_argument_of_jit():
-    step = jax.jit(lambda tx, *args: tx.update_params(*args), static_argnums=0)
+    step: Any = jax.jit(lambda tx, *args: tx.update_params(*args), static_argnums=0)
     _, state = step(TX, PARAMS, TX.init(PARAMS), PARAMS)
     _, state = step(flattened(TX), PARAMS, state, PARAMS)
     assert oa.has_updated(state)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from optax import microbatching
-from support import hlo
-from support.training import slow
 
 import optax_accum as oa
+from tests.support import hlo
+from tests.support.training import slow
 
 B = 256
 SIZES = (128, 512, 384, 16)  # of which no two matrices share a shape

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import hlo
-from support.training import promoting
 
 import optax_accum as oa
+from tests.support import hlo
+from tests.support.training import promoting
 
 
 def normal(*shape, seed=0):
@@ -42,7 +42,7 @@ def whole(fun, *args):
 @pytest.mark.usefixtures("float64")
 class TestTransformations:
     def test_vmap_over_parameters_equals_one_by_one(self):
-        w, x, y = normal(4, 3, 2), *arguments()[1:]
+        w, (_, x, y) = normal(4, 3, 2), arguments()
         got = jax.jit(jax.vmap(in_parts(), (0, None, None)))(w, x, y)
         same(got, jax.vmap(lambda w: whole(loss, w, x, y))(w))
 
@@ -329,9 +329,9 @@ def test_an_explicit_mesh_too_large_for_a_micro_batch_is_refused():
             ValueError, match="`x` is sharded over 4 devices along axis 0"
         ):
             f(1.0, x)
-        f = oa.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=10)
+        g = oa.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=10)
         with pytest.raises(ValueError, match="a micro-batch of 10 examples cannot be"):
-            f(1.0, x)
+            g(1.0, x)
 
 
 # --- Flax ---

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.errors import saying
 
 import optax_accum as oa
+from tests.support.errors import saying
 
 PARAMS = {"w": jnp.ones(3)}
 X = np.ones((10, 3), np.float32)
@@ -44,12 +44,12 @@ def test_neither_or_both_sizes_are_refused(sizes):
 
 @pytest.mark.parametrize("name", ["num_microbatches", "microbatch_size"])
 def test_a_size_that_is_not_a_positive_integer_is_refused(name):
-    for value in (0, -3):
-        with raises(ValueError, f"`{name}` must be an int >= 1", f"got {value}"):
-            oa.value_and_grad(loss, **{name: value})
-    for value in (2.0, "4", True, (2,)):
-        with raises(TypeError, f"`{name}` must be an int >= 1", f"got {value!r}"):
-            oa.value_and_grad(loss, **{name: value})
+    for size in (0, -3):
+        with raises(ValueError, f"`{name}` must be an int >= 1", f"got {size}"):
+            oa.value_and_grad(loss, **{name: size})
+    for other in (2.0, "4", True, (2,)):
+        with raises(TypeError, f"`{name}` must be an int >= 1", f"got {other!r}"):
+            oa.value_and_grad(loss, **{name: other})
     run(**{name: np.int64(5)})
 
 

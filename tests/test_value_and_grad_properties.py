@@ -7,6 +7,7 @@ The model is linear under a tanh, one number per example:
 so that float64 NumPy can tell the gradient in closed form.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def oracle(params, batch, weights, divisor):
 def assert_close(got, wanted, params):
     value, grads = got
     np.testing.assert_allclose(value, wanted[0], rtol=1e-5, atol=1e-6)
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    chex.assert_trees_all_equal_structs(grads, params)
     leaves = zip(
         jax.tree.leaves(grads), wanted[1], jax.tree.leaves(params), strict=True
     )

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.training import (
+
+import optax_accum as oa
+from tests.support.training import (
     ADAM,
     NAN,
     PARAMS,
@@ -19,8 +21,6 @@ from support.training import (
     stepper,
     weighted_mean,
 )
-
-import optax_accum as oa
 
 
 class TestReductions:

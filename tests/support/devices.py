@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from support.training import slow, stepper
+from tests.support.training import slow, stepper
 
 COUNT = jax.device_count()
 AXIS = "data"

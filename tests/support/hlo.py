@@ -109,11 +109,8 @@ def large_copies(program, elements: int) -> list[str]:
     """The copies of at least `elements` elements."""
 
     def size(type_):
-        dims = SHAPE.search(type_)["dims"]
-        total = 1
-        for dim in filter(None, dims.split(",")):
-            total *= int(dim)
-        return total
+        (dims,) = SHAPE.findall(type_)[:1]
+        return math.prod(map(int, filter(None, dims.split(","))))
 
     return [t for t in operations(program, "copy") if size(t) >= elements]
 

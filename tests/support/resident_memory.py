@@ -51,6 +51,7 @@ def main():
     stop.set()
     watcher.join()
     memory = plan.candidates[0].memory
+    assert memory is not None
     rise = max(*highest, resident()) - before
     del outputs
     # The arguments were there before.

@@ -1,6 +1,6 @@
 """One of several processes that train together; started by `test_processes.py`.
 
-    python -m support.worker_process ADDRESS PROCESSES PROCESS FILE
+    python -m tests.support.worker_process ADDRESS PROCESSES PROCESS FILE
 
 Each has two devices and an own part of every micro-step's examples, of which it counts
 as many as its mask says. It leaves in FILE what its own devices hold in the end.
@@ -23,7 +23,7 @@ def main(address, processes, process, file):
     from jax.sharding import PartitionSpec as P  # noqa: PLC0415
 
     import optax_accum as oa  # noqa: PLC0415
-    from support import devices  # noqa: PLC0415
+    from tests.support import devices  # noqa: PLC0415
 
     steps, k = 6, 3
     mesh = devices.mesh()
