@@ -106,7 +106,7 @@ def test_running_statistics_move_once_per_micro_batch():
     assert np.all(threaded["mean"][-1] > 3 * whole["mean"])
 
 
-def test_the_loss_with_batch_norm_is_that_of_micro_batches():
+def test_the_loss_with_batch_norm_is_the_mean_of_micro_batch_losses():
     """The loss and the gradient are those of micro-batches, not of the global batch."""
     variables = Linen().init(jax.random.key(0), X)
     stats = variables.pop("batch_stats")
@@ -173,7 +173,7 @@ def test_modules_named_mean_and_var_are_not_taken_for_statistics():
     close(stats, nnx.state(whole, nnx.BatchStat))
 
 
-def test_what_cannot_be_combined_is_refused():
+def test_statistics_that_cannot_be_combined_are_refused():
     moving = nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat)
     with pytest.raises(ValueError, match=r"moved on with it.*nnx\.as_pure\(nnx\.state"):
         oaf.combine_batch_stats(moving, moving)

@@ -97,7 +97,7 @@ def assert_differs(report, name, *words):
     ],
     ids=["mean", "sum", "weights", "ratio", "remainder", "aux", "dtype", "info"],
 )
-def test_a_mean_over_examples_is_equal(fun, batch, options):
+def test_losses_that_split_over_examples_are_reported_equivalent(fun, batch, options):
     report = check(fun, batch, **options)
     assert report, str(report)
     assert report.cause is None
@@ -125,7 +125,7 @@ def test_a_loss_with_a_carry_is_equal():
     assert check(fun, args=(jnp.zeros([]),), carry_argnum=2)
 
 
-def test_dropout_that_is_switched_off_is_equal():
+def test_a_loss_that_ignores_its_key_is_reported_equivalent():
     def fun(params, x, key):
         del key
         return mean(params, x)
@@ -143,7 +143,7 @@ def test_the_check_runs_on_a_mesh():
     assert_differs(report, "factor", f"are {2 * COUNT} micro-batches: `fun` is a mean")
 
 
-def test_a_leaf_that_is_zero_but_for_rounding_is_equal():
+def test_a_gradient_leaf_of_rounding_alone_is_reported_equivalent():
     def fun(params, x):
         """The softmax does not see `shift`."""
         logits = jnp.tanh(x @ params["w"]) + params["shift"].reshape(1, 1)
@@ -277,7 +277,7 @@ def test_a_mean_under_reduction_sum_is_named():
     assert_differs(report, "factor", "is 4 times", 'Use reduction="mean"')
 
 
-def test_another_factor_is_named():
+def test_a_factor_from_a_wrong_weight_is_named():
     def weight(params, batch):
         """Counts double in small batches."""
         del params
@@ -316,7 +316,7 @@ def test_a_penalty_added_once_per_micro_batch_is_named():
     assert_differs(report, "constant term", "penalty on the", "Leave it out of `fun`")
 
 
-def test_an_unexplained_difference_says_so():
+def test_a_difference_without_a_known_cause_is_reported_as_unknown():
     """It depends on the batch's size, in two ways, and examples not on each other."""
 
     def fun(params, x):
@@ -364,7 +364,7 @@ def test_a_weak_difference_is_judged_by_the_tolerance():
     assert report.tolerance == 0.1
 
 
-def test_two_halves_show_what_many_micro_batches_hide():
+def test_causes_are_named_with_fewer_parameters_than_micro_batches():
     """With 3 numbers per gradient any 12 of them add up to any other."""
 
     def fun(w, x):
@@ -384,7 +384,7 @@ def test_two_halves_show_what_many_micro_batches_hide():
 
 
 @pytest.mark.parametrize("reduction", ["sum", slow("ratio")])
-def test_missing_weights_under_reduction_sum_are_named(reduction):
+def test_a_masked_mean_under_reduction_sum_or_ratio_is_named(reduction):
     report = check(masked, BATCH, reduction=reduction, weight=count)
     assert_differs(report, "weights", 'Use reduction="mean", with `weight=`')
 
@@ -401,7 +401,7 @@ def test_probes_keep_a_variance_positive():
     assert_differs(oa.diagnose.check_equivalence(fun, variance, BATCH, 2), "weights")
 
 
-def test_probes_avoid_gradients_that_are_not_finite():
+def test_the_cause_is_unknown_if_the_loss_is_not_finite_at_the_probes():
     def fun(params, batch):
         is_here = jnp.abs(params["v"] - PARAMS["v"]).max() < 1e-3
         return masked(params, batch) * jnp.where(is_here, 1.0, jnp.nan)
@@ -410,7 +410,7 @@ def test_probes_avoid_gradients_that_are_not_finite():
     assert_differs(report, "unknown", "is not finite", "Check at others")
 
 
-def test_values_that_cancel_are_judged_by_their_size():
+def test_a_value_near_zero_from_cancelling_terms_is_reported_equivalent():
     """As those of a policy gradient with normalised advantages."""
     advantages = X[:, 0] - X[:, 0].mean()
 
@@ -435,7 +435,7 @@ def test_a_gradient_of_zero_is_equal():
     assert oa.diagnose.check_equivalence(fun, w, {"x": X, "y": y}, K)
 
 
-def test_a_nan_of_weight_0_is_equal():
+def test_a_nan_in_a_micro_batch_of_weight_0_makes_no_difference():
     def fun(params, batch):
         counted = batch["mask"].sum().astype(jnp.float32)
         return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
@@ -447,14 +447,14 @@ def test_a_nan_of_weight_0_is_equal():
     assert np.isfinite([leaf.error for leaf in report.leaves]).all()
 
 
-def test_a_value_that_alone_differs_is_named():
+def test_a_difference_in_the_value_alone_is_named():
     def fun(params, x):
         return mean(params, x) + jax.lax.stop_gradient(x.max())
 
     assert_differs(check(fun), "dependence")
 
 
-def test_a_loss_of_one_parameter_is_judged():
+def test_missing_weights_of_a_one_parameter_model_are_named():
     """Any two numbers have a factor; these are a mean of unequal means."""
 
     def fun(w, batch):
@@ -474,7 +474,7 @@ def test_a_loss_that_depends_on_its_carry_is_named():
     assert_differs(report, "carry", "`carry`, its carry")
 
 
-def test_a_carry_may_hold_a_key():
+def test_dropout_with_its_key_in_the_carry_is_named():
     def fun(params, x, carry):
         key, next_key = jax.random.split(carry)
         return dropout(params, x, key), next_key
@@ -483,7 +483,7 @@ def test_a_carry_may_hold_a_key():
     assert_differs(report, "randomness", "draw their own")
 
 
-def test_a_key_may_be_passed_by_keyword():
+def test_dropout_with_its_key_passed_by_keyword_is_named():
     report = check(dropout, kwargs={"key": jax.random.key(0)})
     assert_differs(report, "randomness", "another `key`", "pass rng_argnums=2")
 
@@ -517,7 +517,7 @@ def test_arguments_may_be_other_than_arrays():
 # --- What people see ---
 
 
-def test_the_report_prints_the_cause_and_the_remedy():
+def test_the_report_prints_the_verdict_the_leaves_and_the_cause():
     text = str(check(masked, BATCH)).splitlines()
     assert text[0] == (
         "4 micro-batches are NOT the same as the global batch (tolerance 3.5e-04)"
@@ -539,7 +539,7 @@ def test_the_report_prints_only_the_worst_leaves():
     assert "  and 18 more, of which none differ" in str(report)
 
 
-def test_a_misfit_shape_is_noted_as_a_likely_batch():
+def test_a_shape_error_notes_the_argument_that_may_be_a_batch():
     def fun(params, x, y):
         return ((jnp.tanh(x @ params["w"]) - y) ** 2).mean()
 
@@ -549,7 +549,7 @@ def test_a_misfit_shape_is_noted_as_a_likely_batch():
 
 
 @pytest.mark.slow
-def test_raise_if_different_raises_with_the_report():
+def test_asserting_a_failed_report_raises_with_its_text():
     report = check(normalised)
     with pytest.raises(AssertionError, match="NOT the same as"):
         assert report, str(report)

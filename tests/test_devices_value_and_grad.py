@@ -842,7 +842,7 @@ def test_an_unbound_axis_name_is_refused(axis_name):
         f(SMALL, X)
 
 
-def test_a_mesh_without_the_axis_is_refused():
+def test_a_mesh_or_scatter_without_a_matching_axis_name_is_refused():
     with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
         oa.value_and_grad(
             small, num_microbatches=2, axis_name="batch", mesh=devices.mesh()
@@ -869,7 +869,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(way):
 
 
 @outside
-def test_a_micro_batch_smaller_than_the_devices_is_refused(way):
+def test_a_micro_batch_with_fewer_examples_than_devices_is_refused(way):
     f = devices.in_step(way, small, num_microbatches=8)
     message = f"holds {EXAMPLES} examples along axis 0, 4 on each of {COUNT} devices"
     with pytest.raises(ValueError, match=f"{message}. Use 1, 2 or 4, or"):

@@ -142,7 +142,7 @@ def test_the_inner_optimizer_sees_the_value_of_the_global_batch(way):
 
 @ways
 @pytest.mark.parametrize("update", WAYS)
-def test_every_k_1_exchanges_in_every_micro_step(way, update):
+def test_every_k_1_equals_the_global_batch_in_every_micro_step(way, update):
     """`every_k=1`: every micro-step meets."""
     x, mask = devices.examples(2)
     tx = oa.accumulate(ADAMW, 1, axis_name=AXIS)

@@ -44,14 +44,14 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(path):
     assert run(path) == path.read_text().count("```python")
 
 
-def test_a_page_whose_code_fails_fails_here(tmp_path):
+def test_running_a_page_fails_if_its_code_fails(tmp_path):
     document = tmp_path / "wrong.md"
     document.write_text("```python\nassert 1 + 1 == 3\n```\n")
     with pytest.raises(AssertionError):
         run(document)
 
 
-def test_a_page_with_other_output_fails_here(tmp_path):
+def test_running_a_page_fails_if_its_output_differs(tmp_path):
     document = tmp_path / "wrong.md"
     document.write_text("```python\nprint(2)\n```\n\n```text\n3\n```\n")
     with pytest.raises(AssertionError):

@@ -198,7 +198,7 @@ class TestPassingThrough:
 
     @pytest.mark.parametrize("every_k", [1, 2])
     @pytest.mark.parametrize("integer", [float0, jnp.arange(3)])
-    def test_leaves_without_gradients_leave_update_as_from_the_inner_optimizer(
+    def test_updates_of_leaves_without_gradients_come_from_the_inner_optimizer(
         self, integer, every_k
     ):
         tx = oa.accumulate(optax.identity(), every_k)
@@ -230,7 +230,7 @@ class TestPassingThrough:
         np.testing.assert_array_equal(params["n"], jnp.arange(3))
         np.testing.assert_allclose(params["w"], 1 - 0.1 * np.arange(3), rtol=1e-6)
 
-    def test_no_update_leaves_its_parameter_alone(self):
+    def test_a_none_gradient_leaves_its_parameter_alone(self):
         """An integer parameter may have None for a gradient."""
         params = {"w": jnp.ones(3), "n": jnp.arange(3)}
         tx = oa.accumulate(SGD, 1)
@@ -239,7 +239,7 @@ class TestPassingThrough:
         )
         np.testing.assert_array_equal(params["n"], jnp.arange(3))
 
-    def test_a_tree_without_any_gradient_updates_nothing(self):
+    def test_a_tree_without_any_gradient_still_closes_its_window(self):
         tx = oa.accumulate(SGD, 2)
         params: dict = {"none": None, "empty": {}}
         state = tx.init(params)

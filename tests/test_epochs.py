@@ -70,7 +70,7 @@ class TestTheBoundaries:
         rest = oa.with_boundaries(batches[seen:], 4, micro_step=seen)
         assert list(rest) == pairs[seen:]
 
-    def test_micro_step_may_come_from_a_state(self):
+    def test_micro_step_may_be_a_jax_integer(self):
         flags = [b for _, b in oa.with_boundaries("abc", 3, micro_step=jnp.int32(2))]
         assert flags == [True, False, True]
 
@@ -81,7 +81,7 @@ class TestTheBoundaries:
 
 
 class TestTheIteration:
-    def test_it_reads_one_batch_ahead_and_never_two(self):
+    def test_with_boundaries_reads_one_batch_ahead_and_never_two(self):
         read = []
 
         def batches():
@@ -95,7 +95,7 @@ class TestTheIteration:
             assert read[-1] == batch + 1
             assert boundary == (batch % 3 == 2)
 
-    def test_it_starts_the_iterable_once(self):
+    def test_with_boundaries_starts_the_iterable_once(self):
         class Loader:
             started = 0
 
@@ -147,7 +147,7 @@ class TestErrorsAtTheCall:
             oa.with_boundaries([1], every_k, micro_step=-1)
 
     @pytest.mark.parametrize("micro_step", [4, 5])
-    def test_a_micro_step_beyond_every_k_is_refused(self, micro_step):
+    def test_a_micro_step_not_less_than_every_k_is_refused(self, micro_step):
         words = ("`micro_step` must be less than `every_k=4`", f"got {micro_step}")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.with_boundaries([1], 4, micro_step=micro_step)
@@ -200,7 +200,7 @@ class TestTraining:
         assert oa.micro_step(stopped[1]) == 2
         chex.assert_trees_all_equal(train(stopped, batches[5:]), train(start, batches))
 
-    def test_each_shape_compiles_to_two_programs_without_a_branch(self):
+    def test_each_shape_and_boundary_compiles_to_one_program_without_a_branch(self):
         tx = oa.accumulate(INNER)
         step = stepper(tx)
         state = tx.init(PARAMS)
@@ -272,7 +272,7 @@ class TestMetricsOverTheWindow:
             logged, metrics_of(self.PARAMS, examples), rtol=1e-5
         )
 
-    def test_a_window_without_weight_has_no_metrics(self):
+    def test_metrics_of_a_window_without_weight_are_zeros(self):
         logged = self.over_windows([epoch_of(3), epoch_of(3)], 2, lambda _: 0)
         chex.assert_trees_all_equal(logged, jax.tree.map(jnp.zeros_like, logged))
 
@@ -283,7 +283,7 @@ class TestMetricsOverTheWindow:
             logged, metrics_of(self.PARAMS, examples), rtol=1e-5
         )
 
-    def test_a_count_is_taken_over_as_it_is(self):
+    def test_an_integer_metric_is_that_of_the_last_micro_batch(self):
         """What `docs/epochs.md` warns of."""
         tx = oa.accumulate(optax.identity(), 2)
         state = tx.init({"right": jnp.int32(0)})
@@ -376,7 +376,7 @@ class TestGrain:
     def grain(self):
         return pytest.importorskip("grain")
 
-    def test_a_smaller_last_batch_of_grain_is_weighted(self, grain):
+    def test_a_smaller_last_batch_of_grain_closes_its_window(self, grain):
         dataset = grain.MapDataset.source(np.arange(50)).shuffle(seed=1)
         loader = dataset.batch(4, drop_remainder=False)
         pairs = list(oa.with_boundaries(loader, 3))

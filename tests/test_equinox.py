@@ -136,7 +136,7 @@ def test_across_steps_training_equals_global_batches(model, way, donate):
     np.testing.assert_array_equal(model.offsets, jnp.arange(4))
 
 
-def test_the_boundary_of_filter_jit_may_be_counted_or_traced(model):
+def test_the_boundary_under_filter_jit_may_be_counted_or_traced(model):
     expected = in_global_batches()[0]
     for tx, traced in ((COUNTED, False), (WHOLE, True)):
         now = model, tx.init(trained(model))

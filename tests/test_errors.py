@@ -64,7 +64,7 @@ class TestSettings:
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, on_skip="wait", axis_name="batch")
 
-    def test_float64_without_x64_is_refused(self):
+    def test_a_float64_accumulator_without_x64_is_refused(self):
         words = ("`accumulator_dtype` is float64", "jax_enable_x64")
         with pytest.raises(ValueError, match=saying(*words)):
             oa.accumulate(SGD, 2, accumulator_dtype="float64")
@@ -101,7 +101,7 @@ class TestBoundary:
             update(oa.accumulate(SGD), boundary=value)
 
     @pytest.mark.parametrize("value", [False, jnp.array(True)])
-    def test_boundary_false_with_every_k_1_is_refused(self, value):
+    def test_a_false_or_array_boundary_with_every_k_1_is_refused(self, value):
         words = ("`boundary` must be True or None with `every_k=1`", "every_k=None")
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, 1), boundary=value)
@@ -200,7 +200,7 @@ class TestState:
             oa.accumulate(SGD, 2).update(PARAMS, state, PARAMS)
 
     @pytest.mark.parametrize("state", [(), PARAMS, SGD.init(PARAMS)])
-    def test_what_is_not_a_state_is_refused(self, state):
+    def test_a_state_that_is_not_an_accumulate_state_is_refused(self, state):
         words = (
             "`state` must be the `AccumulateState`",
             "update(grads, state, params)",
@@ -321,7 +321,7 @@ def test_from_multi_steps_refuses_another_state():
         oa.from_multi_steps(SGD.init(PARAMS))
 
 
-def test_errors_come_at_trace_time():
+def test_a_weight_that_is_not_a_scalar_is_refused_at_trace_time():
     tx = oa.accumulate(SGD, 2)
     state = jax.eval_shape(tx.init, PARAMS)
     with pytest.raises(ValueError, match="`weight` must be a scalar"):

@@ -57,7 +57,7 @@ def test_the_parameters_stand_still_until_the_boundary(name):
     assert last.params["w"] != first["w"]
 
 
-def test_the_sum_is_that_of_the_gradients_so_far():
+def test_the_accumulator_is_the_sum_of_the_gradients_so_far():
     total = {"w": 0.0, "b": 0.0}
     for i, s in enumerate(walk("equal")):
         total = {name: total[name] + float(g) for name, g in s.gradient.items()}
@@ -73,7 +73,7 @@ def test_the_page_has_the_tables_that_the_example_prints():
         assert example.table(rows) in written, title
 
 
-def test_a_stale_table_fails_here():
+def test_a_stale_table_on_the_page_is_noticed():
     rows = [["after", "step 1"], ["loss", "125"]]
     stale = example.table(rows).replace("125", "124")
     page = f"Text.\n\n{stale}\n\nText."
@@ -90,7 +90,7 @@ def test_clipping_each_micro_batch_is_not_clipping_their_mean():
 
 
 @pytest.mark.usefixtures("loose_promotion")
-def test_every_mistake_shown_changes_the_parameters():
+def test_every_mistake_but_not_dividing_with_adam_changes_the_parameters():
     wrong = {
         m.name: not np.allclose(leaves(m.made), leaves(m.right), rtol=1e-4)
         for m in example.mistakes()
@@ -101,7 +101,7 @@ def test_every_mistake_shown_changes_the_parameters():
 
 
 @pytest.mark.usefixtures("loose_promotion")
-def test_it_writes_the_tables_and_the_picture(tmp_path, capsys):
+def test_the_tables_and_the_picture_are_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     markdown, picture = tmp_path / "tables.md", tmp_path / "picture.svg"
     arguments = ["--markdown", str(markdown), "--picture", str(picture)]

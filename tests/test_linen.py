@@ -119,7 +119,7 @@ def test_a_python_boundary_closes_the_window_early():
     chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_flaxs_own_train_state_passes_no_weight():
+def test_flaxs_own_train_state_refuses_a_weight():
     """The trap: the fields that Flax's `apply_gradients` replaces swallow a weight."""
     state = create(oa.accumulate(INNER, 3), cls=train_state.TrainState)
     with pytest.raises(TypeError, match="weight"):
@@ -191,7 +191,7 @@ def test_batch_norm_statistics_carry_over_between_micro_batches():
 
 
 @pytest.mark.parametrize("how", ["weight 0", "rejected"])
-def test_a_micro_batch_of_weight_0_leaves_the_statistics(how):
+def test_a_micro_batch_without_weight_leaves_the_statistics_unchanged(how):
     state = create(oa.accumulate(INNER, 2, skip=oa.skip_not_finite), Normalised())
     state, _, _ = jax.jit(normalised_step)(state, PARTS[2], 4.0)
     stats = state.batch_stats
@@ -204,7 +204,7 @@ def test_a_micro_batch_of_weight_0_leaves_the_statistics(how):
     assert np.all(np.isfinite(jax.tree.leaves(state.params)[0]))
 
 
-def test_frozen_statistics_keep_their_structure():
+def test_frozen_statistics_may_be_replaced_by_plain_dicts():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     stats = {"norm": {"mean": jnp.zeros(2)}}
     params = {"w": jnp.ones(2)}
@@ -243,7 +243,7 @@ def test_scalar_statistics_work_in_shard_map():
     assert state.batch_stats["sigma"].shape == ()
 
 
-def test_overwrite_with_gradient_is_taken_over():
+def test_overwrite_with_gradient_replaces_its_parameter_at_every_micro_step():
     """Flax's float8 layers keep scales whose `gradient` is their next value."""
     params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: jnp.zeros(1)}
     tx = oa.accumulate(optax.sgd(1.0), 2)

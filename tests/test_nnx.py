@@ -127,7 +127,7 @@ class TestValueAndGrad:
         assert np.all(np.abs(model.norm.mean[...]) > np.abs(first))
         assert model.dropout.rngs.count[...] == 4
 
-    def test_a_micro_batch_of_weight_0_leaves_the_module(self):
+    def test_a_micro_batch_of_weight_0_leaves_the_module_unchanged(self):
         """And `weight` is called as the loss is: with a module."""
 
         def masked_loss(model, x, mask):
@@ -424,7 +424,7 @@ class TestOptimizer:
             step(model, optimizer, x)
         assert oa.noise.estimate(optimizer).count > 0
 
-    def test_queries_replace_comparing_the_state(self):
+    def test_micro_step_can_be_compared_on_the_optimizer_but_not_in_opt_state(self):
         """The trap: `nnx.Optimizer` keeps every leaf in a variable."""
         optimizer = oaf.Optimizer(MLP(), oa.accumulate(INNER, 3), wrt=nnx.Param)
         with pytest.raises(TypeError):

@@ -234,7 +234,7 @@ def test_noise_decay_changes_nothing_else(way):
     jax.tree.map(np.testing.assert_array_equal, plain, (measured[0], without))
 
 
-def test_without_noise_decay_the_program_is_the_same():
+def test_without_noise_decay_the_program_reduces_nothing():
     tx = oa.accumulate(optax.sgd(0.1), 4)
     state = tx.init(PARAMS)
     assert state.noise == ()
@@ -632,7 +632,7 @@ def test_windows_with_noise_sums_can_be_stacked_and_summed():
 
 
 @pytest.mark.parametrize("k", [slow(2), 4])
-def test_across_steps_in_one_step_and_on_devices_agree(k):
+def test_across_steps_and_in_one_step_the_estimates_agree(k):
     """Streaming, in one step, and by hand, on the same micro-batches."""
     _, info = jax.jit(in_step(k))(WEIGHTS, X, MASK)
     tx = oa.accumulate(optax.sgd(0.1), k, noise_decay=0.9)
@@ -678,7 +678,7 @@ def test_adaptive_k_settles_at_the_noise_scale(true_k, powers_of_two):
     assert len(set(late.tolist())) <= 4  # it has settled
 
 
-def test_adaptive_k_settles_during_training():
+def test_adaptive_k_follows_the_noise_scale_during_training():
     """A quadratic bowl with known noise: as it descends, the signal gets less."""
     dim, size, rate = 50, 4, 0.01
     tx = oa.accumulate(optax.sgd(rate), oa.noise.adaptive_k(2, 4096), noise_decay=0.8)
@@ -711,7 +711,7 @@ def test_adaptive_k_stays_within_its_bounds():
     assert last_k(oa.noise.adaptive_k(2, 500, multiple=4), 8) in (16, 32, 64)
 
 
-def test_adaptive_k_is_largest_without_signal():
+def test_adaptive_k_doubles_to_its_maximum_without_signal():
     adaptive = oa.noise.adaptive_k(2, 64)
     k = jnp.int32(2)
     lost = oa.noise.NoiseScale(jnp.float32(-1), jnp.float32(3), jnp.int32(1))
@@ -842,7 +842,7 @@ def test_wrong_settings_are_refused(make, error, words):
         make()
 
 
-def test_wrong_calls_are_refused():
+def test_a_decay_of_1_and_a_multiple_of_another_type_are_refused():
     average = oa.noise.NoiseScale.empty()
     with pytest.raises(ValueError, match="`decay` is how much of the averages"):
         average.add(average, 1.0)

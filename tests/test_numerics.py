@@ -78,7 +78,9 @@ def error(result, grads):
 
 @pytest.mark.parametrize("way", [given, in_step])
 @pytest.mark.parametrize(("dtype", "sum_of_ones"), [(None, 4096), (jnp.bfloat16, 256)])
-def test_a_narrow_sum_of_ones_stalls_where_its_digits_end(way, dtype, sum_of_ones):
+def test_sums_of_ones_stall_at_256_in_bfloat16_and_not_in_float32(
+    way, dtype, sum_of_ones
+):
     ones = jnp.ones((4096, 2), jnp.bfloat16)
     total = way(ones, accumulator_dtype=dtype, reduction="sum")
     # In one step the loss is the example's, and so is the sum.
@@ -87,13 +89,13 @@ def test_a_narrow_sum_of_ones_stalls_where_its_digits_end(way, dtype, sum_of_one
 
 @pytest.mark.parametrize("way", [given, in_step, multi_steps])
 @pytest.mark.parametrize("mean", [0, 1])
-def test_float32_sums_err_by_less_than_the_root_of_k(way, mean):
+def test_float32_sums_err_by_less_than_root_k_roundings(way, mean):
     grads = normal(mean)
     assert 0 < error(way(grads), grads) < K**0.5 * U32
 
 
 @pytest.mark.usefixtures("float64")
-def test_float64_sums_of_float32_gradients_are_exact_to_float32():
+def test_float64_sums_of_float32_gradients_err_by_less_than_1e_15():
     grads = normal(1)
     tx = oa.accumulate(remember(jnp.float64), K, accumulator_dtype=jnp.float64)
     assert error(last_state(tx, grads).inner_state, grads) < 1e-15
@@ -106,14 +108,16 @@ class TestBfloat16Gradients:
         assert error(given(self.grads), self.grads) < K**0.5 * U32
 
     @pytest.mark.parametrize("way", [in_step, multi_steps])
-    def test_multi_steps_rounds_the_mean_once_more(self, way):
+    def test_oa_grad_and_multi_steps_round_the_mean_to_bfloat16(self, way):
         assert U16 / 4 < error(way(self.grads), self.grads) < 2 * U16
 
 
 class TestBfloat16Sums:
     @pytest.mark.parametrize("mean", [0, 1])
     @pytest.mark.parametrize("k", [slow(4), slow(64), 256])
-    def test_bfloat16_sums_err_by_the_root_of_k_up_to_256(self, k, mean):
+    def test_bfloat16_sums_of_up_to_256_err_by_at_most_about_root_k_roundings(
+        self, k, mean
+    ):
         grads = normal(mean, k)
         narrow = given(grads, accumulator_dtype=jnp.bfloat16)
         assert U16 / 2 < error(narrow, grads) < 1.5 * k**0.5 * U16

@@ -76,7 +76,7 @@ def test_the_search_asks_little_on_a_flat_curve(limit, expected):
     assert len(asked) <= (1 if expected else 5)
 
 
-def test_the_search_asks_next_to_the_smallest_if_nothing_fits():
+def test_the_search_tries_the_neighbours_of_the_smallest_if_nothing_fits():
     found, asked = searched(lambda k: 10 + abs(math.log2(k / 6)), 5)
     assert found is None
     assert {4, 6, 8} <= set(asked)
@@ -103,7 +103,7 @@ def test_the_search_result_fits_and_the_one_before_does_not_on_any_curve(seed):
 
 
 @pytest.mark.parametrize("limit", [0.5, 1])
-def test_a_single_candidate_is_planned(limit):
+def test_the_search_tries_a_single_candidate_once(limit):
     assert searched(lambda _: 1, limit, [7]) == (7 if limit == 1 else None, [7])
 
 
@@ -245,7 +245,7 @@ def test_the_headroom_is_left_free():
     assert roomy.num_microbatches == 1
 
 
-def test_out_of_memory_in_the_compiler_means_that_it_does_not_fit():
+def test_a_candidate_that_runs_the_compiler_out_of_memory_does_not_fit():
     class Refuses(jax.stages.Lowered):
         def __init__(self):
             pass
@@ -490,7 +490,7 @@ def test_the_planned_memory_is_the_rise_in_resident_memory():
 
 
 @pytest.mark.skipif(jax.default_backend() == "cpu", reason="needs an accelerator")
-def test_on_an_accelerator_the_plan_runs_and_one_less_does_not_fit():
+def test_on_an_accelerator_the_plan_runs_and_a_step_over_the_limit_does_not():
     width, batch = 4096, 2**16
     shapes = (
         jax.ShapeDtypeStruct((width, width), jnp.float32),

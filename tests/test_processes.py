@@ -25,7 +25,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_same_bits_as_one(tmp_path):
+def test_two_processes_end_with_the_same_bits_and_match_one_process(tmp_path):
     """Windows and micro-batches, uneven data: the same bits, and the right ones."""
     address = f"localhost:{free_port()}"
     files = [tmp_path / f"{i}.npz" for i in range(PROCESSES)]

@@ -38,7 +38,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_queries_find_the_state_inside_a_chain(wrap):
+def test_queries_find_the_state_inside_other_transformations(wrap):
     tx = promoting(wrap(oa.accumulate(SGD, 2)))
     state = tx.init(PARAMS)
     seen = []
@@ -120,7 +120,7 @@ class TestAccumulated:
             mean = weighted_mean(GRADS, WEIGHTS)
             chex.assert_trees_all_close(gradient, mean, rtol=1e-6)
 
-    def test_accumulated_of_stacked_states_is_asked_one_by_one(self):
+    def test_accumulated_refuses_stacked_states_and_takes_them_under_vmap(self):
         tx = oa.accumulate(SGD, 4)
         states = [feed(tx, [(g, {}) for g in GRADS[:n]])[1] for n in (1, 2)]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)

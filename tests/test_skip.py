@@ -30,7 +30,9 @@ BAD = (NAN, {"weight": jnp.float32(7)})
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("predicate", [oa.skip_not_finite, optax.skip_not_finite])
-def test_on_skip_shrink_keeps_the_place_with_weight_0(predicate, place, way):
+def test_on_skip_shrink_counts_a_rejected_micro_batch_with_weight_0(
+    predicate, place, way
+):
     batches = list(BATCHES[:2])
     batches.insert(place, BAD)
     tx = oa.accumulate(ADAM, 3, skip=predicate)
@@ -97,7 +99,7 @@ def test_on_skip_wait_does_not_close_a_window_held_beyond_its_count():
     assert (state.micro_step, state.gradient_step) == (3, 0)
 
 
-def test_optaxs_own_predicates_work():
+def test_optaxs_skip_large_updates_can_be_the_skip():
     def predicate(updates, gradient_step, params):
         return optax.skip_large_updates(updates, gradient_step, params, 10.0)
 
@@ -130,7 +132,7 @@ class TestSkipNotFinite:
         assert optax.skip_not_finite(updates, 0, None)[0]
 
     @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16])
-    def test_narrow_dtypes_without_infinity_are_checked(self, dtype):
+    def test_a_nan_of_a_narrow_dtype_is_found(self, dtype):
         assert not oa.skip_not_finite(jnp.ones(3, dtype))[0]
         assert oa.skip_not_finite(jnp.array([1, jnp.nan], dtype))[0]
 
@@ -139,7 +141,7 @@ class TestSkipNotFinite:
         assert not oa.skip_not_finite(lax.complex(largest, largest))[0]
 
     @pytest.mark.parametrize("imaginary", [jnp.nan, jnp.inf])
-    def test_an_imaginary_infinity_is_found(self, imaginary):
+    def test_an_imaginary_nan_or_infinity_is_found(self, imaginary):
         assert oa.skip_not_finite(jnp.array([1 + 2j, complex(0, imaginary)]))[0]
 
     def test_finite_gradients_pass(self):

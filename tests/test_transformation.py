@@ -108,7 +108,7 @@ def test_a_transformation_prints_in_one_line():
     assert text == "accumulate(..., every_k=8, reduction='ratio', on_skip='shrink')"
 
 
-def test_the_methods_have_signatures_and_docstrings():
+def test_the_methods_have_docstrings_with_their_arguments():
     """What an editor completes, and what the API page has as headings."""
     for method in ("init", "update", "update_params"):
         assert "Args:" in getattr(oa.AccumulateTransformation, method).__doc__
@@ -141,6 +141,6 @@ def test_the_inner_optimizer_is_traced_once(boundary):
     assert traces_of_one_compilation(jnp.float32, boundary) == 1
 
 
-def test_a_second_trace_is_in_the_dtype_of_the_accumulator():
+def test_the_inner_optimizer_is_traced_twice_for_bfloat16_parameters():
     """The updates are computed in float32, and have the dtype that bfloat16 gives."""
     assert traces_of_one_compilation(jnp.bfloat16, None) == 2

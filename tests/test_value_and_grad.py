@@ -382,7 +382,7 @@ def loss_with_aux(params, batch):
 
 
 @every_size
-def test_every_aux_policy_gives_the_whole_batchs_output(size):
+def test_aux_concat_and_mean_equal_those_of_the_whole_batch(size):
     params, batch = make_params(), make_batch()
     wanted, grads = whole(loss_with_aux, has_aux=True)(params, batch)
     policies = {"loss": "concat", "sizes": ("stack", "mean"), "correct": "concat"}
@@ -416,7 +416,7 @@ def test_the_order_of_stacked_outputs_is_that_of_the_microbatches():
 
 
 @every_size
-def test_sum_and_last_policies_keep_dtypes(size):
+def test_aux_sums_have_the_dtype_of_jnp_sum_and_last_keeps_its_own(size):
     def loss(params, batch):
         per_example = residuals(params, batch)
         count = jnp.asarray(len(per_example), jnp.int8)
@@ -435,7 +435,7 @@ def test_sum_and_last_policies_keep_dtypes(size):
     assert last.dtype == jnp.int8
 
 
-def test_aux_mean_of_a_count_is_floating_and_of_bfloat16_stays():
+def test_aux_mean_of_a_count_is_floating_and_of_bfloat16_is_bfloat16():
     def loss(w, x):
         aux = {"count": jnp.asarray(len(x)), "narrow": x.mean().astype(jnp.bfloat16)}
         return jnp.mean(w * x), aux
@@ -599,7 +599,7 @@ def test_a_skipped_micro_batch_is_left_out(poison, bad, skip):
     assert not np.isfinite(grads["w"]).all()
 
 
-def test_a_skipped_remainder_and_a_batch_of_skipped_micro_batches():
+def test_a_skipped_remainder_is_left_out_and_a_batch_all_skipped_gives_zeros():
     f = oa.value_and_grad(
         mean_loss, microbatch_size=5, skip=oa.skip_not_finite, return_info=True
     )

@@ -51,7 +51,7 @@ class TestTransformations:
         got = jax.jit(jax.vmap(in_parts(), (None, 0, 0)))(w, x, y)
         same(got, jax.vmap(lambda x, y: whole(loss, w, x, y))(x, y))
 
-    def test_vmap_with_weights_and_skip_equals_one_by_one(self):
+    def test_vmap_with_skip_equals_one_by_one(self):
         w, x, y = normal(3, 2), normal(4, 12, 3), normal(4, 12, 2)
         x = x.at[1, 0].set(jnp.nan)
         f = in_parts(skip=oa.skip_not_finite, return_info=True)
@@ -73,7 +73,7 @@ class TestTransformations:
         got = jax.jit(in_parts(deep))(w, x, y)
         same(got, whole(deep, w, x, y))
 
-    def test_custom_derivatives_equal_the_whole_batch(self):
+    def test_custom_derivatives_apply_to_each_micro_batch(self):
         @jax.custom_vjp
         def clipped(x):
             return x
@@ -130,7 +130,7 @@ class TestTransformations:
         got = jax.jit(jax.grad(lambda w: f(w, x, y, jnp.zeros(()))[0][0]))(w)
         same(got, whole(loss, w, x[:5], y[:5])[1])
 
-    def test_it_runs_inside_cond_scan_and_while(self):
+    def test_value_and_grad_runs_inside_a_scan(self):
         w, x, y = arguments()
         f = in_parts()
 
@@ -145,12 +145,12 @@ class TestTransformations:
         wanted, _ = jax.lax.scan(plain, w, length=3)
         same(got, wanted)
 
-    def test_it_runs_without_jit(self):
+    def test_value_and_grad_runs_under_disable_jit(self):
         args = arguments()
         with jax.disable_jit():
             same(in_parts()(*args), whole(loss, *args))
 
-    def test_it_looks_like_the_function_it_wraps(self):
+    def test_the_result_has_the_name_and_docstring_of_the_wrapped_function(self):
         def named(params, batch):
             """Says what it does."""
             return (params * batch).mean()

@@ -75,7 +75,7 @@ def test_a_number_that_does_not_divide_the_batch_is_refused(number):
         run(num_microbatches=number)
 
 
-def test_a_batch_of_one_example_is_refused():
+def test_a_batch_of_one_example_cannot_be_split_in_two():
     with raises(
         ValueError, "`batch` holds 1 example along", "Use 1, or `microbatch_size`"
     ):
@@ -126,7 +126,7 @@ def test_an_empty_batch_is_refused():
         run(batch_argnums=())
 
 
-def test_names_of_nameless_arguments_are_refused():
+def test_an_error_names_variadic_arguments_by_position():
     def fun(params, *batches):
         return loss(params, batches[0])
 
@@ -361,7 +361,7 @@ def test_unknown_settings_are_refused():
         (lambda p, b: -1, ValueError, ("`weight` must be finite and >= 0",)),  # noqa: ARG005
     ],
 )
-def test_a_weight_that_is_not_a_scalar_is_refused(weight, error, words):
+def test_a_weight_that_is_not_a_non_negative_number_is_refused(weight, error, words):
     with raises(error, *words):
         run(weight=weight)
 
@@ -378,6 +378,6 @@ def test_a_complex_accumulator_of_real_gradients_is_refused():
         run(accumulator_dtype=jnp.complex64)
 
 
-def test_what_jax_refuses_is_refused():
+def test_differentiating_an_integer_argument_is_refused():
     with raises(TypeError, "int32"):
         run(lambda n, x: (n * x).sum() * 1.0, 3, X[:, 0].astype(np.int32))
