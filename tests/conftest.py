@@ -1,10 +1,14 @@
-"""JAX as every test wants it: eight devices, and no promotion that nobody asked for."""
+"""JAX as every test wants it: eight devices, and no promotion that is not asked for."""
 
+import gc
 import os
+import tempfile
 
 import hypothesis
 import jax
 import pytest
+
+from tests.support import xla
 
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 8)
@@ -20,6 +24,35 @@ hypothesis.settings.register_profile("explore", max_examples=1000, **every_run)
 hypothesis.settings.load_profile("fixed")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="compile with all of XLA's optimizations, which takes three times as long",
+    )
+
+
+def pytest_configure(config):
+    """Compiles quickly, and every program once in all workers."""
+    if not config.getoption("--optimized"):
+        xla.quickly()
+    if hasattr(config, "workerinput"):
+        cache = config.workerinput["compilation_cache"]
+    else:
+        folder = tempfile.TemporaryDirectory(prefix="jax-cache-")
+        config.add_cleanup(folder.cleanup)
+        config.compilation_cache = cache = folder.name
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tells each of pytest-xdist's workers where the cache is."""
+    node.workerinput["compilation_cache"] = node.config.compilation_cache
+
+
 def pytest_collection_modifyitems(items):
     """Leaves out what needs several devices where there is one."""
     if jax.device_count() > 1:
@@ -27,6 +60,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("several_devices"):
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Keeps the compiled programs of one module in memory, and not those of all."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import optax_accum as oa
 from tests.support import devices, hlo
 from tests.support.devices import AXIS, COUNT
 from tests.support.training import promoting, slow
+from tests.support.xla import optimized
 
 pytestmark = pytest.mark.several_devices
 WIDTH, LENGTH, WORDS = 8, 5, 11
@@ -130,7 +131,7 @@ def test_there_is_one_all_reduce_after_the_loop(way):
     params, batch = language_model(), devices.whole(way, tokens())
     for options in ({}, {"weight": count_tokens}, {"skip": oa.skip_not_finite}):
         f = devices.in_step(way, token_loss, num_microbatches=2, **options)
-        program = f.lower(params, batch).compile()
+        program = optimized(f.lower(params, batch))
         assert hlo.exchanges(program) == {"all-reduce, entry": 1}
     f = devices.in_step(
         way,
@@ -141,7 +142,7 @@ def test_there_is_one_all_reduce_after_the_loop(way):
         return_info=True,
         outputs=(None, None),
     )
-    program = f.lower(params, batch).compile()
+    program = optimized(f.lower(params, batch))
     assert hlo.exchanges(program) == {"all-reduce, entry": 1}
 
 
@@ -149,7 +150,7 @@ def test_there_is_one_all_reduce_after_the_loop(way):
 def test_a_smaller_last_micro_batch_adds_no_all_reduce(way):
     size = 3 if way in devices.INSIDE else 3 * COUNT
     f = devices.in_step(way, small, microbatch_size=size)
-    assert hlo.exchanges(f.lower(SMALL, devices.whole(way, X)).compile()) == {
+    assert hlo.exchanges(optimized(f.lower(SMALL, devices.whole(way, X)))) == {
         "all-reduce, entry": 1
     }
     got = devices.result(way, f(SMALL, devices.whole(way, X)))
@@ -421,7 +422,7 @@ def test_scatter_replaces_the_all_reduce_by_a_reduce_scatter(way):
     f = devices.in_step(
         way, wide, num_microbatches=2, scatter=True, outputs=((P(), specs),)
     )
-    program = f.lower(WIDE, X).compile()
+    program = optimized(f.lower(WIDE, X))
     exchanges = hlo.exchanges(program)
     # The scalars and the leaf that is not divided go together.
     assert exchanges.pop("all-reduce, entry") == 1
@@ -531,7 +532,7 @@ def test_two_axis_names_act_as_one_axis(kind, axis_name):
     f = oa.value_and_grad(
         wide, num_microbatches=2, axis_name=axis_name, mesh=mesh, scatter=True
     )
-    program = jax.jit(f).lower(WIDE, X).compile()
+    program = optimized(jax.jit(f).lower(WIDE, X))
     assert hlo.exchanges(program)["all-reduce, entry"] == 1
     got = jax.device_get(jax.jit(f)(WIDE, X))
     close(got, jax.device_get(jax.value_and_grad(wide)(WIDE, X)))
@@ -569,7 +570,7 @@ def test_tensor_parallel_parameters_stay_sharded(kind):
     unsharded = {"w": normal(3, 4), "b": normal(4)}
     wanted = jax.value_and_grad(small)(unsharded, X)
     with jax.set_mesh(mesh):
-        program = f.lower(params, x).compile()
+        program = optimized(f.lower(params, x))
         value, grads = f(params, x)
     close(jax.device_get((value, grads)), jax.device_get(wanted))
     for name, g in grads.items():
@@ -586,7 +587,7 @@ def test_tensor_parallel_parameters_stay_sharded(kind):
             out_specs=(P(), P(AXIS)),
         )(params, x)
 
-    empty = hlo.exchanges(jax.jit(nothing).lower(params, x).compile())
+    empty = hlo.exchanges(optimized(jax.jit(nothing).lower(params, x)))
     if kind == AxisType.Auto:
         assert empty == {}
     exchanges = hlo.exchanges(program)
@@ -621,7 +622,7 @@ def test_fsdp_parameters_stay_sharded(kind):
 
     with jax.set_mesh(mesh):
         value, grads = f(params, x)
-        program = f.lower(params, x).compile()
+        program = optimized(f.lower(params, x))
     assert grads.sharding.is_equivalent_to(sharding, 2)
     wanted = jax.value_and_grad(whole)(normal(3, 2 * COUNT), X)
     close(jax.device_get((value, grads)), jax.device_get(wanted))
@@ -736,7 +737,7 @@ def test_micro_batches_inside_windows_exchange_once_per_window(every_k):
     mapped = devices.inside("checked", step, axes, (None, "state"))
     params, state = SMALL, oa.sharding.stack_windows(tx.init(SMALL), COUNT)
     wanted = {} if every_k is None else {"all-reduce, branch": 1}
-    assert hlo.exchanges(mapped.lower(params, state, X).compile()) == wanted
+    assert hlo.exchanges(optimized(mapped.lower(params, state, X))) == wanted
     if every_k is None:
         return
     batches = [normal(EXAMPLES, 3, seed=i) for i in range(2)]

@@ -16,6 +16,7 @@ from optax_accum.sharding import _windows
 from tests.support import devices, hlo
 from tests.support.devices import AXIS, COUNT, PARAMS
 from tests.support.training import WAYS, promoting, slow, stepper
+from tests.support.xla import optimized
 
 pytestmark = pytest.mark.several_devices
 K = 3
@@ -262,7 +263,7 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
         axes = None, "state", 0, 0
         jitted = devices.inside(way, step, axes, (None, "state"), (0, 1))
         state = oa.sharding.stack_windows(state, COUNT)
-    return jitted.lower(params, state, grads, weight).compile()
+    return optimized(jitted.lower(params, state, grads, weight))
 
 
 @ways
@@ -315,7 +316,7 @@ def test_multi_steps_exchanges_in_every_micro_step():
     state = devices.stacked(chained.init(LARGE))
     step = jax.pmap(chained.update, AXIS)
     large = devices.stacked(LARGE)
-    assert hlo.exchanges(step.lower(large, state, large).compile()) == {
+    assert hlo.exchanges(optimized(step.lower(large, state, large))) == {
         "all-reduce, entry": 1
     }
 
@@ -444,7 +445,7 @@ class TestStackedStates:
         stack = jax.jit(
             oa.sharding.stack_windows, static_argnums=1, out_shardings=shardings
         )
-        program: Any = stack.lower(state, COUNT).compile()
+        program: Any = optimized(stack.lower(state, COUNT))
         outputs = program.memory_analysis().output_size_in_bytes
         assert outputs < 1.5 * hlo.nbytes(LARGE)
         assert hlo.temporaries(program) < 0.5 * hlo.nbytes(LARGE)

@@ -18,6 +18,7 @@ import optax_accum as oa
 from tests.support import hlo
 from tests.support.errors import saying
 from tests.support.training import promoting, slow
+from tests.support.xla import optimized
 
 INNER = promoting(optax.adamw(optax.linear_schedule(0.1, 0.0, 20)))
 PARAMS = {"w": jnp.zeros(3), "b": jnp.zeros([])}
@@ -205,7 +206,7 @@ class TestTraining:
         step = stepper(tx)
         state = tx.init(PARAMS)
         for batch, boundary in oa.with_boundaries(cut(epoch_of(50), 4), 3):
-            program = step.lower(PARAMS, state, batch, boundary).compile()
+            program = optimized(step.lower(PARAMS, state, batch, boundary))
             assert hlo.operations(program, "conditional") == []
             step(PARAMS, state, batch, boundary)
         assert step._cache_size() == 3  # 4 examples inside and at the end, 2 at the end

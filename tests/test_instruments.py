@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from tests.support import hlo
+from tests.support.xla import optimized
 
 X = jax.ShapeDtypeStruct((64, 32), jnp.float32)
 FLAG = jax.ShapeDtypeStruct((), bool)
@@ -55,7 +56,7 @@ def test_collectives_are_counted_with_their_place():
 
     def program(function):
         mapped = jax.pmap(function, "devices", in_axes=(0, None))
-        return mapped.lower(jnp.ones(jax.device_count()), True).compile()
+        return optimized(mapped.lower(jnp.ones(jax.device_count()), True))
 
     found = [hlo.exchanges(program(f)) for f in (once, loop, branch, branch_in_loop)]
     places = ["entry", "loop", "branch", "loop/branch"]

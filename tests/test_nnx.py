@@ -14,6 +14,7 @@ import optax_accum as oa
 import optax_accum.flax as oaf
 from tests.support import hlo
 from tests.support.training import promoting, slow
+from tests.support.xla import optimized
 
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
@@ -327,7 +328,7 @@ class TestValueAndGrad:
         x = jnp.ones((4096, 4))
 
         def temporaries(function):
-            return hlo.temporaries(nnx.jit(function).lower(model, x).compile())
+            return hlo.temporaries(optimized(nnx.jit(function).lower(model, x)))
 
         whole = temporaries(nnx.value_and_grad(loss_fn))
         parts = temporaries(oaf.value_and_grad(loss_fn, num_microbatches=16))
@@ -440,7 +441,7 @@ class TestOptimizer:
         optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
         grads = nnx.state(model, nnx.Param)
         jitted = nnx.jit(apply, donate_argnums=(0, 1))
-        program = jitted.lower(model, optimizer, grads, jnp.float32(1)).compile()
+        program = optimized(jitted.lower(model, optimizer, grads, jnp.float32(1)))
         params = jax.tree.leaves(grads)
         assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
         assert hlo.large_copies(program, 512 * 384) == []

@@ -23,6 +23,7 @@ from tests.support.devices import (
 )
 from tests.support.hlo import compiled, exchanges, large_copies, nbytes, temporaries
 from tests.support.training import WAYS, micro_batches, promoting, slow, stepper
+from tests.support.xla import optimized
 
 UNEVEN = np.array([1.0, 5.0, 9.0, 2.0, 15.0])
 DIM, TRACE = 8, 6.0
@@ -593,7 +594,7 @@ def test_windows_on_devices_give_the_estimate_of_one_device(way, every_k):
         cut = [a[:, i::every_k] for a in split]
         if way != "pmap":
             cut = [a.reshape(-1, *a.shape[2:]) for a in cut]
-        program = mapped.lower(params, state, *cut).compile()
+        program = optimized(mapped.lower(params, state, *cut))
         params, state = jax.block_until_ready(mapped(params, state, *cut))
     found = oa.noise.estimate(state)
     for got, wanted in zip(found, (*by_hand(*device_parts(every_k)), 1), strict=True):
@@ -606,7 +607,7 @@ def test_windows_on_devices_give_the_estimate_of_one_device(way, every_k):
 @pytest.mark.several_devices
 def test_the_noise_scale_adds_no_exchange_in_one_step():
     f = jax.jit(in_step(2, mesh=mesh(), axis_name=AXIS))
-    program = f.lower(WEIGHTS, *device_data()).compile()
+    program = optimized(f.lower(WEIGHTS, *device_data()))
     assert exchanges(program) == {"all-reduce, entry": 1}
 
 

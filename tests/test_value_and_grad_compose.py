@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import optax_accum as oa
 from tests.support import hlo
 from tests.support.training import promoting
+from tests.support.xla import optimized
 
 
 def normal(*shape, seed=0):
@@ -262,7 +263,7 @@ def test_splitting_a_sharded_batch_needs_no_collective(kind):
 
     with jax.set_mesh(mesh):
         f = oa.value_and_grad(local, has_aux=True, num_microbatches=4, aux="concat")
-        program = jax.jit(f).lower(w, x).compile()
+        program = optimized(jax.jit(f).lower(w, x))
         (_, joined), _ = program(w, x)
     assert len(traces) == 1
     assert hlo.exchanges(program) == {}
@@ -282,7 +283,7 @@ def test_a_contiguous_split_needs_collectives(kind):
         return jnp.stack([jnp.tanh(p) for p in parts])
 
     with jax.set_mesh(mesh):
-        assert hlo.exchanges(jax.jit(contiguous).lower(x).compile()) != {}
+        assert hlo.exchanges(optimized(jax.jit(contiguous).lower(x))) != {}
 
 
 @pytest.mark.parametrize("size", [{"num_microbatches": 4}, {"microbatch_size": 12}])
@@ -309,7 +310,7 @@ def test_auxiliary_outputs_on_a_mesh_stay_sharded(kind):
 
     with jax.set_mesh(mesh):
         f = oa.value_and_grad(fun, has_aux=True, num_microbatches=4, aux=policies)
-        program = jax.jit(f).lower(jnp.ones(()), x).compile()
+        program = optimized(jax.jit(f).lower(jnp.ones(()), x))
         (_, aux), _ = program(jnp.ones(()), x)
     parts = np.asarray(normal(32, 6)).reshape(8, 4, 6)
     wanted = {"last": parts[:, -1], "mean": parts.mean(1), "sum": parts.sum(1)}

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+from tests.support.xla import optimized
+
 LINE = re.compile(
     r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)",
     re.MULTILINE,
@@ -35,7 +37,7 @@ ELEMENTS = re.compile(r"[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits (none: pred) and di
 
 def compiled(step, *args, donate=(0, 1)):
     """`step` compiled for `args`, which may be shapes, with its state donated."""
-    return jax.jit(step, donate_argnums=donate).lower(*args).compile()
+    return optimized(jax.jit(step, donate_argnums=donate).lower(*args))
 
 
 def temporaries(program) -> int:
