@@ -76,7 +76,7 @@ params = {
 state = tx.init(params)
 
 random = np.random.default_rng(0)
-batch_sizes, measured, true = [], [], []
+batch_sizes, measured, true = [], [], {}
 for update in track(range(1, options.updates + 1), "Training"):
     k = int(state.noise.k)  # how many micro-batches the next update is made from
     for _ in range(k):
@@ -85,24 +85,30 @@ for update in track(range(1, options.updates + 1), "Training"):
     batch_sizes.append(options.size * k)
     measured.append(float(oa.noise.estimate(state).batch_size))
     if update % 30 == 0:
-        true.append((update, float(true_noise_scale(params, train_x, train_y))))
+        true[update] = float(true_noise_scale(params, train_x, train_y))
         print(
             f"update {update}: noise scale {measured[-1]:.0f} images "
-            f"(true {true[-1][1]:.0f}), batch {batch_sizes[-1]}"
+            f"(true {true[update]:.0f}), batch {batch_sizes[-1]}"
         )
 correct = predict(params, test_x).argmax(-1) == test_y
 print(f"Test accuracy: {correct.mean():.1%}")
 
 grey, blue, red = "#808080", "#4a90e2", "#e0523f"  # legible on white and on black
-greys = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color".split()
-style: Any = dict.fromkeys(greys, grey) | {"font.size": 13}
+style: Any = {
+    "font.size": 13,
+    "text.color": grey,
+    "axes.edgecolor": grey,
+    "axes.labelcolor": grey,
+    "xtick.color": grey,
+    "ytick.color": grey,
+}
 x = range(1, options.updates + 1)
 with mpl.rc_context(style):
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.step(x, batch_sizes, color=red, lw=3, label="images per update")
     axes.plot(x, measured, color=blue, label="noise scale, measured")
-    axes.plot(*zip(*true, strict=True), "o", color=grey, label="noise scale, true")
+    axes.plot(list(true), list(true.values()), "o", c=grey, label="noise scale, true")
     axes.set(xlabel="update", ylabel="images", yscale="log")
     axes.set_title("The batch grows with the noise scale", loc="left")
     axes.spines[["top", "right"]].set_visible(False)

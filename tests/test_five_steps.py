@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "what-is-gradient-accumulation.md"
-example = SimpleNamespace(**runpy.run_path(ROOT / "examples" / "five_steps.py"))
+example = SimpleNamespace(**runpy.run_path(ROOT / "docs" / "five_steps.py"))
 WALKS = {"equal": (example.SIZES, False), "unequal": (example.UNEQUAL_SIZES, True)}
 
 
