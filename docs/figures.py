@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 PICTURE = Path(__file__).parent / "images" / "four-micro-batches.svg"
 MICRO_BATCHES, EXAMPLES = 4, 4  # examples of each micro-batch
-SHADES = ("#a8c7fa", "#6ea2f7", "#2f78ee", "#0b4fc4")  # one for each micro-batch
-ON_SHADES = ("#202124", "#202124", "#ffffff", "#ffffff")
-INK, MUTED, ACCENT = "#202124", "#5f6368", "#c5500b"
+SHADES = ("#b9d3f3", "#85b3ea", "#4a90e2", "#3370b8")  # one for each micro-batch
+ON_SHADES = ("#202124", "#202124", "#202124", "#ffffff")
+GREY, ACCENT = "#808080", "#e0523f"  # legible on white pages and on dark ones
 LARGE, SMALL = 16, 14  # still readable where the picture is 400 pixels wide
 
-# All lengths are in one unit: the picture is 100 wide.
-WIDTH, HEIGHT = 100, 84
+# All lengths are in one unit.
+WIDTH, HEIGHT = 118, 80
 LEFT, COLUMN, BLOCK = 21.0, 19.5, 15.0  # the first micro-step; how wide each is
 CELL, ACTIVATIONS, GRADIENT = 3.1, 4.8, 5.0  # how high each is
 # Where each row stands.
-BATCH, MEMORY, EACH, SUM, WEIGHT, PARAMETERS = 76.0, 49.0, 36.0, 24.5, 21.0, 8.5
+BATCH, MEMORY, EACH, SUM, WEIGHT, PARAMETERS = 72.0, 49.0, 36.0, 24.5, 21.0, 8.5
 
 
 def centre(i: int) -> float:
@@ -40,11 +38,14 @@ def centre(i: int) -> float:
 FIRST, LAST = centre(0), centre(MICRO_BATCHES - 1)
 
 
-def box(axes: Any, x: float, y: float, width: float, height: float, color: str) -> None:
+def box(
+    axes: Any, x: float, y: float, width: float, height: float, fc: str, **style: Any
+) -> None:
     """A box around the middle of its foot."""
     shape = "round,pad=0,rounding_size=0.6"
     corner = (x - width / 2, y)
-    axes.add_patch(FancyBboxPatch(corner, width, height, shape, fc=color, lw=0))
+    style = {"fc": fc, "lw": 0} | style
+    axes.add_patch(FancyBboxPatch(corner, width, height, shape, **style))
 
 
 def write(axes: Any, x: float, y: float, text: str, **style: Any) -> None:
@@ -57,7 +58,7 @@ def name_row(axes: Any, y: float, name: str) -> None:
     write(axes, 0, y, name, ha="left", linespacing=1.1)
 
 
-def arrow(axes: Any, start: Any, end: Any, color: str = MUTED) -> None:
+def arrow(axes: Any, start: Any, end: Any, color: str = GREY) -> None:
     """An arrow between two points."""
     style = {"arrowstyle": "-|>", "color": color, "lw": 1.8, "mutation_scale": 13}
     axes.annotate("", end, start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
@@ -75,17 +76,19 @@ def draw_batch(axes: Any) -> None:
 
 def draw_memory(axes: Any) -> None:
     """The activations of one micro-batch at a time."""
-    top = MEMORY + MICRO_BATCHES * ACTIVATIONS
-    name_row(axes, (MEMORY + top) / 2, "activations\nin memory")
-    ends = FIRST - BLOCK / 2, LAST + BLOCK / 2
-    axes.plot(ends, (top, top), color=MUTED, ls=(0, (4, 3)), lw=1.8)
-    text = "needed by the whole batch at once"
-    write(axes, (FIRST + LAST) / 2, top - 3.2, text, color=MUTED, size=SMALL)
+    name_row(axes, MEMORY + ACTIVATIONS / 2, "activations\nin memory")
     for i, color in enumerate(SHADES):
         box(axes, centre(i), MEMORY, BLOCK, ACTIVATIONS, color)
-    text = "needed by one micro-batch"
-    middle = MEMORY + ACTIVATIONS + 2.6
-    write(axes, (FIRST + LAST) / 2, middle, text, color=MUTED, size=SMALL)
+    x, y = (FIRST + LAST) / 2, MEMORY + ACTIVATIONS + 3
+    write(axes, x, y, "one micro-batch at a time", color=GREY, size=SMALL)
+    # A ghost: what is not needed.
+    x = centre(MICRO_BATCHES)
+    for i in range(MICRO_BATCHES):
+        y = MEMORY + i * ACTIVATIONS
+        dashed = {"fc": "none", "ec": GREY, "lw": 1.6, "ls": (0, (3, 2))}
+        box(axes, x, y + 0.3, BLOCK - 0.6, ACTIVATIONS - 0.6, **dashed)
+    text = "instead of\nthe whole batch"
+    write(axes, x, MEMORY - 4.2, text, color=GREY, size=SMALL, linespacing=1.1)
 
 
 def draw_gradients(axes: Any) -> None:
@@ -97,7 +100,7 @@ def draw_gradients(axes: Any) -> None:
         box(axes, x, EACH, BLOCK, GRADIENT, color)
         write(axes, x, EACH + GRADIENT / 2 - 0.2, f"$g_{i + 1}$", color=ON_SHADES[i])
         arrow(axes, (x, EACH - 0.8), (x, SUM + GRADIENT + 0.8))
-        write(axes, x + 2.2, (EACH + SUM + GRADIENT) / 2, "+", color=MUTED)
+        write(axes, x + 2.2, (EACH + SUM + GRADIENT) / 2, "+", color=GREY)
 
 
 def draw_sum(axes: Any) -> None:
@@ -120,23 +123,23 @@ def draw_parameters(axes: Any) -> None:
     name_row(axes, PARAMETERS, "parameters")
     y, drop = PARAMETERS, 5.5
     x = (FIRST - BLOCK / 2, LAST, LAST)
-    axes.plot(x, (y, y, y - drop), color=INK, lw=3, solid_joinstyle="round")
+    axes.plot(x, (y, y, y - drop), color=GREY, lw=3, solid_joinstyle="round")
     for i in range(MICRO_BATCHES - 1):
-        axes.plot(centre(i), y, "o", color=INK, ms=9)
+        axes.plot(centre(i), y, "o", color=GREY, ms=9)
     axes.plot(LAST, y - drop, "o", color=ACCENT, ms=14)
     middle = (FIRST + centre(MICRO_BATCHES - 2)) / 2
-    write(axes, middle, y - 4.5, "unchanged", color=MUTED, size=SMALL)
+    write(axes, middle, y - 4.5, "unchanged", color=GREY, size=SMALL)
     text = "one update"
-    write(axes, LAST - 3, y - drop, text, color=ACCENT, size=SMALL, ha="right")
+    write(axes, LAST + 3, y - drop, text, color=ACCENT, size=SMALL, ha="left")
     arrow(axes, (LAST, WEIGHT - 2.4), (LAST, y + 1), color=ACCENT)
-    write(axes, LAST - 2, (WEIGHT + y) / 2 - 0.6, "S / W", color=ACCENT, ha="right")
+    write(axes, LAST + 2, (WEIGHT + y) / 2 - 0.6, "S / W", color=ACCENT, ha="left")
 
 
 def draw() -> Any:
     """The whole picture."""
-    style: Any = {"font.size": LARGE, "text.color": INK, "svg.hashsalt": "figures"}
+    style: Any = {"font.size": LARGE, "text.color": GREY, "svg.hashsalt": "figures"}
     with mpl.rc_context(style):
-        figure = plt.figure(figsize=(8, 8 * HEIGHT / WIDTH))
+        figure = Figure(figsize=(0.08 * WIDTH, 0.08 * HEIGHT))
         axes = figure.add_axes((0.025, 0.025, 0.95, 0.95))
         axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect="equal")
         axes.axis("off")
@@ -151,15 +154,15 @@ def draw() -> Any:
 def main(arguments: list[str]) -> None:
     """Writes the picture."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where to write")
     options = parser.parse_args(arguments)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     # Without a date the same picture is the same file.
     metadata = {"Date": None} if options.picture.suffix == ".svg" else None
     with mpl.rc_context({"svg.hashsalt": "figures"}):
-        draw().savefig(options.picture, dpi=150, metadata=metadata)
+        draw().savefig(options.picture, dpi=150, metadata=metadata, transparent=True)
 
 
 if __name__ == "__main__":
