@@ -42,7 +42,7 @@ def pair(tree):
     return f"{tree['w']:g}, {tree['b']:g}"
 
 
-table = Table("step", "loss", box=box.SIMPLE_HEAD, title="All pairs are w, b")
+table = Table("step", "loss", box=box.SIMPLE_HEAD, caption="Pairs are for w and for b.")
 for column in ("gradient", "S", "W", "S / W", "updated", "parameters"):
     table.add_column(column, justify="right")
 
@@ -63,5 +63,5 @@ for number, (x, y) in enumerate(parts, start=1):
         pair(params),
     )
 Console().print(table)
-print(f"Mean loss of the ten rides before the update: {state.window.value / W:g}")
-print(f"and after it: {loss_fn(params, kilometres, prices):g}")
+before, after = state.window.value / W, loss_fn(params, kilometres, prices)
+print(f"The mean loss of the ten rides falls from {before:g} to {after:g}.")

@@ -26,11 +26,11 @@ from sklearn.model_selection import train_test_split
 import optax_accum as oa
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--updates", type=int, default=300, help="in all")
+parser.add_argument("--updates", type=int, default=300, help="in the end")
 parser.add_argument("--size", type=int, default=8, help="images per micro-batch")
 parser.add_argument("--max-k", type=int, default=256, help="micro-batches per update")
 parser.add_argument("--learning-rate", type=float, default=0.1, help="of SGD")
-parser.add_argument("--picture", type=Path, default="out/noise_scale.png", help="file")
+parser.add_argument("--picture", type=Path, default="out/noise_scale.png", help="path")
 options = parser.parse_args()
 
 every_k = oa.noise.adaptive_k(2, options.max_k)

@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 import optax_accum as oa
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--micro-steps", type=int, default=100, help="in all")
-parser.add_argument("--stop-after", type=int, help="micro-steps, as a crash would")
+parser.add_argument("--micro-steps", type=int, default=100, help="in the end")
+parser.add_argument("--stop-after", type=int, help="micro-steps, like a crash")
 parser.add_argument("--save-every", type=int, default=5, help="micro-steps")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
