@@ -15,13 +15,15 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same cases at every run. To look for new ones: --hypothesis-profile=explore
+# How many cases the property tests try, the same ones at every run. To look for new
+# ones: --hypothesis-profile=explore
 every_run = {"deadline": None, "database": None}
-hypothesis.settings.register_profile(
-    "fixed", derandomize=True, max_examples=25, **every_run
-)
+for profile, number in {"few": 8, "many": 50}.items():
+    hypothesis.settings.register_profile(
+        profile, derandomize=True, max_examples=number, **every_run
+    )
 hypothesis.settings.register_profile("explore", max_examples=1000, **every_run)
-hypothesis.settings.load_profile("fixed")
+hypothesis.settings.load_profile("few")
 
 
 def pytest_addoption(parser):

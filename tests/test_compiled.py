@@ -10,7 +10,7 @@ import pytest
 
 import optax_accum as oa
 from tests.support import hlo
-from tests.support.training import WAYS, promoting, stepper
+from tests.support.training import WAYS, promoting, slow, stepper
 
 needs_fused_maximum = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2),
@@ -46,7 +46,9 @@ def window_program(tx, way, params, arguments=()):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("arguments", [(), ("weight",), ("weight", "value")])
+@pytest.mark.parametrize(
+    "arguments", [slow(()), slow(("weight",)), ("weight", "value")]
+)
 @pytest.mark.parametrize(
     "skip", [None, pytest.param(oa.skip_not_finite, marks=needs_fused_maximum)]
 )

@@ -125,24 +125,29 @@ def test_training_on_devices_equals_the_global_batch(way, reduction):
     close(params, wanted)
 
 
+ALL_OPTIONS = {
+    "weight": count_tokens,
+    "skip": oa.skip_not_finite,
+    "return_info": True,
+    "outputs": (None, None),
+}
+
+
 @everywhere
-def test_there_is_one_all_reduce_after_the_loop(way):
+@pytest.mark.parametrize(
+    "options",
+    [
+        slow({}, id="plain"),
+        slow({"weight": count_tokens}, id="weight"),
+        slow({"skip": oa.skip_not_finite}, id="skip"),
+        pytest.param(ALL_OPTIONS, id="all"),
+    ],
+)
+def test_there_is_one_all_reduce_after_the_loop(way, options):
     """For any model: biases, a norm, a tied embedding; with weights and skipping."""
-    params, batch = language_model(), devices.whole(way, tokens())
-    for options in ({}, {"weight": count_tokens}, {"skip": oa.skip_not_finite}):
-        f = devices.in_step(way, token_loss, num_microbatches=2, **options)
-        program = optimized(f.lower(params, batch))
-        assert hlo.exchanges(program) == {"all-reduce, entry": 1}
-    f = devices.in_step(
-        way,
-        token_loss,
-        num_microbatches=2,
-        skip=oa.skip_not_finite,
-        weight=count_tokens,
-        return_info=True,
-        outputs=(None, None),
-    )
-    program = optimized(f.lower(params, batch))
+    f = devices.in_step(way, token_loss, num_microbatches=2, **options)
+    batch = devices.whole(way, tokens())
+    program = optimized(f.lower(language_model(), batch))
     assert hlo.exchanges(program) == {"all-reduce, entry": 1}
 
 

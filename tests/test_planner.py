@@ -478,6 +478,7 @@ def test_a_backend_without_memory_analysis_is_refused():
 # --- Reality ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks about CPU memory")
 def test_the_planned_memory_is_the_rise_in_resident_memory():
     """Within 15 % and 24 MiB, what a thread pool and an allocator take beside it."""

@@ -1,0 +1,87 @@
+"""The examples run as a user runs them, learn, and keep the terminal clean."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import orbax.checkpoint as ocp
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("rich", reason="what the examples need is not installed")
+pytest.importorskip("sklearn", reason="what the examples need is not installed")
+
+
+def run(name, *arguments):
+    """What the example prints, on both of its streams."""
+    # As a user's shell has it: without what the tests tell XLA.
+    environment = {k: x for k, x in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert not re.search(r"warning|^[EWIF]\d{4} |\[Gloo\]", done.stdout, re.I | re.M)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data_parallel",
+        "epochs",
+        "equinox_mlp",
+        "flax_linen",
+        "flax_nnx",
+        "multiprocess",
+    ],
+)
+def test_an_example_knows_nine_of_ten_test_images(name):
+    accuracies = re.findall(r"accuracy:? (?:of )?([\d.]+)%", run(f"{name}.py"))
+    assert float(accuracies[-1]) > 90
+
+
+def test_the_template_trains_saves_and_continues(tmp_path):
+    first = run("train.py", "--folder", tmp_path, "--epochs", 2)
+    assert "epoch 2: " in first
+    then = run("train.py", "--folder", tmp_path, "--epochs", 6)
+    assert "Continuing after epoch 2" in then
+    assert "epoch 2: " not in then
+    assert float(re.findall(r"Test accuracy: ([\d.]+)%", then)[-1]) > 95
+
+
+def test_the_language_model_learns():
+    losses = re.findall(r"test loss (\d\.\d+)", run("char_lm.py", "--quick"))
+    assert float(losses[-1]) < float(losses[0])
+
+
+def test_five_steps_lower_the_loss():
+    assert "falls from 385 to 38.2" in run("five_steps.py")
+
+
+def test_the_noise_scale_is_drawn(tmp_path):
+    picture = tmp_path / "noise_scale.png"
+    run("noise_scale.py", "--picture", picture)
+    assert picture.stat().st_size > 10_000
+
+
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
+    """In a new process, from the middle of a window, with dropout."""
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    run("resume.py", "--folder", stopped, "--stop-after", 38)
+    assert "Starting at micro-step 35" in run("resume.py", "--folder", stopped)
+    run("resume.py", "--folder", straight)
+    results = []
+    for folder in (stopped, straight):
+        with ocp.CheckpointManager(folder) as manager:
+            results.append(manager.restore(100, args=ocp.args.StandardRestore()))
+    chex.assert_trees_all_equal(*results)
