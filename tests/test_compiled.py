@@ -12,6 +12,8 @@ import optax_accum as oa
 from tests.support import hlo
 from tests.support.training import WAYS, promoting, slow, stepper
 
+pytestmark = pytest.mark.core
+
 needs_fused_maximum = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2),
     reason="the XLA of JAX 0.10.0 and 0.10.1 writes |g| to memory before its maximum",

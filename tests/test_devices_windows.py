@@ -18,7 +18,7 @@ from tests.support.devices import AXIS, COUNT, PARAMS
 from tests.support.training import WAYS, promoting, slow, stepper
 from tests.support.xla import optimized
 
-pytestmark = pytest.mark.several_devices
+pytestmark = [pytest.mark.core, pytest.mark.several_devices]
 K = 3
 ADAMW = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
 ways = devices.parametrized(devices.INSIDE)

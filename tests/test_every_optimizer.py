@@ -20,7 +20,10 @@ from tests.support.training import (
 K, WINDOWS = 3, 3
 TRANSFORMATIONS = catalogue.transformations()
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+]
 
 
 def loss(params):

@@ -16,6 +16,8 @@ from tests.support import hlo
 from tests.support.training import promoting, slow
 from tests.support.xla import optimized
 
+pytestmark = pytest.mark.core
+
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
 PARTS = jnp.split(X, np.cumsum(SIZES)[:-1])

@@ -40,7 +40,7 @@ every_size = pytest.mark.parametrize(
         for i, size in enumerate(SIZES)
     ],
 )
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("float64")]
 
 
 def normal(*shape, seed=0, dtype=np.float64):

@@ -12,6 +12,8 @@ import optax_accum as oa
 from tests.support import hlo
 from tests.support.training import slow
 
+pytestmark = pytest.mark.core
+
 B = 256
 SIZES = (128, 512, 384, 16)  # of which no two matrices share a shape
 SCALARS = 512  # bytes: the loop's counters, W, and their alignment

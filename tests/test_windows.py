@@ -22,6 +22,8 @@ from tests.support.training import (
     weighted_mean,
 )
 
+pytestmark = pytest.mark.core
+
 
 class TestReductions:
     grads, weights = micro_batches(PARAMS, 3)
