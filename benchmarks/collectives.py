@@ -1,7 +1,5 @@
 """What one update exchanges between devices, read from the compiled programs.
 
-    python benchmarks/collectives.py --markdown out/collectives.md
-
 Every way of computing one update in K micro-batches over several devices (made up on a
 CPU), ours and the others'. Counted are the collectives of all programs that run for one
 update: what is in a loop counts K times, what is in a micro-step K times, what is in
@@ -10,26 +8,19 @@ the boundary's branch once. No clock: devices that are made up have no wires.
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import hlo
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from measuring import setting, write_json, write_lines
 from optax import microbatching
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_accum as oa
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import hlo
+from benchmarks import shared
 
 AXIS = "data"
 
@@ -54,13 +45,15 @@ class Program(NamedTuple):
     runs: int
 
 
-class Result(NamedTuple):
-    """The figures of one way.
+class Row(NamedTuple):
+    """One way.
 
     `places` are where the collectives are, `per_update` how many run for one update,
     and `data` is what they exchange, as a multiple of the gradient's bytes.
     """
 
+    devices: int
+    k: int
     group: str
     way: str
     places: str
@@ -297,7 +290,14 @@ WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
 }
 
 
-def measure(group: str, way: str, programs: list[Program], setup: Setup) -> Result:
+def measure(options: argparse.Namespace) -> list[Row]:
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    setup = make_setup(options.k, options.devices)
+    ways = shared.track(WAYS.items(), "compiling")
+    return [measure_way(*names, programs(setup), setup) for names, programs in ways]
+
+
+def measure_way(group: str, way: str, programs: list[Program], setup: Setup) -> Row:
     places: list[str] = []
     count, exchanged = 0, 0
     for program in programs:
@@ -316,62 +316,39 @@ def measure(group: str, way: str, programs: list[Program], setup: Setup) -> Resu
         f"{places.count(place)} × {place}" for place in dict.fromkeys(places)
     )
     data = exchanged / hlo.nbytes(setup.params)
-    return Result(group, way, where or "none", count, data)
+    return Row(
+        setup.devices, setup.k, group, way, where or "none", count, data
+    )
 
 
-def write_markdown(results: list[Result], title: str, path: Path) -> None:
-    """The table as the documentation has it."""
-    lines = [
-        f"{title}:",
-        "",
-        "| way | collectives, and where | per update | data, times the gradient |",
-        "|---|---|---:|---:|",
-    ]
-    for group in dict.fromkeys(r.group for r in results):
-        lines.append(f"| **{group}** | | | |")
+def table(rows: list[Row]) -> shared.Table:
+    lines = []
+    for group in dict.fromkeys(r.group for r in rows):
+        lines.append((f"**{group}**", "", "", ""))
         lines += [
-            f"| {r.way} | {r.places} | {r.per_update} | {r.data:.2f} |"
-            for r in results
+            (r.way, r.places, str(r.per_update), f"{r.data:.2f}")
+            for r in rows
             if r.group == group
         ]
-    write_lines(path, lines)
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return shared.Table(
+        f"{rows[0].devices} devices, {rows[0].k} micro-batches to an update",
+        ("way", "collectives, and where", "per update", "data, times the gradient"),
+        "llrr",
+        lines,
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--k", type=int, default=8, help="micro-batches to an update (default: 8)")
     add("--devices", type=int, default=8, help="made up on a CPU (default: 8)")
-    add("--micro-batches", type=int, default=8, help="to an update (default: 8)")
-    add("--json", type=Path, default=Path("out/collectives.json"))
-    add("--markdown", type=Path, help="write the table here")
-    options = parser.parse_args(arguments)
-    jax.config.update("jax_num_cpu_devices", options.devices)
-    setup = make_setup(options.micro_batches, options.devices)
-    title = f"{options.devices} devices, {options.micro_batches} micro-batches to an "
-    title += f"update; {setting()}"
-
-    console = Console()
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("way", max_width=40)
-    table.add_column("collectives, and where")
-    table.add_column("per\nupdate", justify="right")
-    table.add_column("data, times\nthe gradient", justify="right")
-    results: list[Result] = []
-    for (group, way), programs in WAYS.items():
-        if not results or results[-1].group != group:
-            table.add_section()
-        r = measure(group, way, programs(setup), setup)
-        results.append(r)
-        table.add_row(
-            way.replace("`", ""), r.places, str(r.per_update), f"{r.data:.2f}"
-        )
-    console.print(table)
-    write_json(options.json, title, results)
-    if options.markdown:
-        write_markdown(results, title, options.markdown)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=lambda rows: [table(rows)],
+    page="devices.md",
+    page_table=table,
+    add_options=add_options,
+)

@@ -1,28 +1,22 @@
 """What makes micro-batches differ from the global batch, and whether the probes see it.
 
-    python benchmarks/equivalence.py --markdown out/equivalence.md
-
 One loss for each way of being different, each given to
-`oa.diagnose.check_equivalence` as it is and, where there is one, with its remedy. The
-script fails if a probe misses its cause.
+`oa.diagnose.check_equivalence` as it is and, where there is one, with its remedy. It
+fails if a probe misses its cause.
 """
 
 import argparse
-import sys
+import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import setting, write_lines
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_accum as oa
+from benchmarks import shared
 
 EXAMPLES, MICRO_BATCHES = 32, 4
 
@@ -40,14 +34,14 @@ class Case(NamedTuple):
     mended: Mapping[str, Any] = MappingProxyType({})
 
 
-class Result(NamedTuple):
+class Row(NamedTuple):
     """What came out; errors are the largest relative ones of all leaves."""
 
-    name: str
+    loss: str
     error: float
     cause: str
     remedy: str
-    error_mended: float | None
+    error_mended: float  # nan without one
 
 
 RANDOM = np.random.default_rng(0)
@@ -61,6 +55,7 @@ BATCH = {
     "tokens": jnp.asarray(RANDOM.normal(size=(EXAMPLES, 8, 8)), jnp.float32),
     "valid": jnp.asarray(np.arange(8) < LENGTHS[:, None], jnp.float32),
 }
+NOISE = np.random.default_rng(1)  # the hidden state of `numpy_noise`
 LABELS = jnp.asarray(RANDOM.normal(size=EXAMPLES), jnp.float32)
 
 
@@ -103,7 +98,7 @@ def dropout(params, batch, key):
 
 
 def numpy_noise(params, batch):
-    noise = np.random.default_rng().normal(size=batch["x"].shape)
+    noise = NOISE.normal(size=batch["x"].shape)
     return mean(params, {"x": batch["x"] + jnp.asarray(noise, jnp.float32)})
 
 
@@ -182,7 +177,12 @@ def worst(report: oa.diagnose.EquivalenceReport) -> float:
     return max(leaf.error for leaf in report.leaves)
 
 
-def measure(case: Case) -> Result:
+def measure(options: argparse.Namespace) -> list[Row]:
+    del options
+    return [measure_one(case) for case in shared.track(cases(), "probing")]
+
+
+def measure_one(case: Case) -> Row:
     def check(**options):
         return oa.diagnose.check_equivalence(
             case.fun, PARAMS, BATCH, case.k, args=case.args, **options
@@ -192,47 +192,36 @@ def measure(case: Case) -> Result:
     found = report.cause.name if report.cause else ""
     if found != case.cause:
         raise SystemExit(f"{case.name}: {case.cause!r} was not found.\n{report}")
-    after = None
+    after = math.nan
     if case.mended:
         mended = check(**{**case.options, **case.mended})
         if not mended:
             raise SystemExit(f"{case.name}: the remedy does not mend it.\n{mended}")
         after = worst(mended)
-    return Result(case.name, worst(report), found, case.remedy, after)
+    return Row(case.name, worst(report), found or "the same", case.remedy, after)
 
 
-def shown(error: float | None) -> str:
-    return "" if error is None else f"{error:.1e}"
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def table(rows: list[Row]) -> shared.Table:
+    return shared.Table(
+        f"{EXAMPLES} examples in {MICRO_BATCHES} micro-batches, float32; the largest "
+        "relative error of a leaf of the gradient",
+        ("loss", "error", "the probes say", "remedy", "error then"),
+        "lrllr",
+        [
+            (r.loss, shown(r.error), r.cause, r.remedy, shown(r.error_mended))
+            for r in rows
+        ],
     )
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    options = parser.parse_args(arguments)
-
-    headings = "loss", "error", "the probes say", "remedy", "error then"
-    rows = []
-    for case in cases():
-        name, error, cause, remedy, after = measure(case)
-        cause = cause or "the same"
-        rows.append((name, shown(error), cause, remedy, shown(after)))
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for heading in headings:
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*(cell.replace("`", "") for cell in row))
-    Console().print(table)
-    if options.markdown:
-        title = (
-            f"{EXAMPLES} examples in {MICRO_BATCHES} micro-batches, float32; the "
-            f"largest relative error of a leaf of the gradient. {setting()}:"
-        )
-        lines = [title, "", f"| {' | '.join(headings)} |", "|---|---:|---|---|---:|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        write_lines(options.markdown, lines)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def shown(error: float) -> str:
+    return "" if math.isnan(error) else f"{error:.1e}"
+
+
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=lambda rows: [table(rows)],
+    page="equivalence.md",
+    page_table=table,
+)

@@ -1,12 +1,8 @@
-"""The whole batch at hand, in micro-batches inside one step: four ways.
-
-    python benchmarks/in_step.py                     # the table of the documentation
-    python benchmarks/in_step.py --quick             # a look, in seconds
-    python benchmarks/in_step.py --json out/in_step.json --picture out/in_step.png
+"""The whole batch in micro-batches inside one step: four ways.
 
 Every way computes the value and the gradient of the same batch. All take turns within
-each round, so that whatever else the machine does falls on all of them alike. Compare
-the ratios; the milliseconds are this machine's at that hour.
+each round, which spreads whatever else the machine does over all of them. Compare the
+ratios; the milliseconds are this machine's at that hour.
 
 full batch                  jax.value_and_grad, everything at once
 scan by hand                jax.lax.scan over contiguous micro-batches, float32 sums
@@ -15,32 +11,17 @@ optax_accum.value_and_grad  this library
 """
 
 import argparse
-import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from measuring import (
-    in_turn,
-    median_ratio,
-    pyplot,
-    save,
-    setting,
-    write_json,
-    write_lines,
-)
 from optax import microbatching
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import optax_accum as oa
+from benchmarks import shared
 
 FULL, BY_HAND, OPTAX, OURS = WAYS = (
     "full batch",
@@ -48,6 +29,7 @@ FULL, BY_HAND, OPTAX, OURS = WAYS = (
     "optax microbatch",
     "optax_accum.value_and_grad",
 )
+TURN = 0.3  # seconds that a turn takes at least
 
 
 class Model(NamedTuple):
@@ -59,12 +41,12 @@ class Model(NamedTuple):
     batch: Any
 
 
-class Result(NamedTuple):
+class Row(NamedTuple):
     """One way with one model and number of micro-batches; times are medians."""
 
     model: str
     parameters: int
-    num_microbatches: int
+    k: int
     way: str
     ms: float
     to_scan: float  # a median of ratios, each taken within one round
@@ -216,28 +198,30 @@ def check_equal(runners: list[Runner]) -> None:
                 raise RuntimeError(f"{runner.way} computes another gradient")
 
 
-def measure(
-    model: Model,
-    k: int,
-    *,
-    rounds: int,
-    turn: float,
-    advance: Callable[[], None],
-) -> list[Result]:
+def measure(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for name in options.only:
+        model = MODELS[name](options.quick)
+        for k in options.k or ([4] if options.quick else [2, 8, 32]):
+            rows += measure_model(model, k, options)
+    return rows
+
+
+def measure_model(model: Model, k: int, options: argparse.Namespace) -> list[Row]:
     """All ways with one model and number of micro-batches, interleaved."""
     runners = {way: Runner(way, model, k) for way in WAYS}
     check_equal(list(runners.values()))
-    for _, runner in in_turn(list(runners.values()), rounds):
-        runner.turn(turn)
-        advance()
+    turns = shared.in_turn(list(runners.values()), options.rounds)
+    for _, runner in shared.track(turns, f"{model.name}, {k} micro-batches"):
+        runner.turn(0 if options.quick else TURN)
     return [
-        Result(
+        Row(
             model=model.name,
             parameters=sum(x.size for x in jax.tree.leaves(model.params)),
-            num_microbatches=k,
+            k=k,
             way=way,
             ms=1e3 * statistics.median(runner.seconds),
-            to_scan=median_ratio(runner.seconds, runners[BY_HAND].seconds),
+            to_scan=shared.median_ratio(runner.seconds, runners[BY_HAND].seconds),
             temporary_mb=runner.temporaries / 1e6,
             compile_s=runner.compile_s,
         )
@@ -245,146 +229,81 @@ def measure(
     ]
 
 
-def show(results: list[Result], title: str, console: Console) -> None:
-    """Prints a table for each model."""
-    console.print(title, highlight=False)
-    for name in dict.fromkeys(r.model for r in results):
-        rows = [r for r in results if r.model == name]
-        table = Table(
-            title=f"{name}, {rows[0].parameters / 1e6:.3g}M parameters",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=0,
+def tables(rows: list[Row]) -> list[shared.Table]:
+    columns = "k", "way", "ms", "times scan\nby hand", "temporary\nMB", "compile\ns"
+    return [
+        shared.Table(
+            title(own[0]),
+            columns,
+            "rlrrrr",
+            [
+                (
+                    str(r.k) if r.way == FULL else "",
+                    r.way,
+                    f"{r.ms:.1f}",
+                    f"{r.to_scan:.2f}",
+                    f"{r.temporary_mb:.1f}",
+                    f"{r.compile_s:.2f}",
+                )
+                for r in own
+            ],
         )
-        table.add_column("micro-\nbatches", justify="right")
-        table.add_column("way", no_wrap=True)
-        for heading in (
-            "ms",
-            "times scan\nby hand",
-            "temporary\nMB",
-            "compile\ns",
-        ):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for r in rows:
-            table.add_row(
-                str(r.num_microbatches) if r.way == WAYS[0] else "",
-                r.way,
-                f"{r.ms:.1f}",
-                f"{r.to_scan:.2f}",
-                f"{r.temporary_mb:.1f}",
-                f"{r.compile_s:.2f}",
-                end_section=r.way == WAYS[-1],
-            )
-        console.print(table)
-
-
-def write_markdown(results: list[Result], title: str, path: Path) -> None:
-    """The table as the documentation has it."""
-    lines = [
-        f"{title}:",
-        "",
-        "| model | micro-batches | way | times a scan by hand | ms | temporary MB | "
-        "compile s |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        for own in by_model(rows)
     ]
-    named: set[str] = set()
-    for r in results:
-        name = "" if r.model in named else f"{r.model}, {r.parameters / 1e6:.2g}M"
-        named.add(r.model)
-        k = r.num_microbatches if r.way == WAYS[0] else ""
-        lines.append(
-            f"| {name} | {k} | {r.way} | {r.to_scan:.2f} | {r.ms:.0f} | "
-            f"{r.temporary_mb:.1f} | {r.compile_s:.1f} |"
-        )
-    write_lines(path, lines)
 
 
-def draw(results: list[Result], title: str, path: Path) -> None:
-    """For each model the time and the temporaries by number of micro-batches."""
-    plt = pyplot()
-    names = list(dict.fromkeys(r.model for r in results))
+def title(row: Row) -> str:
+    return f"{row.model}, {row.parameters / 1e6:.2g}M parameters"
+
+
+def by_model(rows: list[Row]) -> list[list[Row]]:
+    names = dict.fromkeys(r.model for r in rows)
+    return [[r for r in rows if r.model == name] for name in names]
+
+
+def draw(rows: list[Row]) -> Any:
+    """Time and temporaries over the number of micro-batches."""
+    plt = shared.pyplot()
+    models = by_model(rows)
     figure, axes = plt.subplots(
-        2, len(names), figsize=(1 + 4 * len(names), 6), squeeze=False, sharex="col"
+        2, len(models), figsize=(7.3, 5), squeeze=False, sharex="col", sharey="row"
     )
     styles = {
-        FULL: {"color": "#9aa0a6", "ls": "--"},
-        BY_HAND: {"color": "#f29900", "marker": "o"},
-        OPTAX: {"color": "#d93025", "marker": "s"},
-        OURS: {"color": "#1a73e8", "marker": "D", "ls": ":"},
+        FULL: {"color": shared.GREY, "ls": "--"},
+        BY_HAND: {"color": shared.GREEN, "lw": 8, "alpha": 0.5},
+        OPTAX: {"color": shared.RED, "marker": "s"},
+        OURS: {"color": shared.BLUE, "marker": "o", "lw": 2.5, "ls": ":"},
     }
-    for name, (above, below) in zip(names, axes.T, strict=True):
-        for way in WAYS:
-            rows = [r for r in results if (r.model, r.way) == (name, way)]
-            k = [r.num_microbatches for r in rows]
-            above.plot(k, [r.to_scan for r in rows], label=way, **styles[way])
-            below.plot(k, [r.temporary_mb for r in rows], label=way, **styles[way])
-        above.set_title(f"{name}, {rows[0].parameters / 1e6:.2g}M parameters")
-        above.set_ylim(0)
-        below.set_ylim(0)
+    for own, (above, below) in zip(models, axes.T, strict=True):
+        counts = sorted({r.k for r in own})
+        for way, style in styles.items():
+            line = [r for r in own if r.way == way]
+            above.plot(counts, [r.to_scan for r in line], label=way, **style)
+            # As a share of the full batch's, since the models differ in size.
+            share = [r.temporary_mb / own[0].temporary_mb for r in line]
+            below.plot(counts, share, **style)
+        above.set(title=title(own[0]), ylim=(0, 1.05 * max(r.to_scan for r in rows)))
+        below.set(xlabel="micro-batches", ylim=(0, None))
         below.set_xscale("log", base=2)
-        below.set_xticks(k, [str(n) for n in k])
-        below.set_xlabel("micro-batches")
-        for axis in (above, below):
-            axis.spines[["top", "right"]].set_visible(False)
+        below.set_xticks(counts, [str(k) for k in counts])
     axes[0][0].set_ylabel("time, times a scan by hand")
-    axes[1][0].set_ylabel("temporary MB")
-    axes[0][-1].legend(frameon=False, fontsize="small", loc="lower left")
-    save(figure, title, path)
-    plt.close(figure)
+    axes[1][0].set_ylabel("temporaries, times\nthe full batch's")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    return figure
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add(
-        "--micro-batches",
-        type=int,
-        nargs="+",
-        default=[2, 8, 32],
-        help="numbers of them (default: 2 8 32)",
-    )
-    add("--rounds", type=int, default=40, help="turns of each (default: 40)")
-    add("--turn", type=float, default=0.3, help="seconds at least (default: 0.3)")
-    add("--quick", action="store_true", help="small models, two rounds")
-    add("--json", type=Path, help="write the figures here")
-    add("--markdown", type=Path, help="write the table here")
-    add("--picture", type=Path, help="draw them here (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rounds, options.turn = 2, 0.0
-    return options
+def add_options(parser: argparse.ArgumentParser) -> None:
+    text = "numbers of micro-batches (default: 2 8 32, with --quick 4)"
+    parser.add_argument("--k", type=int, nargs="+", help=text)
 
 
-def main(arguments: list[str]) -> None:
-    options = parse_arguments(arguments)
-    title = setting()
-    results = []
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        for name in options.models:
-            model = MODELS[name](options.quick)
-            for k in options.micro_batches:
-                task = progress.add_task(
-                    f"{name}, {k} micro-batches", total=len(WAYS) * options.rounds
-                )
-                results += measure(
-                    model,
-                    k,
-                    rounds=options.rounds,
-                    turn=options.turn,
-                    advance=functools.partial(progress.advance, task),
-                )
-    show(results, title, console)
-    if options.json:
-        write_json(options.json, title, results)
-    if options.markdown:
-        write_markdown(results, title, options.markdown)
-    if options.picture:
-        draw(results, title, options.picture)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=tables,
+    draw=draw,
+    rounds=40,
+    choices=tuple(MODELS),
+    add_options=add_options,
+)

@@ -1,35 +1,26 @@
 """How exact is a sum of k gradients? By the dtype of the gradients and of the sum.
 
-    python benchmarks/numerics.py                    # the table, on the terminal
-    python benchmarks/numerics.py --quick            # a look, in seconds
-    python benchmarks/numerics.py --markdown out/numerics.md --picture out/numerics.png
-
 Every way is given the same k gradients, drawn at random, and its result is compared
 with their mean in float64. What counts is what the inner optimizer is given: one that
 only remembers it stands in for one that trains. The errors are of rounding and nothing
-else, so that they are the same at every run on one machine.
+else, and therefore the same at every run on one machine.
 
-The script fails if 4096 ones do not sum to 4096 by default, or if they do not stall at
-256 in bfloat16.
+It fails if 4096 ones do not sum to 4096 by default, or if they do not stall at 256 in
+bfloat16.
 """
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measuring import pyplot, save, setting, write_lines
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import optax_accum as oa
+from benchmarks import shared
 
 ELEMENTS = 1024  # of a gradient, over which the error is a norm
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # the error of one rounding
@@ -45,7 +36,7 @@ AT_ONCE = "the global batch at once"
 ONES, SHIFTED, CANCELLING = "all ones", "normal, mean 1", "normal, mean 0"
 
 
-class Result(NamedTuple):
+class Row(NamedTuple):
     """The error of one way on k gradients."""
 
     gradients: str
@@ -143,9 +134,11 @@ def draw_gradients(kind: str, k: int, elements: int) -> np.ndarray:
     return (noise + (kind == SHIFTED)).astype(np.float32)
 
 
-def measure(counts: list[int], elements: int) -> list[Result]:
-    results = []
-    for (kind, dtype), ways in CASES.items():
+def measure(options: argparse.Namespace) -> list[Row]:
+    counts = [1, 16, 512] if options.quick else [4**n for n in range(7)]
+    elements = 64 if options.quick else ELEMENTS
+    rows = []
+    for (kind, dtype), ways in shared.track(CASES.items(), "summing"):
         drawn = draw_gradients(kind, max(counts), elements)
         for k in counts:
             grads = jnp.asarray(drawn[:k], dtype)
@@ -155,123 +148,97 @@ def measure(counts: list[int], elements: int) -> list[Result]:
                 result = np.asarray(WAYS[way](grads), np.float64)
                 error = np.linalg.norm(result - exact) / np.linalg.norm(exact)
                 largest = float(result.max())
-                results.append(Result(kind, dtype, way, k, float(error), largest))
-    return results
+                rows.append(Row(kind, dtype, way, k, float(error), largest))
+    return rows
 
 
-def check(results: list[Result]) -> None:
+def check(rows: list[Row]) -> str:
     """Raises unless ones sum to what they should."""
-    for r in results:
+    for r in rows:
         if r.gradients == ONES and r.way in (DEFAULT, NARROW):
             stalled = min(r.k, 256) if r.way == NARROW else r.k
             # The stalled sum over k, in bfloat16: exact, for both are powers of two.
             if r.largest != stalled / r.k:
                 raise SystemExit(f"{r.k} ones, {r.way}: {r.largest * r.k}")
+    return "Ones add up to k by default; in bfloat16 they stop at 256."
 
 
-def rows(results: list[Result], case: tuple[str, str]) -> list[list[str]]:
-    """For each way its name, and its error for every k."""
+def counts_of(rows: list[Row]) -> list[int]:
+    return sorted({r.k for r in rows})
+
+
+def tables(rows: list[Row]) -> list[shared.Table]:
+    counts = counts_of(rows)
     return [
-        [way, *(shown(r.error) for r in results if r[:3] == (*case, way))]
-        for way in CASES[case]
+        shared.Table(
+            ", ".join(case),
+            ("error for k =", *map(str, counts)),
+            "l" + "r" * len(counts),
+            [
+                (way, *(shown(r.error) for r in rows if r[:3] == (*case, way)))
+                for way in ways
+            ],
+        )
+        for case, ways in CASES.items()
     ]
+
+
+def page_table(rows: list[Row]) -> shared.Table:
+    """The largest k alone; the chart has the others."""
+    k = max(counts_of(rows))
+    errors = {r[:3]: shown(r.error) for r in rows if r.k == k}
+    cases = [case for case in CASES if case[0] != ONES]
+    return shared.Table(
+        f"The error of a mean of {k} gradients, ‖result − exact‖ / ‖exact‖ over "
+        f"{ELEMENTS} elements",
+        ("way", *(", ".join(case) for case in cases)),
+        "lrrr",
+        [(way, *(errors.get((*case, way), "") for case in cases)) for way in WAYS],
+    )
 
 
 def shown(error: float) -> str:
     return "0" if error == 0 else f"{error:.0e}"
 
 
-def draw(results: list[Result], counts: list[int], path: Path) -> None:
+def draw(rows: list[Row]) -> Any:
     """The error over k, and what theory expects of it."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    plt = shared.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(7.3, 4.6), sharey=True)
     styles = {
-        NARROW: ("#d93025", "o-", NARROW),
-        RUNNING_NARROW: ("#f29900", "s--", RUNNING_NARROW),
-        DEFAULT: ("#1a73e8", "o-", f"{DEFAULT}, float32 sums (default)"),
-        RUNNING: ("#34a853", "s--", f"{RUNNING}, float32 mean (default)"),
+        NARROW: (shared.RED, "o-", "accumulate, bfloat16 sums"),
+        RUNNING_NARROW: (shared.ORANGE, "s--", "MultiSteps, bfloat16 mean"),
+        DEFAULT: (shared.BLUE, "o-", "accumulate, float32 sums (default)"),
+        RUNNING: (shared.GREEN, "s--", "MultiSteps, float32 mean (default)"),
     }
-    k = np.array(counts, np.float64)
+    counts = counts_of(rows)
     titles = {SHIFTED: "Gradients that agree", CANCELLING: "Gradients that cancel"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for unit in HALF_ULP.values():
-            axis.plot(k, k * unit, ":", color="#9aa0a6", lw=1)
-            axis.plot(k, np.sqrt(k) * unit, "--", color="#9aa0a6", lw=1)
+        for name, unit in HALF_ULP.items():
+            bound = np.sqrt(counts) * unit
+            axis.plot(counts, bound, ":", color=shared.GREY)
+            axis.text(counts[1], 3 * bound[1], f"√k roundings to {name}", fontsize=9)
         for way, (color, style, label) in styles.items():
-            own = [r for r in results if r[:3] == (kind, "float32", way) and r.error]
-            axis.plot(
-                [r.k for r in own],
-                [r.error for r in own],
-                style,
-                color=color,
-                ms=4,
-                lw=1.4,
-                label=label,
-            )
-        axis.set(title=f"{title} ({kind})", xlabel="k, the number of micro-batches")
+            own = [r for r in rows if r[:3] == (kind, "float32", way) and r.error]
+            k, errors = [r.k for r in own], [r.error for r in own]
+            axis.plot(k, errors, style, color=color, ms=4, label=label)
+        axis.set(title=title, xlabel="k, the number of micro-batches")
         axis.set_xscale("log", base=4)
-        axis.set_xticks(counts, [str(count) for count in counts])
-        axis.tick_params(axis="x", which="minor", length=0)
+        axis.set_xticks(counts, [str(k) for k in counts])
         axis.set_yscale("log")
         axis.set_ylim(1e-8, 3)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relative error of the mean gradient")
-    for name, unit in HALF_ULP.items():
-        for text, x, y in (("k·u", k[2], k[2]), ("√k·u", k[-1], k[-1] ** 0.5)):
-            axes[1].annotate(
-                f"{text}, {name}",
-                (x, y * unit),
-                xytext=(-4, 4),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color="#5f6368",
-                fontsize="x-small",
-            )
-    axes[0].legend(frameon=False, fontsize="x-small", loc=(0.02, 0.34))
-    title = f"Sums of k float32 gradients. {setting()}"
-    save(figure, title, path)
-    plt.close(figure)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    parser.add_argument("--picture", type=Path, help="draw the curves here")
-    parser.add_argument("--quick", action="store_true", help="three k, small gradients")
-    options = parser.parse_args(arguments)
-
-    counts = [1, 16, 512] if options.quick else [4**n for n in range(7)]
-    elements = 64 if options.quick else ELEMENTS
-    results = measure(counts, elements)
-    check(results)
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("error for k =", no_wrap=True)
-    for k in counts:
-        table.add_column(str(k), justify="right", no_wrap=True)
-    lines = [
-        f"The error of what the optimizer is given, ‖result − exact‖ / ‖exact‖ over "
-        f"{elements} elements. {setting()}:",
-        "",
-        f"| gradients | way | {' | '.join(f'k = {k}' for k in counts)} |",
-        f"|---|---|{'---:|' * len(counts)}",
-    ]
-    for case in CASES:
-        name = ", ".join(case)
-        table.add_row(f"[bold]{name}")
-        for cells in rows(results, case):
-            table.add_row(*cells)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-            name = ""
-    Console().print(table)
-    if options.markdown:
-        write_lines(options.markdown, lines)
-    if options.picture:
-        draw(results, counts, options.picture)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=tables,
+    check=check,
+    draw=draw,
+    page="numerics.md",
+    page_table=page_table,
+)

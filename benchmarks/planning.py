@@ -1,30 +1,41 @@
 """What the planner sees of a large model, on a machine that could not run it.
 
-    python benchmarks/planning.py --markdown out/planning.md --picture out/planning.png
-
-A decoder of GPT-2's smallest size, AdamW, a batch of sequences: only shapes, so that
-nothing is allocated. The step is compiled for the numbers of micro-batches that the
-search asks for, and for no others. The figures are those of this machine's compiler;
-another one's, on a GPU say, keeps other temporaries.
+A decoder of GPT-2's smallest size, AdamW, a batch of sequences: only shapes; nothing is
+allocated. The step is compiled for the numbers of micro-batches that the search asks
+for, and for no others. The figures are those of this machine's compiler; another one's,
+on a GPU say, keeps other temporaries.
 """
 
 import argparse
 import functools
 import logging
-import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from in_step import decoder
-from measuring import pyplot, save, setting, write_lines
 
 import optax_accum as oa
+from benchmarks import shared
+from benchmarks.in_step import decoder
 
+BATCH_SIZE = 64  # sequences
 LARGE = {"layers": 12, "width": 768, "heads": 12, "length": 512, "vocabulary": 50257}
 SMALL = {"layers": 2, "width": 64, "heads": 2, "length": 32, "vocabulary": 64}
+
+
+class Row(NamedTuple):
+    """What one number of micro-batches takes, in bytes on each device."""
+
+    parameters: int
+    sequences: int
+    tokens: int  # of each
+    micro_batches: int
+    arguments: int
+    outputs: int  # those that do not take the place of an argument
+    temporaries: int
+    limit: int  # what may be used
+    fits: str
 
 
 def shapes(batch_size: int, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
@@ -66,81 +77,93 @@ def make_plan(
     )
 
 
-def write_markdown(plan: oa.diagnose.MicrobatchPlan, title: str, path: Path) -> None:
-    """The plan as the documentation has it, in GiB on each device."""
-    lines = [
-        f"{title}. GiB, of which {plan.memory_limit * (1 - plan.headroom) / 2**30:.1f} "
-        "may be used; outputs that do not take the place of an argument count as "
-        "temporaries:",
-        "",
-        "| micro-batches | arguments | temporaries | total | fits | compiled in |",
-        "|---:|---:|---:|---:|---|---:|",
-    ]
-    for number, memory, fits, seconds in plan.candidates:
-        assert memory is not None
-        rest = memory.total - memory.arguments
-        sizes = [f"{x / 2**30:.2f}" for x in (memory.arguments, rest, memory.total)]
-        cells = str(number), *sizes, "yes" if fits else "no", f"{seconds:.1f} s"
-        lines.append(f"| {' | '.join(cells)} |")
-    write_lines(path, lines)
-
-
-def draw(plan: oa.diagnose.MicrobatchPlan, axes: Any) -> None:
-    """Stacked bars of what each candidate takes, and a line for the limit."""
-    known = [c for c in plan.candidates if c.memory is not None]
-    names = [str(c.num_microbatches) for c in known]
-    memories = np.array([c.memory for c in known])
-    arguments, outputs, temporaries, aliased = memories.T
-    largest = max(plan.memory_limit, *(arguments + outputs + temporaries - aliased))
-    size, unit = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
-    bottom = np.zeros(len(known))
-    for label, part, color in (
-        ("arguments", arguments, "#5f6368"),
-        ("outputs, not aliased", outputs - aliased, "#bdc1c6"),
-        ("temporaries", temporaries, "#1a73e8"),
-    ):
-        axes.bar(names, part / size, bottom=bottom, label=label, color=color)
-        bottom += part / size
-    usable = plan.memory_limit * (1 - plan.headroom) / size
-    axes.axhline(usable, color="#d93025", ls="--", label="what may be used")
-    axes.set(xlabel="micro-batches", ylabel=f"{unit} per device")
-    axes.legend(frameon=False)
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--batch-size", type=int, default=64, help="sequences (default: 64)")
-    add("--memory-limit", type=float, default=16, help="GiB (default: 16)")
-    add("--quick", action="store_true", help="a tiny model, in 16 MiB")
-    add("--markdown", type=Path, help="write the table here")
-    add("--picture", type=Path, default=Path("out/planning.png"))
-    options = parser.parse_args(arguments)
-    limit, sizes = int(options.memory_limit * 2**30), LARGE
-    if options.quick:
-        limit, sizes = 16 * 2**20, SMALL
-
+def measure(options: argparse.Namespace) -> list[Row]:
+    limit, sizes = (2**24, SMALL) if options.quick else (2**34, LARGE)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("optax_accum").setLevel(logging.INFO)
-    loss, params, batch = shapes(options.batch_size, sizes)
+    loss, params, batch = shapes(BATCH_SIZE, sizes)
     plan = make_plan(loss, params, batch, limit)
-    print(plan)
+    rows = []
+    for candidate in plan.candidates:
+        memory = candidate.memory
+        assert memory is not None
+        row = Row(
+            parameters=sum(x.size for x in jax.tree.leaves(params)),
+            sequences=BATCH_SIZE,
+            tokens=sizes["length"],
+            micro_batches=candidate.num_microbatches,
+            arguments=memory.arguments,
+            outputs=memory.outputs - memory.aliased,
+            temporaries=memory.temporaries,
+            limit=round(limit * (1 - plan.headroom)),
+            fits="yes" if candidate.fits else "no",
+        )
+        rows.append(row)
+    return rows
 
-    count = sum(x.size for x in jax.tree.leaves(params))
-    title = (
-        f"{count / 1e6:.1f}M parameters, AdamW, {options.batch_size} sequences of "
-        f"{sizes['length']} tokens; {setting()}"
+
+def unit(rows: list[Row]) -> tuple[int, str]:
+    return (2**30, "GiB") if rows[0].limit >= 2**30 else (2**20, "MiB")
+
+
+def table(rows: list[Row]) -> shared.Table:
+    size, name = unit(rows)
+    first = rows[0]
+    return shared.Table(
+        f"{first.parameters / 1e6:.1f}M parameters, AdamW, {first.sequences} sequences "
+        f"of {first.tokens} tokens; {name}, of which {first.limit / size:.1f} may be used",
+        ("micro-batches", "arguments", "temporaries", "total", "fits"),
+        "rrrrl",
+        [
+            (
+                str(r.micro_batches),
+                f"{r.arguments / size:.2f}",
+                f"{(r.outputs + r.temporaries) / size:.2f}",
+                f"{(r.arguments + r.outputs + r.temporaries) / size:.2f}",
+                r.fits,
+            )
+            for r in rows
+        ],
     )
-    if options.markdown:
-        write_markdown(plan, title, options.markdown)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4))
-    draw(plan, axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    save(figure, title, options.picture)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def draw(rows: list[Row]) -> Any:
+    """Stacked bars of what each candidate takes, and a line for the limit."""
+    plt = shared.pyplot()
+    figure, axes = plt.subplots()
+    size, name = unit(rows)
+    labels = [str(r.micro_batches) for r in rows]
+    bottom = np.zeros(len(rows))
+    for label, part, color in (
+        ("arguments", [r.arguments for r in rows], shared.GREY),
+        ("temporaries", [r.outputs + r.temporaries for r in rows], shared.BLUE),
+    ):
+        height = np.array(part) / size
+        bars = axes.bar(labels, height, bottom=bottom, label=label, color=color)
+        bottom += height
+    axes.bar_label(bars, [f"{x:.0f} {name}" for x in bottom], padding=3, color=shared.INK)
+    limit = rows[0].limit / size
+    axes.axhline(limit, color=shared.RED, ls="--")
+    axes.annotate(
+        f"limit: {limit:.1f} {name}",
+        (1, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=shared.RED,
+    )
+    axes.set(xlabel="micro-batches", ylabel=f"{name} on each device")
+    axes.tick_params(axis="x", length=0)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=lambda rows: [table(rows)],
+    draw=draw,
+    page="planning.md",
+    page_table=table,
+)

@@ -1,16 +1,12 @@
 """What accumulating costs: a stream of micro-batch gradients through five ways.
 
-    python benchmarks/stream.py                     # the table of the README
-    python benchmarks/stream.py --quick             # a look, in seconds
-    python benchmarks/stream.py --json out/stream.json --picture out/stream.png
-
 Every way gets the same gradients, donates parameters and state, and is timed in turn
-within each round, so that whatever else the machine does falls on all of them alike.
+within each round, which spreads whatever else the machine does over all of them.
 Compare the ratios; the milliseconds are this machine's at that hour.
 
 floor              acc + g, donated: what accumulation cannot do without (XLA's CPU
                    compiler runs this lone addition slower than the same one fused
-                   with a select, so a ratio below 1 is no mistake)
+                   with a select, which is why a ratio can be below 1)
 update_params      optax_accum.accumulate, update and apply in one
 update             optax_accum.accumulate, then optax.apply_updates
 optax.MultiSteps   then optax.apply_updates
@@ -18,39 +14,26 @@ optax.apply_every  chained behind the optimizer, then optax.apply_updates
 """
 
 import argparse
-import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from measuring import (
-    in_turn,
-    median_ratio,
-    pyplot,
-    save,
-    setting,
-    write_json,
-    write_lines,
-)
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import optax_accum as oa
+from benchmarks import shared
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1e-3),
     "adamw": lambda: optax.adamw(1e-3),
     "muon": lambda: optax.contrib.muon(1e-3),
 }
+# Parameters of each; Muon multiplies matrices, and takes longer.
+SIZES = {"sgd": 20e6, "adamw": 20e6, "muon": 4e6}
 FLOOR, OURS, UPDATE, MULTI_STEPS, APPLY_EVERY = WAYS = (
     "floor",
     "update_params",
@@ -60,11 +43,13 @@ FLOOR, OURS, UPDATE, MULTI_STEPS, APPLY_EVERY = WAYS = (
 )
 
 
-class Result(NamedTuple):
+class Row(NamedTuple):
     """One way with one optimizer; times are medians over the rounds."""
 
     optimizer: str
     parameters: int
+    dtype: str
+    k: int
     way: str
     micro_step_ms: float  # off the boundary
     window_ms: float
@@ -127,6 +112,8 @@ class Runner:
         self.compile_s = time.perf_counter() - start
         memory: Any = self.step.memory_analysis()
         self.temporaries = memory.temp_size_in_bytes
+        self.micro_steps: list[float] = []
+        self.windows: list[float] = []
 
     def window(self, grads: Any) -> list[float]:
         """Seconds of each of the k micro-steps of one window."""
@@ -139,177 +126,147 @@ class Runner:
         return seconds
 
 
-def measure(
-    optimizer: str,
-    count: int,
-    *,
-    k: int,
-    rounds: int,
-    dtype: Any,
-    advance: Callable[[], None],
-) -> list[Result]:
+def measure(options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for name in options.only:
+        default = 0.5e6 if options.quick else SIZES[name]
+        grads = make_params(int(options.params or default), jnp.dtype(options.dtype))
+        rows += measure_optimizer(name, grads, options)
+    return rows
+
+
+def measure_optimizer(name: str, grads: Any, options: argparse.Namespace) -> list[Row]:
     """All ways with one optimizer, interleaved."""
-    grads = make_params(count, dtype)
-    runners = [Runner(way, optimizer, grads, k) for way in WAYS]
-    micro: dict[str, list[float]] = {way: [] for way in WAYS}
-    window: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number, runner in in_turn(runners, rounds + 1):
+    runners = {way: Runner(way, name, grads, options.k) for way in WAYS}
+    turns = shared.in_turn(list(runners.values()), options.rounds + 1)
+    for number, runner in shared.track(turns, name):
         seconds = runner.window(grads)
         if number > 0:  # The first one warms up.
-            micro[runner.way].append(statistics.median(seconds[:-1]))
-            window[runner.way].append(sum(seconds))
-        advance()
+            runner.micro_steps.append(statistics.median(seconds[:-1]))
+            runner.windows.append(sum(seconds))
 
-    nbytes = sum(x.nbytes for x in jax.tree.leaves(grads))
+    floor, multi_steps = runners[FLOOR], runners[MULTI_STEPS]
+    ratio = shared.median_ratio
     return [
-        Result(
-            optimizer=optimizer,
+        Row(
+            optimizer=name,
             parameters=sum(x.size for x in jax.tree.leaves(grads)),
-            way=runner.way,
-            micro_step_ms=1e3 * statistics.median(micro[runner.way]),
-            window_ms=1e3 * statistics.median(window[runner.way]),
-            micro_step_to_floor=median_ratio(micro[runner.way], micro[FLOOR]),
-            multi_steps_to_window=median_ratio(window[MULTI_STEPS], window[runner.way]),
-            temporaries=runner.temporaries / nbytes,
+            dtype=options.dtype,
+            k=options.k,
+            way=way,
+            micro_step_ms=1e3 * statistics.median(runner.micro_steps),
+            window_ms=1e3 * statistics.median(runner.windows),
+            micro_step_to_floor=ratio(runner.micro_steps, floor.micro_steps),
+            multi_steps_to_window=ratio(multi_steps.windows, runner.windows),
+            temporaries=runner.temporaries / sum(x.nbytes for x in grads.values()),
             compile_s=runner.compile_s,
         )
-        for runner in runners
+        for way, runner in runners.items()
     ]
 
 
-def show(results: list[Result], title: str, console: Console) -> None:
-    """Prints a table for each optimizer."""
-    console.print(title, highlight=False)
-    for name in dict.fromkeys(r.optimizer for r in results):
-        rows = [r for r in results if r.optimizer == name]
-        table = Table(
-            title=f"{name}, {rows[0].parameters / 1e6:.3g}M parameters",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=0,
+def tables(rows: list[Row]) -> list[shared.Table]:
+    columns = (
+        "way",
+        "micro-step\nms",
+        "times\nfloor",
+        "window\nms",
+        "faster than\nMultiSteps",
+        "temp. /\nparams",
+        "compile\ns",
+    )
+    return [
+        shared.Table(
+            title(own[0]),
+            columns,
+            "lrrrrrr",
+            [
+                (
+                    r.way,
+                    f"{r.micro_step_ms:.2f}",
+                    f"{r.micro_step_to_floor:.2f}",
+                    f"{r.window_ms:.1f}",
+                    f"{r.multi_steps_to_window:.1f}",
+                    f"{r.temporaries:.2f}",
+                    f"{r.compile_s:.2f}",
+                )
+                for r in own
+            ],
         )
-        table.add_column("way", no_wrap=True)
-        for heading in (
-            "micro-step\nms",
-            "times\nfloor",
-            "window\nms",
-            "faster than\nMultiSteps",
-            "temp. /\nparams",
-            "compile\ns",
-        ):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for r in rows:
-            table.add_row(
-                r.way,
-                f"{r.micro_step_ms:.2f}",
-                f"{r.micro_step_to_floor:.2f}",
-                f"{r.window_ms:.1f}",
-                f"{r.multi_steps_to_window:.1f}",
-                f"{r.temporaries:.2f}",
-                f"{r.compile_s:.2f}",
-            )
-        console.print(table)
-
-
-def write_markdown(results: list[Result], title: str, path: Path) -> None:
-    """The table as the README has it."""
-    lines = [
-        f"{title}:",
-        "",
-        "| optimizer | way | micro-step, times the floor | window, ms | faster than "
-        "`MultiSteps` | temporaries, times the parameters |",
-        "|---|---|---:|---:|---:|---:|",
+        for own in by_optimizer(rows)
     ]
-    for r in results:
-        first = r.way == WAYS[0]
-        name = f"{r.optimizer}, {r.parameters / 1e6:.3g}M" if first else ""
-        lines.append(
-            f"| {name} | {r.way} | {r.micro_step_to_floor:.2f} | {r.window_ms:.0f} | "
-            f"{r.multi_steps_to_window:.1f} | {r.temporaries:.2f} |"
-        )
-    write_lines(path, lines)
 
 
-def draw(results: list[Result], title: str, path: Path) -> None:
-    """One panel per optimizer: a window's time by way."""
-    plt = pyplot()
-    names = list(dict.fromkeys(r.optimizer for r in results))
+def title(row: Row) -> str:
+    return f"{row.optimizer}, {row.parameters / 1e6:.3g}M parameters"
+
+
+def by_optimizer(rows: list[Row]) -> list[list[Row]]:
+    names = dict.fromkeys(r.optimizer for r in rows)
+    return [[r for r in rows if r.optimizer == name] for name in names]
+
+
+def draw(rows: list[Row]) -> Any:
+    """A window's time and temporaries, one row of panels for each optimizer."""
+    plt = shared.pyplot()
+    optimizers = by_optimizer(rows)
     figure, axes = plt.subplots(
-        1, len(names), figsize=(1.6 + 3.6 * len(names), 3.2), squeeze=False
+        len(optimizers),
+        2,
+        figsize=(7.3, 1.4 * len(optimizers) + 0.7),
+        sharex="col",
+        sharey=True,
+        squeeze=False,
     )
-    colors = ["#9aa0a6", "#1a73e8", "#669df6", "#d93025", "#f29900"]
-    for axis, name in zip(axes[0], names, strict=True):
-        rows = [r for r in results if r.optimizer == name]
-        bars = axis.barh(
-            [r.way for r in rows], [r.window_ms for r in rows], color=colors
-        )
-        axis.bar_label(
-            bars,
-            [f"{r.window_ms:.{0 if r.window_ms > 10 else 1}f}" for r in rows],
-            padding=3,
-        )
-        axis.set_title(f"{name}, {rows[0].parameters / 1e6:.3g}M parameters")
-        axis.set_xlabel("milliseconds per window")
-        axis.margins(x=0.15)
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis is not axes[0][0]:
-            axis.set_yticklabels([])
-    save(figure, title, path)
-    plt.close(figure)
+    colors = {
+        FLOOR: shared.GREY,
+        OURS: shared.BLUE,
+        UPDATE: shared.BLUE,
+        MULTI_STEPS: shared.RED,
+    }
+    for (left, right), own in zip(axes, optimizers, strict=True):
+        drawn = [r for r in own if r.way in colors]
+        names = [r.way for r in drawn]
+        style = {"color": [colors[r.way] for r in drawn], "height": 0.7}
+        bars = left.barh(names, [1 / r.multi_steps_to_window for r in drawn], **style)
+        times = [f"{r.window_ms:.0f} ms{faster(r)}" for r in drawn]
+        left.bar_label(bars, times, padding=4, color=shared.INK)
+        bars = right.barh(names, [r.temporaries for r in drawn], **style)
+        held = [f"{r.temporaries:.2g} ×" for r in drawn]
+        right.bar_label(bars, held, padding=4, color=shared.INK)
+        left.set_title(title(own[0]))
+        left.invert_yaxis()
+        for axis in (left, right):
+            axis.set_xticks([])
+            axis.spines["bottom"].set_visible(False)
+            axis.tick_params(axis="y", length=0)
+    axes[0][0].set_xlim(0, 1.35)
+    axes[0][1].set_xlim(0, 1.25 * max(r.temporaries for r in rows))
+    axes[-1][0].set_xlabel(f"time of a window of {rows[0].k} micro-steps")
+    axes[-1][1].set_xlabel("temporaries, times the parameters")
+    return figure
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def faster(row: Row) -> str:
+    """How many times, against `optax.MultiSteps`."""
+    if row.way not in (OURS, UPDATE):
+        return ""
+    return f"  ({row.multi_steps_to_window:.1f} × faster)"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    add("--params", type=float, default=20e6, help="parameters (default: 20e6)")
-    add(
-        "--muon-params",
-        type=float,
-        default=4e6,
-        help="parameters for Muon, which multiplies matrices (default: 4e6)",
-    )
     add("--k", type=int, default=8, help="micro-steps in a window (default: 8)")
-    add("--rounds", type=int, default=5, help="timed windows of each (default: 5)")
+    add("--params", type=float, help="parameters (default: 20e6, for Muon 4e6)")
     add("--dtype", default="float32", help="of parameters and gradients")
-    add("--quick", action="store_true", help="0.5M parameters, two rounds")
-    add("--json", type=Path, help="write the figures here")
-    add("--markdown", type=Path, help="write the table here")
-    add("--picture", type=Path, help="draw the windows here (needs matplotlib)")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.params = options.muon_params = 0.5e6
-        options.rounds = 2
-    return options
 
 
-def main(arguments: list[str]) -> None:
-    options = parse_arguments(arguments)
-    title = f"{setting()}, {options.dtype}, k = {options.k}"
-    results = []
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        for name in options.optimizers:
-            task = progress.add_task(name, total=len(WAYS) * (options.rounds + 1))
-            results += measure(
-                name,
-                int(options.muon_params if name == "muon" else options.params),
-                k=options.k,
-                rounds=options.rounds,
-                dtype=jnp.dtype(options.dtype),
-                advance=functools.partial(progress.advance, task),
-            )
-    show(results, title, console)
-    if options.json:
-        write_json(options.json, title, results)
-    if options.markdown:
-        write_markdown(results, title, options.markdown)
-    if options.picture:
-        draw(results, title, options.picture)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=tables,
+    draw=draw,
+    rounds=5,
+    choices=tuple(OPTIMIZERS),
+    add_options=add_options,
+)

@@ -1,63 +1,56 @@
-"""What every optimizer holds beside its arguments and results, with and without us.
-
-    python benchmarks/temporaries.py
-    python benchmarks/temporaries.py --dtype bfloat16 --markdown out/temporaries.md
+"""What every optimizer holds besides its arguments and results, with and without us.
 
 One compiled micro-step each, parameters and state donated, nothing run: the temporaries
-that XLA reports, as a multiple of the parameters' bytes. "alone" is the optimizer by
-itself, on every step; what accumulation cannot take away from it.
+that XLA reports, as a multiple of the parameters' bytes.
+
+alone             the optimizer by itself, on every step; what accumulation cannot
+                  take away from it
+update_params     optax_accum.accumulate, update and apply in one
+update            optax_accum.accumulate, then optax.apply_updates
+optax.MultiSteps  then optax.apply_updates; "raises" if it does not hand the optimizer
+                  the extra arguments that it needs
 """
 
 import argparse
-import sys
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import catalogue
+import hlo
 import jax
 import jax.numpy as jnp
 import optax
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 import optax_accum as oa
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import catalogue
-import hlo
+from benchmarks import shared
 
 K = 8
-# Why XLA gives some more than `optax.MultiSteps`, read in their programs.
-CROSSED = (
-    "update and moment each read what the other overwrites: alone that is a copy of "
-    "the moment; `update` adds one of the accumulator, in whose buffer updates leave"
-)
-WIDE = (
-    "it computes in float32, the accumulator's dtype, where optax.MultiSteps rounds "
-    "the gradient to bfloat16 first, and its intermediate results are twice as large"
-)
+DTYPES = ("float32", "bfloat16")
+SIDE = 512  # of the square matrices
+QUICK = ("optax.sgd", "optax.adamw", "optax.lion")
+# Why XLA gives some more than `optax.MultiSteps`, read in their programs; the page has
+# a paragraph for each reason.
 REASONS = {
-    "optax.lamb": WIDE,
-    "optax.contrib.muon": WIDE,
-    "optax.contrib.prodigy": WIDE,
-    "optax.lion": CROSSED,
-    "optax.optimistic_gradient_descent": CROSSED,
-    "optax.contrib.acprop": CROSSED,
-    "optax.contrib.dadapt_adamw": (
-        "its step size is a ratio of sums over all leaves, for which update and "
-        "moments wait; XLA copies four arrays to be sure of what they read"
-    ),
+    "optax.lamb": "float32 results",
+    "optax.contrib.muon": "float32 results",
+    "optax.contrib.prodigy": "float32 results",
+    "optax.lion": "crossed reads",
+    "optax.optimistic_gradient_descent": "crossed reads",
+    "optax.contrib.acprop": "crossed reads",
+    "optax.contrib.dadapt_adamw": "sums over all leaves",
 }
-COLUMNS = ("alone", "update_params", "update", "optax.MultiSteps")
 
 
 class Row(NamedTuple):
-    """One optimizer's temporaries over its parameters' bytes, or why there are none."""
+    """One optimizer's temporaries over its parameters' bytes, or nan where it raises."""
 
-    name: str
-    ratios: tuple[float | str, ...]  # in the order of COLUMNS
+    dtype: str
+    optimizer: str
+    alone: float
+    update_params: float
+    update: float
+    multi_steps: float
 
 
 def loss(params: Any) -> jax.Array:
@@ -76,98 +69,141 @@ def make_step(tx: Any, name: str, way: str) -> Callable:
     return step
 
 
-def measure(name: str, build: Callable, params: Any) -> Row:
-    inner = optax.with_extra_args_support(build())
-    ways = {
-        "alone": inner,
-        "update_params": oa.accumulate(inner, K),
-        "update": oa.accumulate(inner, K),
-        "optax.MultiSteps": optax.MultiSteps(inner, K).gradient_transformation(),
-    }
-    value = jax.ShapeDtypeStruct((), jnp.float32)
-    ratios: list[float | str] = []
-    for way, tx in ways.items():
-        try:
-            state = jax.eval_shape(tx.init, params)
-            step = make_step(optax.with_extra_args_support(tx), name, way)
-            if way == "update_params":
-                step = make_step(tx, name, way)
-            program = hlo.compiled(step, params, state, params, value)
-        except (TypeError, ValueError) as error:
-            ratios.append(type(error).__name__)
-        else:
-            ratios.append(hlo.temporaries(program) / hlo.nbytes(params))
-    return Row(name, tuple(ratios))
+def measure(options: argparse.Namespace) -> list[Row]:
+    names = QUICK if options.quick else options.only
+    cases = [(dtype, name) for dtype in DTYPES for name in names]
+    return [measure_one(*case) for case in shared.track(cases, "compiling")]
 
 
-def exceeds(row: Row) -> bool:
-    """Whether one of our ways takes more than `optax.MultiSteps`."""
-    *ours, theirs = row.ratios[1:]
-    if isinstance(theirs, str):
-        return False
-    return any(isinstance(r, str) or r > theirs + 0.01 for r in ours)
-
-
-def notes(rows: list[Row]) -> list[str]:
-    return [
-        f"{row.name} takes more than optax.MultiSteps: "
-        f"{REASONS.get(row.name, 'not looked into')}."
-        for row in rows
-        if exceeds(row)
-    ]
-
-
-def cells(row: Row) -> list[str]:
-    return [r if isinstance(r, str) else f"{r:.2f}" for r in row.ratios]
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--side", type=int, default=512, help="of the square matrices")
-    names = list(catalogue.optimizers())
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    options = parser.parse_args(arguments)
-    side, dtype = options.side, jnp.dtype(options.dtype)
+def measure_one(dtype: str, name: str) -> Row:
     params = {
-        "in": jax.ShapeDtypeStruct((side, side), dtype),
-        "out": jax.ShapeDtypeStruct((side, side // 2), dtype),
-        "bias": jax.ShapeDtypeStruct((side,), dtype),
+        "in": jax.ShapeDtypeStruct((SIDE, SIDE), dtype),
+        "out": jax.ShapeDtypeStruct((SIDE, SIDE // 2), dtype),
+        "bias": jax.ShapeDtypeStruct((SIDE,), dtype),
     }
-    console = Console()
-    title = (
-        f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, Optax "
-        f"{optax.__version__}, {dtype}: temporaries over the parameters' bytes"
+    inner = optax.with_extra_args_support(catalogue.optimizers()[name]())
+    ours = oa.accumulate(inner, K)
+    multi_steps = optax.MultiSteps(inner, K).gradient_transformation()
+
+    def ratio(way: str, tx: Any) -> float:
+        value = jax.ShapeDtypeStruct((), jnp.float32)
+        state = jax.eval_shape(tx.init, params)
+        step = make_step(tx, name, way)
+        program = hlo.compiled(step, params, state, params, value)
+        return hlo.temporaries(program) / hlo.nbytes(params)
+
+    try:
+        theirs = ratio("update", optax.with_extra_args_support(multi_steps))
+    except (TypeError, ValueError):
+        theirs = math.nan
+    return Row(
+        dtype,
+        name,
+        ratio("update", inner),
+        ratio("update_params", ours),
+        ratio("update", ours),
+        theirs,
     )
-    rows = [
-        measure(name, catalogue.optimizers()[name], params)
-        for name in track(options.only, console=console, transient=True)
+
+
+def exceptions(rows: list[Row]) -> list[Row]:
+    """Those of which one of our ways takes more than `optax.MultiSteps`."""
+    return [r for r in rows if max(r.update_params, r.update) > r.multi_steps + 0.01]
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"`{row.optimizer}`",
+        *(f"{x:.2f}" if math.isfinite(x) else "raises" for x in row[2:]),
+    )
+
+
+COLUMNS = ("optimizer", "alone", "update_params", "update", "optax.MultiSteps")
+
+
+def tables(rows: list[Row]) -> list[shared.Table]:
+    whole = [
+        shared.Table(
+            f"{dtype}: temporaries over the parameters' bytes",
+            COLUMNS,
+            "lrrrr",
+            [cells(r) for r in rows if r.dtype == dtype],
+        )
+        for dtype in DTYPES
     ]
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("optimizer", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column.removeprefix("optax."), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row.name, *cells(row))
-    console.print(table)
-    for note in notes(rows):
-        console.print(note, highlight=False)
-    if options.markdown:
-        lines = [
-            f"{title}.",
-            "",
-            "| optimizer | " + " | ".join(COLUMNS) + " |",
-            "|---|" + "---:|" * len(COLUMNS),
-            *(f"| `{row.name}` | " + " | ".join(cells(row)) + " |" for row in rows),
-            "",
-            *(f"- {note}" for note in notes(rows)),
-        ]
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text("\n".join(lines) + "\n")
+    return [*whole, page_table(rows)]
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def page_table(rows: list[Row]) -> shared.Table:
+    return shared.Table(
+        "More than `optax.MultiSteps`, times the parameters",
+        (*COLUMNS, "dtype", "because of"),
+        "lrrrrll",
+        [
+            (*cells(r), r.dtype, REASONS.get(r.optimizer, "not looked into"))
+            for r in exceptions(rows)
+        ],
+    )
+
+
+def draw(rows: list[Row]) -> Any:
+    """A line for each optimizer, from what it holds with us to `optax.MultiSteps`."""
+    plt = shared.pyplot()
+    first = [r for r in rows if r.dtype == DTYPES[0]]
+    # What is saved most is on top, what raises at the bottom.
+    first.sort(key=lambda r: (-math.inf if math.isnan(r.multi_steps) else saved(r)))
+    order = [r.optimizer for r in first]
+    figure, axes = plt.subplots(
+        1, len(DTYPES), figsize=(7.3, 1.6 + 0.21 * len(order)), sharey=True
+    )
+    for axis, dtype in zip(axes, DTYPES, strict=True):
+        own = {r.optimizer: r for r in rows if r.dtype == dtype}
+        draw_dtype(axis, [own[name] for name in order])
+        axis.set(title=dtype, xlabel="temporaries, times the parameters")
+    names = [name.removeprefix("optax.") for name in order]
+    axes[0].set_yticks(range(len(order)), names, fontsize=9)
+    axes[0].set_ylim(-0.7, len(order) - 0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+LARGEST = 10  # where the axes end
+
+
+def saved(row: Row) -> float:
+    return row.multi_steps - row.update_params
+
+
+def draw_dtype(axis: Any, rows: list[Row]) -> None:
+    y = range(len(rows))
+    for name, values, style in (
+        ("optax.MultiSteps", [r.multi_steps for r in rows], ("s", shared.RED, 5)),
+        ("update", [r.update for r in rows], ("o", shared.BLUE, 8)),
+        ("update_params", [r.update_params for r in rows], ("o", shared.BLUE, 4)),
+        ("alone", [r.alone for r in rows], ("|", shared.INK, 10)),
+    ):
+        marker, color, size = style
+        face = "none" if name == "update" else color
+        axis.plot(values, y, marker, label=name, color=color, mfc=face, ms=size)
+    starts = [r.update_params for r in rows]
+    axis.hlines(y, starts, [r.multi_steps for r in rows], shared.GREY, lw=1, zorder=0)
+    for i, row in enumerate(rows):
+        beyond = row.update_params > LARGEST
+        text = f"{row.update_params:.0f} →" if beyond else ""
+        if math.isnan(row.multi_steps):
+            text = f"MultiSteps raises  {text}"
+        axis.text(LARGEST, i, text, ha="right", va="center", fontsize=8)
+    axis.set_xlim(-0.3, LARGEST)
+    axis.tick_params(axis="y", length=0)
+
+
+BENCHMARK = shared.Benchmark(
+    row=Row,
+    measure=measure,
+    tables=tables,
+    draw=draw,
+    page="temporaries.md",
+    page_table=page_table,
+    choices=tuple(catalogue.optimizers()),
+)
