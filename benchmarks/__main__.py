@@ -1,10 +1,10 @@
 """Lists the benchmarks and runs them.
 
-    python -m benchmarks                  # the list
-    python -m benchmarks stream           # one, to out/stream.csv and out/stream.svg
-    python -m benchmarks stream --quick   # a look, in seconds
-    python -m benchmarks stream --help    # what it measures, and its options
-    python -m benchmarks all --docs       # everything that the documentation shows
+python -m benchmarks                  # the list
+python -m benchmarks stream           # one, to out/stream.csv and out/stream.svg
+python -m benchmarks stream --quick   # a look, in seconds
+python -m benchmarks stream --help    # what it measures, and its options
+python -m benchmarks all --docs       # everything that the documentation shows
 """
 
 import importlib
@@ -19,12 +19,12 @@ from benchmarks import shared
 
 # What each measures, and how long that takes on two CPU cores.
 BENCHMARKS = {
-    "stream": ("time and memory of accumulating across steps", "5 min"),
+    "stream": ("time and memory of accumulating across steps", "3 min"),
     "in_step": ("time and memory of micro-batches inside one step", "8 min"),
-    "temporaries": ("what each Optax optimizer holds in memory", "3 min"),
+    "temporaries": ("what each Optax optimizer holds in memory", "6 min"),
     "collectives": ("what one update exchanges between devices", "30 s"),
     "planning": ("the memory plan of a model too large to run here", "1 min"),
-    "equivalence": ("losses that micro-batches change, and their causes", "30 s"),
+    "equivalence": ("losses that micro-batches change, and their causes", "1 min"),
     "numerics": ("how exact a sum of k gradients is", "30 s"),
     "digits": ("one training on global batches and on micro-batches", "1 min"),
     "char_lm": ("token weights against a mean of means", "2 min"),

@@ -316,13 +316,11 @@ def measure_way(group: str, way: str, programs: list[Program], setup: Setup) -> 
         f"{places.count(place)} × {place}" for place in dict.fromkeys(places)
     )
     data = exchanged / hlo.nbytes(setup.params)
-    return Row(
-        setup.devices, setup.k, group, way, where or "none", count, data
-    )
+    return Row(setup.devices, setup.k, group, way, where or "none", count, data)
 
 
 def table(rows: list[Row]) -> shared.Table:
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for group in dict.fromkeys(r.group for r in rows):
         lines.append((f"**{group}**", "", "", ""))
         lines += [

@@ -1,7 +1,7 @@
 """One training on global batches and on micro-batches: do the parameters agree?
 
-Handwritten digits, a small network, AdamW with a schedule and clipping; the same data in
-the same order, and the same number of updates, four times:
+Handwritten digits, a small network, AdamW with a schedule and clipping; the same data
+in the same order, and the same number of updates, four times:
 
 global batch           plain Optax, a whole batch at once
 equal micro-batches    every batch in eight equal parts; the window closes by count

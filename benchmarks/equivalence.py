@@ -178,8 +178,8 @@ def worst(report: oa.diagnose.EquivalenceReport) -> float:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    del options
-    return [measure_one(case) for case in shared.track(cases(), "probing")]
+    chosen = cases()[:3] if options.quick else cases()
+    return [measure_one(case) for case in shared.track(chosen, "probing")]
 
 
 def measure_one(case: Case) -> Row:

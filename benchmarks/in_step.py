@@ -268,7 +268,7 @@ def draw(rows: list[Row]) -> Any:
     figure, axes = plt.subplots(
         2, len(models), figsize=(7.3, 5), squeeze=False, sharex="col", sharey="row"
     )
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         FULL: {"color": shared.GREY, "ls": "--"},
         BY_HAND: {"color": shared.GREEN, "lw": 8, "alpha": 0.5},
         OPTAX: {"color": shared.RED, "marker": "s"},

@@ -34,6 +34,7 @@ IN_STEP = "value_and_grad"
 AT_ONCE = "the global batch at once"
 
 ONES, SHIFTED, CANCELLING = "all ones", "normal, mean 1", "normal, mean 0"
+TITLES = {SHIFTED: "agree", CANCELLING: "cancel"}
 
 
 class Row(NamedTuple):
@@ -191,7 +192,7 @@ def page_table(rows: list[Row]) -> shared.Table:
     return shared.Table(
         f"The error of a mean of {k} gradients, ‖result − exact‖ / ‖exact‖ over "
         f"{ELEMENTS} elements",
-        ("way", *(", ".join(case) for case in cases)),
+        ("way", *(f"{TITLES[kind]}, {dtype}" for kind, dtype in cases)),
         "lrrr",
         [(way, *(errors.get((*case, way), "") for case in cases)) for way in WAYS],
     )
@@ -212,24 +213,25 @@ def draw(rows: list[Row]) -> Any:
         RUNNING: (shared.GREEN, "s--", "MultiSteps, float32 mean (default)"),
     }
     counts = counts_of(rows)
-    titles = {SHIFTED: "Gradients that agree", CANCELLING: "Gradients that cancel"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for name, unit in HALF_ULP.items():
-            bound = np.sqrt(counts) * unit
-            axis.plot(counts, bound, ":", color=shared.GREY)
-            axis.text(counts[1], 3 * bound[1], f"√k roundings to {name}", fontsize=9)
+    for axis, (kind, title) in zip(axes, TITLES.items(), strict=True):
+        for unit, label in zip(HALF_ULP.values(), ("√k roundings", None), strict=True):
+            axis.plot(
+                counts, np.sqrt(counts) * unit, ":", color=shared.GREY, label=label
+            )
         for way, (color, style, label) in styles.items():
             own = [r for r in rows if r[:3] == (kind, "float32", way) and r.error]
             k, errors = [r.k for r in own], [r.error for r in own]
             axis.plot(k, errors, style, color=color, ms=4, label=label)
-        axis.set(title=title, xlabel="k, the number of micro-batches")
+        axis.set(
+            title=f"Gradients that {title}", xlabel="k, the number of micro-batches"
+        )
         axis.set_xscale("log", base=4)
         axis.set_xticks(counts, [str(k) for k in counts])
         axis.set_yscale("log")
         axis.set_ylim(1e-8, 3)
     axes[0].set_ylabel("relative error of the mean gradient")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 

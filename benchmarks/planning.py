@@ -111,7 +111,8 @@ def table(rows: list[Row]) -> shared.Table:
     first = rows[0]
     return shared.Table(
         f"{first.parameters / 1e6:.1f}M parameters, AdamW, {first.sequences} sequences "
-        f"of {first.tokens} tokens; {name}, of which {first.limit / size:.1f} may be used",
+        f"of {first.tokens} tokens; {name}, of which {first.limit / size:.1f} may be "
+        "used",
         ("micro-batches", "arguments", "temporaries", "total", "fits"),
         "rrrrl",
         [
@@ -132,16 +133,21 @@ def draw(rows: list[Row]) -> Any:
     plt = shared.pyplot()
     figure, axes = plt.subplots()
     size, name = unit(rows)
-    labels = [str(r.micro_batches) for r in rows]
+    parts = {
+        "arguments": np.array([r.arguments for r in rows]) / size,
+        "temporaries": np.array([r.outputs + r.temporaries for r in rows]) / size,
+    }
+    totals = sum(parts.values())
+    labels = [
+        f"{r.micro_batches}\n{total:.0f} {name}"
+        for r, total in zip(rows, totals, strict=True)
+    ]
     bottom = np.zeros(len(rows))
-    for label, part, color in (
-        ("arguments", [r.arguments for r in rows], shared.GREY),
-        ("temporaries", [r.outputs + r.temporaries for r in rows], shared.BLUE),
+    for (label, part), color in zip(
+        parts.items(), (shared.GREY, shared.BLUE), strict=True
     ):
-        height = np.array(part) / size
-        bars = axes.bar(labels, height, bottom=bottom, label=label, color=color)
-        bottom += height
-    axes.bar_label(bars, [f"{x:.0f} {name}" for x in bottom], padding=3, color=shared.INK)
+        axes.bar(labels, part, bottom=bottom, label=label, color=color)
+        bottom += part
     limit = rows[0].limit / size
     axes.axhline(limit, color=shared.RED, ls="--")
     axes.annotate(
@@ -153,9 +159,9 @@ def draw(rows: list[Row]) -> Any:
         va="center",
         color=shared.RED,
     )
-    axes.set(xlabel="micro-batches", ylabel=f"{name} on each device")
+    axes.set(xlabel="micro-batches, and their total", ylabel=f"{name} on each device")
     axes.tick_params(axis="x", length=0)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import os
 import platform
 import random
 import re
@@ -43,7 +44,7 @@ class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
     align: str
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,16 @@ class Benchmark:
     page_table: Callable[[list[Any]], Table] | None = None
     rounds: int = 0
     choices: tuple[str, ...] = ()
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
 
 def run(name: str, module: ModuleType, arguments: list[str]) -> None:
     """Measures, prints, checks and writes."""
     benchmark: Benchmark = module.BENCHMARK
     options = parse(name, module.__doc__ or "", benchmark, arguments)
-    data, images = (DOCS / "data", DOCS / "images") if options.docs else [options.out] * 2
+    data, images = (
+        (DOCS / "data", DOCS / "images") if options.docs else [options.out] * 2
+    )
     path = data / f"{name}.csv"
     if options.redraw:
         where, rows = read_rows(path, benchmark.row)
@@ -104,7 +107,7 @@ def run(name: str, module: ModuleType, arguments: list[str]) -> None:
     if options.docs and benchmark.page_table:
         written.append(DOCS / benchmark.page)
         write_table(name, benchmark.page_table(rows), where, written[-1])
-    console.print("wrote", ", ".join(map(str, written)), highlight=False)
+    console.print("wrote", ", ".join(map(os.path.relpath, written)), highlight=False)
 
 
 def parse(
@@ -126,8 +129,15 @@ def parse(
         add("--rounds", type=int, help=text)
     if benchmark.choices:
         choices = benchmark.choices
-        add("--only", nargs="+", choices=choices, metavar="NAME", help=", ".join(choices))
-    benchmark.add_options(parser)
+        add(
+            "--only",
+            nargs="+",
+            choices=choices,
+            metavar="NAME",
+            help=", ".join(choices),
+        )
+    if benchmark.add_options:
+        benchmark.add_options(parser)
     options = parser.parse_args(arguments)
     if options.docs:
         given = [
@@ -157,8 +167,14 @@ def setting() -> str:
 
 def track(sequence: Iterable[T], description: str) -> Iterable[T]:
     """The same, with a progress bar that goes away."""
-    items = list(sequence)
-    return rich.progress.track(items, description, console=Console(), transient=True)
+    items, console = list(sequence), Console()
+    return rich.progress.track(
+        items,
+        description,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def in_turn(runners: Sequence[T], rounds: int) -> list[tuple[int, T]]:
@@ -210,11 +226,16 @@ def read_rows(path: Path, row: Any) -> tuple[str, list[Any]]:
 def show(table: Table, console: Console) -> None:
     """Prints it."""
     shown = rich.table.Table(
-        title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=table.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for heading, align in zip(table.columns, table.align, strict=True):
         shown.add_column(
-            plain(heading), justify="right" if align == "r" else "left", no_wrap=align == "r"
+            plain(heading),
+            justify="right" if align == "r" else "left",
+            no_wrap=align == "r",
         )
     for row in table.rows:
         shown.add_row(*(plain(cell) for cell in row))
@@ -253,8 +274,12 @@ def pyplot() -> Any:
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color")
-    plt.rcParams |= dict.fromkeys((*colors, "ytick.color"), INK) | {
+    style: dict[Any, Any] = {
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "axes.facecolor": "none",
         "axes.spines.right": False,
         "axes.spines.top": False,
@@ -270,6 +295,7 @@ def pyplot() -> Any:
         "xtick.minor.size": 0,
         "ytick.minor.size": 0,
     }
+    plt.rcParams.update(style)
     return plt
 
 

@@ -43,7 +43,7 @@ REASONS = {
 
 
 class Row(NamedTuple):
-    """One optimizer's temporaries over its parameters' bytes, or nan where it raises."""
+    """One optimizer's temporaries over its parameters' bytes; nan if it raises."""
 
     dtype: str
     optimizer: str
@@ -136,11 +136,16 @@ def tables(rows: list[Row]) -> list[shared.Table]:
 
 def page_table(rows: list[Row]) -> shared.Table:
     return shared.Table(
-        "More than `optax.MultiSteps`, times the parameters",
-        (*COLUMNS, "dtype", "because of"),
-        "lrrrrll",
+        "Those that hold more than with `optax.MultiSteps`, times the parameters",
+        ("optimizer", "dtype", *COLUMNS[2:], "because of"),
+        "llrrrl",
         [
-            (*cells(r), r.dtype, REASONS.get(r.optimizer, "not looked into"))
+            (
+                f"`{r.optimizer}`",
+                r.dtype,
+                *cells(r)[2:],
+                REASONS.get(r.optimizer, "not looked into"),
+            )
             for r in exceptions(rows)
         ],
     )
@@ -151,7 +156,7 @@ def draw(rows: list[Row]) -> Any:
     plt = shared.pyplot()
     first = [r for r in rows if r.dtype == DTYPES[0]]
     # What is saved most is on top, what raises at the bottom.
-    first.sort(key=lambda r: (-math.inf if math.isnan(r.multi_steps) else saved(r)))
+    first.sort(key=lambda r: -math.inf if math.isnan(r.multi_steps) else saved(r))
     order = [r.optimizer for r in first]
     figure, axes = plt.subplots(
         1, len(DTYPES), figsize=(7.3, 1.6 + 0.21 * len(order)), sharey=True
@@ -164,11 +169,8 @@ def draw(rows: list[Row]) -> Any:
     axes[0].set_yticks(range(len(order)), names, fontsize=9)
     axes[0].set_ylim(-0.7, len(order) - 0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, columnspacing=1)
     return figure
-
-
-LARGEST = 10  # where the axes end
 
 
 def saved(row: Row) -> float:
@@ -177,24 +179,28 @@ def saved(row: Row) -> float:
 
 def draw_dtype(axis: Any, rows: list[Row]) -> None:
     y = range(len(rows))
-    for name, values, style in (
-        ("optax.MultiSteps", [r.multi_steps for r in rows], ("s", shared.RED, 5)),
-        ("update", [r.update for r in rows], ("o", shared.BLUE, 8)),
-        ("update_params", [r.update_params for r in rows], ("o", shared.BLUE, 4)),
-        ("alone", [r.alone for r in rows], ("|", shared.INK, 10)),
+    for name, values, marker, color, size in (
+        ("optax.MultiSteps", [r.multi_steps for r in rows], "s", shared.RED, 5),
+        ("update", [r.update for r in rows], "o", shared.BLUE, 8),
+        ("update_params", [r.update_params for r in rows], "o", shared.BLUE, 4),
+        ("alone", [r.alone for r in rows], "|", shared.INK, 10),
     ):
-        marker, color, size = style
         face = "none" if name == "update" else color
         axis.plot(values, y, marker, label=name, color=color, mfc=face, ms=size)
     starts = [r.update_params for r in rows]
     axis.hlines(y, starts, [r.multi_steps for r in rows], shared.GREY, lw=1, zorder=0)
-    for i, row in enumerate(rows):
-        beyond = row.update_params > LARGEST
-        text = f"{row.update_params:.0f} →" if beyond else ""
-        if math.isnan(row.multi_steps):
-            text = f"MultiSteps raises  {text}"
-        axis.text(LARGEST, i, text, ha="right", va="center", fontsize=8)
-    axis.set_xlim(-0.3, LARGEST)
+    axis.plot(
+        [math.isnan(r.multi_steps) or math.nan for r in rows],
+        y,
+        "x",
+        label="MultiSteps raises",
+        color=shared.RED,
+        transform=axis.get_yaxis_transform(),  # at the right edge
+        clip_on=False,
+    )
+    axis.set_xscale("symlog", linthresh=10, linscale=2)  # a few hold very much
+    axis.set_xlim(-0.3, 80)
+    axis.set_xticks([0, 2, 4, 6, 8, 10, 50], ["0", "2", "4", "6", "8", "10", "50"])
     axis.tick_params(axis="y", length=0)
 
 
