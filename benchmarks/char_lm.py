@@ -17,6 +17,7 @@ compare losses, and does not.
 """
 
 import argparse
+import functools
 import math
 import pydoc_data.topics
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class Row(NamedTuple):
     distance: float  # of a parameter from the global batch's run, at most
 
 
+@functools.cache
 def load_paragraphs() -> tuple[Batch, int]:
     """All paragraphs, cut and padded with 0, in random order; and the vocabulary."""
     topics = pydoc_data.topics.topics.values()
@@ -72,15 +74,17 @@ def take(paragraphs: Batch, indices: Any) -> Batch:
     return {name: array[indices] for name, array in paragraphs.items()}
 
 
-def make_params(vocabulary: int) -> dict[str, jax.Array]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    normal = jax.random.normal
-    return {
-        "embedding": normal(keys[0], (vocabulary, 32)),
-        "hidden": normal(keys[1], (CONTEXT * 32, WIDTH)) / (CONTEXT * 32) ** 0.5,
-        "bias": jnp.zeros(WIDTH),
-        "out": normal(keys[2], (WIDTH, vocabulary)) / WIDTH**0.5,
+def make_params(vocabulary: int, dtype: Any) -> dict[str, jax.Array]:
+    """The same ones in both dtypes."""
+    normal = np.random.default_rng(0).normal
+    wide = CONTEXT * 32
+    params = {
+        "embedding": normal(size=(vocabulary, 32)),
+        "hidden": normal(size=(wide, WIDTH)) / wide**0.5,
+        "bias": np.zeros(WIDTH),
+        "out": normal(size=(WIDTH, vocabulary)) / WIDTH**0.5,
     }
+    return {name: jnp.asarray(np.float32(p), dtype) for name, p in params.items()}
 
 
 def mean_loss(params: Any, batch: Batch) -> jax.Array:
@@ -114,7 +118,7 @@ def train(run: str, steps: int, *, test: bool) -> list[tuple[int, float, Any]]:
     """Of every tenth update its number, the test loss and the parameters."""
     dtype = np.float64 if run == FLOAT64 else np.float32
     paragraphs, vocabulary = load_paragraphs()
-    paragraphs["valid"] = paragraphs["valid"].astype(dtype)
+    paragraphs = paragraphs | {"valid": paragraphs["valid"].astype(dtype)}
     held_out = take(paragraphs, slice(-TEST_SIZE, None))
     random = np.random.default_rng(0)
     train_size = len(paragraphs["tokens"]) - TEST_SIZE
@@ -122,9 +126,7 @@ def train(run: str, steps: int, *, test: bool) -> list[tuple[int, float, Any]]:
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, steps // 10, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    with jax.enable_x64(False):
-        params = make_params(vocabulary)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    params = make_params(vocabulary, dtype)
     state = tx.init(params)
 
     @jax.jit

@@ -78,7 +78,7 @@ def make_plan(
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    limit, sizes = (2**24, SMALL) if options.quick else (2**34, LARGE)
+    limit, sizes = (2**25, SMALL) if options.quick else (2**34, LARGE)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("optax_accum").setLevel(logging.INFO)
     loss, params, batch = shapes(BATCH_SIZE, sizes)
@@ -137,7 +137,7 @@ def draw(rows: list[Row]) -> Any:
         "arguments": np.array([r.arguments for r in rows]) / size,
         "temporaries": np.array([r.outputs + r.temporaries for r in rows]) / size,
     }
-    totals = sum(parts.values())
+    totals = np.sum(list(parts.values()), axis=0)
     labels = [
         f"{r.micro_batches}\n{total:.0f} {name}"
         for r, total in zip(rows, totals, strict=True)

@@ -28,7 +28,7 @@ from benchmarks import shared
 K = 8
 DTYPES = ("float32", "bfloat16")
 SIDE = 512  # of the square matrices
-QUICK = ("optax.sgd", "optax.adamw", "optax.lion")
+QUICK = ("optax.adamw", "optax.lion")
 # Why XLA gives some more than `optax.MultiSteps`, read in their programs; the page has
 # a paragraph for each reason.
 REASONS = {
