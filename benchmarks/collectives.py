@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,6 +20,7 @@ from optax import microbatching
 
 import optax_accum as oa
 from benchmarks import shared
+from tests.support import hlo
 
 AXIS = "data"
 

@@ -200,7 +200,7 @@ def check_equal(runners: list[Runner]) -> None:
 
 def measure(options: argparse.Namespace) -> list[Row]:
     rows = []
-    for name in options.only:
+    for name in options.only or MODELS:
         model = MODELS[name](options.quick)
         for k in options.k or ([4] if options.quick else [2, 8, 32]):
             rows += measure_model(model, k, options)

@@ -149,8 +149,6 @@ def parse(
             parser.error(f"--docs is for the full run, without {' '.join(given)}")
     if benchmark.rounds:
         options.rounds = options.rounds or (2 if options.quick else benchmark.rounds)
-    if benchmark.choices:
-        options.only = options.only or benchmark.choices
     return options
 
 

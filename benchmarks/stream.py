@@ -128,7 +128,7 @@ class Runner:
 
 def measure(options: argparse.Namespace) -> list[Row]:
     rows = []
-    for name in options.only:
+    for name in options.only or OPTIMIZERS:
         default = 0.1e6 if options.quick else SIZES[name]
         grads = make_params(int(options.params or default), jnp.dtype(options.dtype))
         rows += measure_optimizer(name, grads, options)

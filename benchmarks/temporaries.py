@@ -16,14 +16,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import catalogue
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
 
 import optax_accum as oa
 from benchmarks import shared
+from tests.support import catalogue, hlo
 
 K = 8
 DTYPES = ("float32", "bfloat16")
@@ -70,7 +69,7 @@ def make_step(tx: Any, name: str, way: str) -> Callable:
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
-    names = QUICK if options.quick else options.only
+    names = options.only or (QUICK if options.quick else catalogue.optimizers())
     cases = [(dtype, name) for dtype in DTYPES for name in names]
     return [measure_one(*case) for case in shared.track(cases, "compiling")]
 
