@@ -252,7 +252,7 @@ def half_a_window(way):
 
 
 @pytest.mark.several_devices
-@devices.parametrized(devices.INSIDE)
+@devices.parametrized(devices.INSIDE, usual=("pmap", "checked"))
 def test_stacked_windows_are_restored_on_their_devices(way, tmp_path):
     """Saved as they are: the rows of all devices, and where they lie."""
     saved, go_on = half_a_window(way)

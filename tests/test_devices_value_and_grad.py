@@ -21,6 +21,9 @@ EXAMPLES = 4 * COUNT
 inside = devices.parametrized(devices.INSIDE)
 outside = devices.parametrized(devices.OUTSIDE)
 everywhere = devices.parametrized(devices.INSIDE + devices.OUTSIDE)
+also_in_pmap = devices.parametrized(
+    devices.INSIDE + devices.OUTSIDE, usual=("pmap", "checked", "auto")
+)
 
 
 def normal(*shape, seed=0):
@@ -90,7 +93,7 @@ X = normal(EXAMPLES, 3)
 # --- The result ---
 
 
-@everywhere
+@also_in_pmap
 @pytest.mark.parametrize("reduction", ["mean", slow("ratio")])
 def test_training_on_devices_equals_the_global_batch(way, reduction):
     """AdamW and clipping, uneven weights, three updates; parameters, not gradients."""
@@ -133,7 +136,7 @@ ALL_OPTIONS = {
 }
 
 
-@everywhere
+@also_in_pmap
 @pytest.mark.parametrize(
     "options",
     [
@@ -319,7 +322,7 @@ def statistics():
     }
 
 
-@everywhere
+@also_in_pmap
 @pytest.mark.parametrize("weighted", [True, False])
 def test_a_carry_is_averaged_over_the_devices_by_weight(way, weighted):
     """The mean of the devices' statistics, by weight; their counters and keys."""

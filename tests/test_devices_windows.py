@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.core, pytest.mark.several_devices]
 K = 3
 ADAMW = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
 ways = devices.parametrized(devices.INSIDE)
+also_in_pmap = devices.parametrized(devices.INSIDE, usual=("pmap", "checked"))
 
 
 def global_batches(inner, x, mask, k=K):
@@ -47,7 +48,7 @@ def run(way, tx, x, mask, update="update_params", boundaries=None):
     return devices.result(way, params), state
 
 
-@ways
+@also_in_pmap
 @pytest.mark.parametrize("update", WAYS)
 def test_windows_on_devices_equal_the_global_batch(way, update):
     """AdamW, clipping, uneven weights, a device with nothing but NaN in every step."""
@@ -266,7 +267,7 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
     return optimized(jitted.lower(params, state, grads, weight))
 
 
-@ways
+@also_in_pmap
 @pytest.mark.parametrize("update", WAYS)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_there_is_one_exchange_in_the_boundary_branch_and_no_other(
@@ -353,7 +354,7 @@ def test_stacked_windows_are_restored_with_the_same_bits(way, tmp_path):
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@ways
+@also_in_pmap
 def test_summed_windows_continue_on_one_device(way):
     """Summed, the open window is that of a single device."""
     _, _, params, state, x, mask = half_a_window(way)

@@ -16,11 +16,10 @@ INSIDE = ("pmap", "checked", "unchecked")  # `checked` is shard_map's check_vma=
 OUTSIDE = ("auto", "explicit")  # plain jit on a mesh with such axes
 
 
-def parametrized(ways):
-    """A test in each of the ways; what is like another of them is slow."""
+def parametrized(ways, usual=("checked", "auto")):
+    """A test in each of the `ways`; those that are not `usual` are slow."""
     return pytest.mark.parametrize(
-        "way",
-        [slow(way) if way in ("unchecked", "explicit") else way for way in ways],
+        "way", [way if way in usual else slow(way) for way in ways]
     )
 
 
