@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import tempfile
 
 import hypothesis
@@ -65,11 +66,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_module():
-    """Keeps the compiled programs of one module in memory, and not those of all."""
+def _little_memory():
+    """Forgets compiled programs between modules, once there are many of them."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**20:  # KiB on Linux
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from flax import nnx
 
 import optax_accum as oa
 import optax_accum.flax as oaf
+from tests.support.training import slow
 
 # A mean far from 0 and groups that differ, so that no term is small.
 X = jnp.asarray(
@@ -65,7 +66,7 @@ def close(tree, other):
         np.testing.assert_allclose(x, y, rtol=2e-6)
 
 
-@pytest.mark.parametrize("size", [2, 5, 10])
+@pytest.mark.parametrize("size", [slow(2), 5, slow(10)])
 def test_combined_statistics_are_those_of_the_global_batch(size):
     before, after, whole = linen_statistics(X, size)
     close(oaf.combine_batch_stats(before, after, momentum=MOMENTUM), whole)
@@ -84,7 +85,7 @@ def test_uneven_micro_batches_are_combined_by_their_weights():
     assert np.all(alike["BatchNorm_0"]["mean"] > whole["BatchNorm_0"]["mean"])
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [slow(0), 1, slow(2)])
 def test_statistics_of_weight_0_are_left_out_even_if_they_are_nan(place):
     before, after, whole = linen_statistics(X, 5)
     spoilt = jax.tree.map(lambda x: jnp.insert(x, place, jnp.nan, axis=0), after)

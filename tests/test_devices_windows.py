@@ -143,7 +143,7 @@ def test_the_inner_optimizer_sees_the_value_of_the_global_batch(way):
 
 
 @ways
-@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize("update", ["update_params", slow("update")])
 def test_every_k_1_equals_the_global_batch_in_every_micro_step(way, update):
     """`every_k=1`: every micro-step meets."""
     x, mask = devices.examples(2)
@@ -269,7 +269,7 @@ def program(way, tx, update, params=LARGE, *, weighted=True, **static):
 
 @also_in_pmap
 @pytest.mark.parametrize("update", WAYS)
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("weighted", [True, slow(False)])
 def test_there_is_one_exchange_in_the_boundary_branch_and_no_other(
     way, update, weighted
 ):
@@ -299,7 +299,7 @@ def test_skip_adds_no_exchange(way):
 
 
 @ways
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("weighted", [True, slow(False)])
 @pytest.mark.parametrize("optimizer", [optax.sgd, optax.adamw])
 def test_windows_on_devices_are_free_of_copies(way, weighted, optimizer):
     """The sum over devices is the one buffer of the parameters' size."""

@@ -1,5 +1,6 @@
 """The examples run as a user runs them, learn, and keep the terminal clean."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,9 +13,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("rich", reason="what the examples need is not installed")
-pytest.importorskip("sklearn", reason="what the examples need is not installed")
+# Asked without importing them, which takes seconds.
+IS_INSTALLED = all(map(importlib.util.find_spec, ("matplotlib", "rich", "sklearn")))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not IS_INSTALLED, reason="needs the extra `examples`"),
+]
 
 
 def run(name, *arguments):

@@ -495,7 +495,7 @@ def device_parts(k):
 
 
 @pytest.mark.several_devices
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [slow(1), 2])
 @pytest.mark.parametrize("scatter", [False, True])
 def test_in_one_step_a_mesh_gives_the_estimate_of_one_device(k, scatter):
     # So that a leaf can be cut and another cannot.
@@ -663,7 +663,7 @@ def quadratic(tx, true_scale, size, steps, seed=0):
 
 
 @pytest.mark.parametrize("powers_of_two", [True, False])
-@pytest.mark.parametrize("true_k", [3, 10, 50])
+@pytest.mark.parametrize("true_k", [slow(3), 10, slow(50)])
 def test_adaptive_k_settles_at_the_noise_scale(true_k, powers_of_two):
     every_k = oa.noise.adaptive_k(2, 1000, powers_of_two=powers_of_two)
     tx = oa.accumulate(optax.sgd(0.0), every_k, noise_decay=0.95)

@@ -29,6 +29,7 @@ def test_importing_the_package_imports_only_jax_and_optax():
     assert set(imported_by("import optax_accum")) <= allowed
 
 
+@pytest.mark.slow
 def test_the_import_check_can_fail():
     assert "flax" in imported_by("import optax_accum, flax")
     assert "flax" not in imported_by("import jax, optax")

@@ -18,6 +18,7 @@ from tests.support.training import (
     alone,
     feed,
     micro_batches,
+    slow,
     stepper,
     weighted_mean,
 )
@@ -28,7 +29,7 @@ BAD = (NAN, {"weight": jnp.float32(7)})
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, slow(1), 2])
 @pytest.mark.parametrize("predicate", [oa.skip_not_finite, optax.skip_not_finite])
 def test_on_skip_shrink_counts_a_rejected_micro_batch_with_weight_0(
     predicate, place, way
@@ -43,7 +44,7 @@ def test_on_skip_shrink_counts_a_rejected_micro_batch_with_weight_0(
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, slow(1), 2])
 def test_on_skip_wait_holds_the_window_open(place, way):
     batches = list(BATCHES[:2])
     batches.insert(place, BAD)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optax_accum as oa
+from tests.support.training import slow
 
 SIZES = [
     {"num_microbatches": 1},
@@ -195,7 +196,9 @@ def test_a_batch_may_hold_none_integers_and_keys():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("size", [SIZES[0], SIZES[1], SIZES[5]], ids=name_of)
+@pytest.mark.parametrize(
+    "size", [slow(SIZES[0]), slow(SIZES[1]), SIZES[5]], ids=name_of
+)
 def test_dtypes_are_those_of_jax_value_and_grad(size, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), make_params())
     batch = jax.tree.map(lambda x: x.astype(dtype), make_batch())
@@ -289,7 +292,7 @@ def count_tokens(w, x, mask):
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [slow(1), slow(2), 4])
 def test_weighted_micro_batches_give_the_token_mean_of_the_whole_batch(
     size, dtype, mask
 ):
@@ -561,8 +564,8 @@ def test_without_rng_argnums_every_micro_batch_has_the_same_key():
 
 
 @pytest.mark.parametrize("skip", [oa.skip_not_finite, optax.skip_not_finite])
-@pytest.mark.parametrize("bad", [0, 3, 5])
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [0, slow(3), 5])
+@pytest.mark.parametrize("poison", [np.nan, slow(np.inf)])
 def test_a_skipped_micro_batch_is_left_out(poison, bad, skip):
     """Micro-batch i holds the examples i and i + 6, or 2 i and 2 i + 1 when ragged."""
 

@@ -113,7 +113,11 @@ def test_more_micro_batches_need_less_memory():
 )
 @pytest.mark.parametrize(
     "size",
-    [{"num_microbatches": 8}, {"microbatch_size": B // 8}, {"microbatch_size": 30}],
+    [
+        {"num_microbatches": 8},
+        slow({"microbatch_size": B // 8}),
+        {"microbatch_size": 30},
+    ],
 )
 def test_neither_the_batch_nor_the_parameters_are_copied(size, options):
     params, batch = make_params(), make_batch()
