@@ -93,7 +93,7 @@ def test_multi_steps_has_temporaries_and_copies():
 
 
 @pytest.mark.parametrize(("way", "most"), [("update", 1.01), ("update_params", 0.01)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [slow("sgd"), "momentum", "adamw"])
 def test_bfloat16_parameters_take_less_memory_than_with_multi_steps(name, way, most):
     """Through `update`, the updates themselves; through `update_params`, nothing."""
     params = params_of(jnp.bfloat16)

@@ -185,7 +185,9 @@ def recurrent(params, x):
     return jnp.mean(h**2)
 
 
-@pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
+@devices.parametrized(
+    ["pmap", "unchecked", *devices.OUTSIDE], usual=("unchecked", "auto")
+)
 def test_a_model_may_start_a_scan_from_zeros(way):
     f = devices.in_step(way, recurrent, num_microbatches=2)
     got = devices.result(way, f(SMALL, devices.whole(way, X)))
@@ -422,7 +424,7 @@ def wide(params, x):
     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - 0.5) ** 2)
 
 
-@pytest.mark.parametrize("way", ["checked", "unchecked", *devices.OUTSIDE])
+@devices.parametrized(["checked", "unchecked", *devices.OUTSIDE])
 def test_scatter_replaces_the_all_reduce_by_a_reduce_scatter(way):
     """A reduce-scatter in place of the all-reduce; what cannot be cut stays whole."""
     specs = oa.sharding.scatter_specs(WIDE, devices.mesh(), AXIS)
@@ -519,7 +521,7 @@ def two_axes(kind):
     return jax.make_mesh((COUNT // 2, 2), (AXIS, "model"), axis_types=(kind, kind))
 
 
-KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 
 
 @needs_four
@@ -533,7 +535,7 @@ def test_a_batch_may_be_sharded_over_two_axes(kind):
 
 
 @needs_four
-@pytest.mark.parametrize("axis_name", [(AXIS, "model"), [AXIS, "model"]])
+@pytest.mark.parametrize("axis_name", [(AXIS, "model"), slow([AXIS, "model"])])
 @KINDS
 def test_two_axis_names_act_as_one_axis(kind, axis_name):
     mesh = two_axes(kind)
@@ -809,7 +811,9 @@ def test_a_contrastive_loss_may_gather_from_all_devices(way):
     close(got, jax.value_and_grad(lambda p, x: contrast(p, x, x))(SMALL, X))
 
 
-@pytest.mark.parametrize("way", ["pmap", "unchecked", *devices.OUTSIDE])
+@devices.parametrized(
+    ["pmap", "unchecked", *devices.OUTSIDE], usual=("unchecked", "auto")
+)
 def test_constants_broadcasts_and_group_reductions_are_not_refused(way):
     """A constant, a value that one device alone hands out, a reduction over groups."""
 

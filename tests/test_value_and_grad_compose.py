@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_accum as oa
 from tests.support import hlo
-from tests.support.training import promoting
+from tests.support.training import promoting, slow
 from tests.support.xla import optimized
 
 
@@ -286,7 +286,9 @@ def test_a_contiguous_split_needs_collectives(kind):
         assert hlo.exchanges(optimized(jax.jit(contiguous).lower(x))) != {}
 
 
-@pytest.mark.parametrize("size", [{"num_microbatches": 4}, {"microbatch_size": 12}])
+@pytest.mark.parametrize(
+    "size", [slow({"num_microbatches": 4}), {"microbatch_size": 12}]
+)
 @KINDS
 def test_the_result_on_a_mesh_is_that_of_the_whole_batch(kind, size):
     _, x = sharded(kind, normal(32, 6), "data")
