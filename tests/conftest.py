@@ -69,7 +69,9 @@ def pytest_collection_modifyitems(items):
 def _little_memory():
     """Forgets compiled programs between modules, once there are many of them."""
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**20:  # KiB on Linux
+    if (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 1.25 * 2**20
+    ):  # KiB on Linux
         jax.clear_caches()
         gc.collect()
 

@@ -207,6 +207,7 @@ def test_wrong_weights_are_named():
     assert_differs(report, "weights", "`weight` counts something else")
 
 
+@pytest.mark.slow
 def test_missing_weights_of_a_tiny_model_are_named():
     """Three equations for four weights: the others come from elsewhere."""
 
@@ -237,6 +238,7 @@ def test_dependent_examples_of_a_tiny_model_are_named():
     assert_differs(report, "dependence")
 
 
+@pytest.mark.slow
 def test_dependence_is_named_with_micro_batches_of_one_example():
     assert_differs(check(normalised, k=B), "dependence", "an example alone")
 
@@ -267,6 +269,7 @@ def test_a_sum_under_reduction_mean_is_named(k):
     assert_differs(report, "factor", f"is {1 / k:.4g} times", 'Use reduction="sum"')
 
 
+@pytest.mark.slow
 def test_a_sum_under_reduction_mean_with_a_remainder_is_named():
     report = check(total, X[:23], k=None, microbatch_size=5)
     assert_differs(report, "factor", "is the sum of its parts'")
@@ -364,6 +367,7 @@ def test_a_weak_difference_is_judged_by_the_tolerance():
     assert report.tolerance == 0.1
 
 
+@pytest.mark.slow
 def test_causes_are_named_with_fewer_parameters_than_micro_batches():
     """With 3 numbers per gradient any 12 of them add up to any other."""
 
@@ -454,6 +458,7 @@ def test_a_difference_in_the_value_alone_is_named():
     assert_differs(check(fun), "dependence")
 
 
+@pytest.mark.slow
 def test_missing_weights_of_a_one_parameter_model_are_named():
     """Any two numbers have a factor; these are a mean of unequal means."""
 
@@ -474,6 +479,7 @@ def test_a_loss_that_depends_on_its_carry_is_named():
     assert_differs(report, "carry", "`carry`, its carry")
 
 
+@pytest.mark.slow
 def test_dropout_with_its_key_in_the_carry_is_named():
     def fun(params, x, carry):
         key, next_key = jax.random.split(carry)
@@ -483,6 +489,7 @@ def test_dropout_with_its_key_in_the_carry_is_named():
     assert_differs(report, "randomness", "draw their own")
 
 
+@pytest.mark.slow
 def test_dropout_with_its_key_passed_by_keyword_is_named():
     report = check(dropout, kwargs={"key": jax.random.key(0)})
     assert_differs(report, "randomness", "another `key`", "pass rng_argnums=2")
@@ -529,6 +536,7 @@ def test_the_report_prints_the_verdict_the_leaves_and_the_cause():
     assert text[6].startswith("  weights: ")
 
 
+@pytest.mark.slow
 def test_the_report_prints_only_the_worst_leaves():
     def fun(params, x):
         return sum((x * p) ** 2 for p in params).mean()

@@ -20,6 +20,9 @@ WIDTH, LENGTH, WORDS = 8, 5, 11
 EXAMPLES = 4 * COUNT
 inside = devices.parametrized(devices.INSIDE)
 outside = devices.parametrized(devices.OUTSIDE)
+unchecked_or_outside = devices.parametrized(
+    ("pmap", "unchecked", *devices.OUTSIDE), usual=("unchecked", "auto")
+)
 everywhere = devices.parametrized(devices.INSIDE + devices.OUTSIDE)
 also_in_pmap = devices.parametrized(
     devices.INSIDE + devices.OUTSIDE, usual=("pmap", "checked", "auto")
