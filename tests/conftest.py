@@ -69,9 +69,8 @@ def pytest_collection_modifyitems(items):
 def _little_memory():
     """Forgets compiled programs between modules, once there are many of them."""
     yield
-    if (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 1.25 * 2**20
-    ):  # KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
+    if peak > 2**20:
         jax.clear_caches()
         gc.collect()
 
