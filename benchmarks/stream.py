@@ -232,7 +232,7 @@ def draw(rows: list[Row]) -> Any:
         times = [f"{r.window_ms:.0f} ms{faster(r)}" for r in drawn]
         left.bar_label(bars, times, padding=4, color=shared.INK)
         bars = right.barh(names, [r.temporaries for r in drawn], **style)
-        held = [f"{r.temporaries:.2g} ×" for r in drawn]
+        held = [f"{round(r.temporaries, 1):g} ×" for r in drawn]
         right.bar_label(bars, held, padding=4, color=shared.INK)
         left.set_title(title(own[0]))
         left.invert_yaxis()
