@@ -154,19 +154,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
         if run == GLOBAL:
             reference = {update: params for update, _, params in history}
         for update, loss, params in history:
-            distance = largest_difference(params, reference[update])
+            distance = shared.largest_difference(params, reference[update])
             rows.append(Row(run, update, loss, distance))
     return rows
 
 
-def largest_difference(a: Any, b: Any) -> float:
-    differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b)
-    return float(max(jax.tree.leaves(differences)))
-
-
 def last(rows: list[Row]) -> dict[str, Row]:
     """Every run's last row."""
-    return {r.run: r for r in rows}
+    return {run: own[-1] for run, own in shared.grouped(rows, "run").items()}
 
 
 def tolerance(rows: list[Row]) -> float:

@@ -148,19 +148,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
         if run == GLOBAL:
             reference = [params for _, params in history]
         for i, (loss, params) in enumerate(history):
-            distance = largest_difference(params, reference[i])
+            distance = shared.largest_difference(params, reference[i])
             rows.append(Row(run, i + 1, loss, distance))
     return rows
 
 
-def largest_difference(a: Any, b: Any) -> float:
-    differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b)
-    return float(max(jax.tree.leaves(differences)))
-
-
 def last(rows: list[Row]) -> dict[str, Row]:
     """Every run's last row."""
-    return {r.run: r for r in rows}
+    return {run: own[-1] for run, own in shared.grouped(rows, "run").items()}
 
 
 def tolerance(rows: list[Row]) -> float:

@@ -248,7 +248,7 @@ def tables(rows: list[Row]) -> list[shared.Table]:
                 for r in own
             ],
         )
-        for own in by_model(rows)
+        for own in shared.grouped(rows, "model").values()
     ]
 
 
@@ -256,15 +256,10 @@ def title(row: Row) -> str:
     return f"{row.model}, {row.parameters / 1e6:.2g}M parameters"
 
 
-def by_model(rows: list[Row]) -> list[list[Row]]:
-    names = dict.fromkeys(r.model for r in rows)
-    return [[r for r in rows if r.model == name] for name in names]
-
-
 def draw(rows: list[Row]) -> Any:
     """Time and temporaries over the number of micro-batches."""
     plt = shared.pyplot()
-    models = by_model(rows)
+    models = list(shared.grouped(rows, "model").values())
     figure, axes = plt.subplots(
         2, len(models), figsize=(7.3, 5), squeeze=False, sharex="col", sharey="row"
     )

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import optax
 import rich.progress
 import rich.table
@@ -194,7 +195,21 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
+def largest_difference(a: Any, b: Any) -> float:
+    """The largest absolute difference between the elements of two trees."""
+    differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b)
+    return float(max(jax.tree.leaves(differences)))
+
+
 # --- Rows and tables ---
+
+
+def grouped(rows: list[Any], field: str) -> dict[str, list[Any]]:
+    """The rows of each value of a field, in the order in which they first come."""
+    groups: dict[str, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, field), []).append(row)
+    return groups
 
 
 def write_rows(path: Path, rows: list[Any], where: str) -> None:

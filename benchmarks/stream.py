@@ -193,7 +193,7 @@ def tables(rows: list[Row]) -> list[shared.Table]:
                 for r in own
             ],
         )
-        for own in by_optimizer(rows)
+        for own in shared.grouped(rows, "optimizer").values()
     ]
 
 
@@ -201,15 +201,10 @@ def title(row: Row) -> str:
     return f"{row.optimizer}, {row.parameters / 1e6:.3g}M parameters"
 
 
-def by_optimizer(rows: list[Row]) -> list[list[Row]]:
-    names = dict.fromkeys(r.optimizer for r in rows)
-    return [[r for r in rows if r.optimizer == name] for name in names]
-
-
 def draw(rows: list[Row]) -> Any:
     """A window's time and temporaries, one row of panels for each optimizer."""
     plt = shared.pyplot()
-    optimizers = by_optimizer(rows)
+    optimizers = list(shared.grouped(rows, "optimizer").values())
     figure, axes = plt.subplots(
         len(optimizers),
         2,
