@@ -159,13 +159,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def last(rows: list[Row]) -> dict[str, Row]:
-    """Every run's last row."""
-    return {run: own[-1] for run, own in shared.grouped(rows, "run").items()}
-
-
 def tolerance(rows: list[Row]) -> float:
-    return MARGIN * last(rows)[FLOAT64].distance
+    return MARGIN * shared.last(rows, "run")[FLOAT64].distance
 
 
 def tables(rows: list[Row]) -> list[shared.Table]:
@@ -181,14 +176,14 @@ def tables(rows: list[Row]) -> list[shared.Table]:
                     f"{r.distance:.1e}",
                     *([f"{r.test_loss:.4f}"] if tested else []),
                 )
-                for r in last(rows).values()
+                for r in shared.last(rows, "run").values()
             ],
         )
     ]
 
 
 def check(rows: list[Row]) -> str:
-    ends = last(rows)
+    ends = shared.last(rows, "run")
     worst = max(ends[BY_5].distance, ends[BY_1].distance)
     text = (
         f"With weights, micro-batches moved a parameter by {worst:.1e} at most, "
@@ -211,8 +206,9 @@ def draw(rows: list[Row]) -> Any:
         MEANS: {"color": shared.RED, "lw": 2},
         FLOAT64: {"color": shared.GREY, "lw": 2, "ls": "--"},
     }
+    runs = shared.grouped(rows, "run")
     for run, style in styles.items():
-        own = [r for r in rows if r.run == run]
+        own = runs[run]
         if run != FLOAT64:
             late = own[len(own) // 3 :]  # the first losses would hide the rest
             losses = [r.test_loss for r in late]

@@ -153,17 +153,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def last(rows: list[Row]) -> dict[str, Row]:
-    """Every run's last row."""
-    return {run: own[-1] for run, own in shared.grouped(rows, "run").items()}
-
-
 def tolerance(rows: list[Row]) -> float:
-    return MARGIN * last(rows)[FLOAT64].distance
+    return MARGIN * shared.last(rows, "run")[FLOAT64].distance
 
 
 def tables(rows: list[Row]) -> list[shared.Table]:
-    ends = last(rows).values()
+    ends = shared.last(rows, "run").values()
     return [
         shared.Table(
             f"after {rows[-1].update} updates",
@@ -175,7 +170,7 @@ def tables(rows: list[Row]) -> list[shared.Table]:
 
 
 def check(rows: list[Row]) -> str:
-    worst = max(last(rows)[run].distance for run in (EQUAL, RAGGED))
+    worst = max(shared.last(rows, "run")[run].distance for run in (EQUAL, RAGGED))
     text = (
         f"Micro-batches moved a parameter by {worst:.1e} at most; tolerance "
         f"{tolerance(rows):.1e} ({MARGIN} x float32 rounding)."
@@ -195,8 +190,9 @@ def draw(rows: list[Row]) -> Any:
         RAGGED: {"color": shared.RED, "lw": 2, "ls": ":"},
         FLOAT64: {"color": shared.GREY, "lw": 2, "ls": "--"},
     }
+    runs = shared.grouped(rows, "run")
     for run, style in styles.items():
-        own = [r for r in rows if r.run == run]
+        own = runs[run]
         updates = [r.update for r in own]
         if run != FLOAT64:
             left.plot(updates, [r.loss for r in own], label=run, **style)

@@ -212,6 +212,11 @@ def grouped(rows: list[Any], field: str) -> dict[str, list[Any]]:
     return groups
 
 
+def last(rows: list[Any], field: str) -> dict[str, Any]:
+    """The last row of each value of a field."""
+    return {getattr(row, field): row for row in rows}
+
+
 def write_rows(path: Path, rows: list[Any], where: str) -> None:
     """A CSV file, whose last column says where it was measured."""
     path.parent.mkdir(parents=True, exist_ok=True)

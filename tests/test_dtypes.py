@@ -19,10 +19,11 @@ from tests.support.training import (
     alone,
     feed,
     promoting,
+    slow,
     stepper,
 )
 
-FLOAT16 = pytest.param(jnp.float16, marks=pytest.mark.slow)
+FLOAT16 = slow(jnp.float16)
 
 
 def test_bfloat16_ones_sum_exactly():
@@ -87,14 +88,10 @@ def test_complex_gradients_are_weighted(way):
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "way", ["update_params", pytest.param("update", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("way", ["update_params", slow("update")])
 @pytest.mark.parametrize("grads_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("params_dtype", [FLOAT16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize(
-    "inner", [pytest.param(SGD, marks=pytest.mark.slow), ADAM], ids=["sgd", "adam"]
-)
+@pytest.mark.parametrize("inner", [slow(SGD), ADAM], ids=["sgd", "adam"])
 def test_updates_and_state_have_the_inner_optimizers_dtypes(
     inner, params_dtype, grads_dtype, way
 ):

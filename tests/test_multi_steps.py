@@ -9,13 +9,7 @@ from absl.testing import parameterized
 from optax.transforms import _accumulation, _accumulation_test
 
 import optax_accum as oa
-from tests.support.training import (
-    NAN,
-    PARAMS,
-    micro_batches,
-    promoting,
-    stepper,
-)
+from tests.support.training import NAN, PARAMS, micro_batches, promoting, slow, stepper
 
 ADAM = promoting(optax.adam(0.1))
 GRADS, _ = micro_batches(PARAMS, 8)
@@ -90,7 +84,7 @@ class TestMoving:
     @pytest.mark.parametrize("use_grad_mean", [True, False])
     @pytest.mark.parametrize(
         "stop",
-        [4, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3, 5, 6, 7))],
+        [4, *map(slow, (1, 2, 3, 5, 6, 7))],
     )
     def test_a_moved_run_continues_inside_its_window(self, stop, use_grad_mean):
         """Moved after any micro-step, in a window or between two."""

@@ -35,9 +35,9 @@ def name_of(size):
 every_size = pytest.mark.parametrize(
     "size",
     [
-        pytest.param(
-            size, id=name_of(size), marks=[pytest.mark.slow] if i % 2 == 0 else []
-        )
+        slow(size, id=name_of(size))
+        if i % 2 == 0
+        else pytest.param(size, id=name_of(size))
         for i, size in enumerate(SIZES)
     ],
 )
