@@ -100,7 +100,7 @@ def make_step(run: str, optimizer: optax.GradientTransformation) -> tuple[Any, A
         params, state = tx.update_params(
             grads, state, params, weight=len(labels), boundary=boundary, value=loss
         )
-        return params, state, state.window.value / state.window.weight
+        return params, state, state.window.loss / state.window.weight
 
     def global_step(params, state, images, labels, boundary):
         del boundary

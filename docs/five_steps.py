@@ -120,7 +120,7 @@ def walk(sizes: Sequence[int], *, weighted: bool) -> list[Seen]:
                 sums=state.window.grads,
                 weight=float(state.window.weight),
                 mean=mean,
-                mean_loss=float(state.window.value / state.window.weight),
+                mean_loss=float(state.window.loss / state.window.weight),
                 micro_step=int(oa.micro_step(state)),
                 gradient_step=int(oa.gradient_step(state)),
                 has_updated=bool(oa.has_updated(state)),

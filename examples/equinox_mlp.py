@@ -67,7 +67,7 @@ def train_step(batch, model, state, boundary):  # a Python bool is static to fil
         grads, state, params, weight=weight, value=loss, boundary=boundary
     )
     window = state.window  # the micro-batches of this update so far
-    return eqx.combine(params, static), state, window.value / window.weight
+    return eqx.combine(params, static), state, window.loss / window.weight
 
 
 @eqx.filter_jit

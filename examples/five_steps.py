@@ -63,5 +63,5 @@ for number, (x, y) in enumerate(parts, start=1):
         pair(params),
     )
 Console().print(table)
-before, after = state.window.value / W, loss_fn(params, kilometres, prices)
+before, after = state.window.loss / W, loss_fn(params, kilometres, prices)
 print(f"The mean loss of the ten rides falls from {before:g} to {after:g}.")

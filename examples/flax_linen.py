@@ -67,7 +67,7 @@ def train_step(state, x, y, *, boundary):
         batch_stats=batch_stats,
     )
     window = state.opt_state.window  # the micro-batches of this update so far
-    return state, window.value / window.weight  # their mean loss
+    return state, window.loss / window.weight  # their mean loss
 
 
 @jax.jit

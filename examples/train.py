@@ -49,7 +49,7 @@ def train_step(model, optimizer, x, y, boundary):
     loss, grads = nnx.value_and_grad(loss_fn)(model)
     optimizer.update(model, grads, weight=len(x), value=loss, boundary=boundary)
     window = optimizer.opt_state.window  # the micro-batches of this update so far
-    return window.value / window.weight  # their mean loss
+    return window.loss / window.weight  # their mean loss
 
 
 @nnx.jit

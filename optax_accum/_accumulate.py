@@ -91,8 +91,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
           weight: A real scalar >= 0: how many units (examples, tokens) this
-            micro-batch's mean was taken over. Weight 0 contributes nothing, even if the
-            gradient is NaN; a window whose weights are all 0 makes no update.
+            micro-batch's mean was taken over. In a mean, weight 0 contributes nothing,
+            even if the gradient is NaN. In a ``"ratio"`` or ``"sum"`` it is a share of
+            the denominator, and the gradient counts whatever it is. A window whose
+            weights are all 0 makes no update.
           boundary: Whether the window ends here: ``True``, ``False``, or ``None`` for
             the count to decide. A Python bool is decided at trace time and builds no
             `lax.cond`; a boolean array is decided at run time. ``True`` may come early,
@@ -236,8 +238,9 @@ def accumulate(
       skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
         micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
         sees only the leaves that are accumulated; `info` is kept in `skip_state`.
-      on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window,
-        with weight 0. ``"wait"``: it never happened, and the count waits for another.
+      on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window, and
+        contributes nothing. ``"wait"``: it never happened, and the count waits for
+        another.
         A `boundary` that the caller passes stands either way.
       axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis or axes over which S and
         W are summed, once per window, in the boundary's branch. Gradients stay local
@@ -368,7 +371,7 @@ class _Accumulation:
             has_updated=jnp.zeros([], bool),
             window=Window.empty(
                 params if self.has_accumulator else (),
-                value=scalar,
+                loss=scalar,
                 weight=scalar,
                 accumulator_dtype=self.accumulator_dtype,
                 measure_noise=self.tracker.measures,
@@ -474,7 +477,7 @@ class _Accumulation:
             weight=number,
             is_positive=is_positive,
             boundary=boundary,
-            value=value.astype(state.window.value.dtype),
+            value=value.astype(state.window.loss.dtype),
             arguments=arguments,
         )
 
@@ -512,7 +515,7 @@ class _Accumulation:
         window, reduction = state.window, self.reduction
         if self.every_k == 1 and not self.has_devices:
             # A window of one gradient is not a sum, and its mean is that gradient.
-            window = window._replace(grads=step.grads, value=step.value)
+            window = window._replace(grads=step.grads, loss=step.value)
             reduction = "sum" if reduction == "mean" else reduction
         ends = step.boundary
         if ends is None:
@@ -610,6 +613,13 @@ class _Accumulation:
         )
         info = _tree.cast_like(info, before)
         return weight, rejected, jax.tree.map(_tree.vary_like, info, before)
+
+
+def reduction_of(tx: Any) -> Reduction:
+    """The reduction of `tx`, if it tells: one that is part of a chain does not."""
+    is_ours = isinstance(tx, AccumulateTransformation)
+    accumulation = _accumulation_of(tx) if is_ours else None
+    return "mean" if accumulation is None else accumulation.reduction
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

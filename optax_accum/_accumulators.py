@@ -10,8 +10,8 @@ policy     result
 "last"     the last one
 =========  ====================================================================
 
-``"mean"`` and ``"sum"`` leave out micro-batches of weight 0, as all sums here do; the
-others keep what came.
+``"mean"`` and ``"sum"`` leave out micro-batches that do not count (`_window.counts`),
+as all sums here do; the others keep what came.
 
 An accumulator serves one leaf of `aux`. What it carries from micro-batch to micro-batch
 it starts, adds to, joins with the other devices', and turns into the result.
@@ -38,6 +38,7 @@ class Part(NamedTuple):
     number: int | Scalar
     size: int
     weight: Scalar
+    counted: Scalar
 
 
 class Accumulator(Protocol):
@@ -84,7 +85,9 @@ class _Reduced(_OfLeaf):
         return _tree.vary_like(_tree.zeros_like(self.shape, dtype), weight)
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
-        return _window.add(carried, output, part.weight, self.reduction)
+        return _window.add(
+            carried, output, part.weight, self.reduction, counted=part.counted
+        )
 
     def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
         return _collectives.sum_over(axis_name, carried)

@@ -80,7 +80,7 @@ def bind(
             grads, value = devices.sum(grads, value)
             return call(grads, inner_state, value)
 
-        return jax.eval_shape(over_devices, grads, window.value)[0]
+        return jax.eval_shape(over_devices, grads, window.loss)[0]
 
     own = _tree.as_arrays(_tree.keep_inexact(arguments.grads))
     shapes = shapes_for(own)

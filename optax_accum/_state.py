@@ -15,7 +15,7 @@ class AccumulateState(NamedTuple):
     """The state of `accumulate`; a pytree that any checkpointer saves as it is.
 
     The sums in `window` are those of the open window only while ``micro_step > 0``. At
-    a boundary `window.weight` and `window.value` stay those of the window that it
+    a boundary `window.weight` and `window.loss` stay those of the window that it
     closes, until the next one's first micro-step; what `window.grads` holds then is
     undefined, because the updates use its memory.
 
@@ -235,7 +235,7 @@ def from_multi_steps(
     Returns:
       The state for ``accumulate(inner, every_k)`` with the same inner optimizer and
       the same k; with ``skip`` and ``on_skip="wait"`` if there was a
-      ``should_skip_update_fn``. `window.skipped` and `window.value` start from 0.
+      ``should_skip_update_fn``. `window.skipped` and `window.loss` start from 0.
 
     Raises:
       TypeError: `multi_steps_state` is not an `optax.MultiStepsState`.
@@ -279,7 +279,7 @@ def from_multi_steps(
         gradient_step=gradient_step,
         has_updated=(count == 0) & (gradient_step > 0),
         window=Window(
-            value=jnp.zeros_like(weight),
+            loss=jnp.zeros_like(weight),
             grads=jax.tree.map(as_sum, old.acc_grads),
             weight=weight,
             skipped=jnp.zeros([], jnp.int32),

@@ -158,8 +158,8 @@ def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
         )
     if is_known and not (value >= 0 and math.isfinite(value)):
         raise ValueError(
-            f"`weight` must be finite and >= 0; got {value}. Use 0 for a micro-batch "
-            "that is to contribute nothing"
+            f"`weight` must be finite and >= 0; got {value}. Use 0 for the mean of a "
+            "micro-batch that is all padding"
         )
     return jnp.asarray(value).astype(dtype), bool(is_known and value > 0)
 

@@ -180,9 +180,12 @@ def value_and_grad(
       13.0 13.0
 
     Note: Micro-batches of weight 0
-      They contribute nothing, even if their gradient is NaN, and leave a carry as it
-      was. A rejected micro-batch has weight 0. If all weights are 0, so are value and
-      gradient.
+      In a ``"mean"`` they contribute nothing, even if their gradient is NaN, and leave
+      a carry as it was. In a ``"ratio"`` or ``"sum"`` a weight is a share of the
+      denominator and no mask: gradient, value and carry count, whatever it is. What is
+      to be left out of these is rejected, by `skip`, whose micro-batches contribute
+      nothing to any reduction. If the weights of a mean or ratio are all 0, so are
+      value and gradient.
 
     Note: Auxiliary outputs and carries
       ``"stack"`` gives all outputs on a new first axis; ``"concat"`` one entry per
@@ -401,6 +404,7 @@ class _Microbatch(NamedTuple):
     carry: Tree
     weight: Scalar  # 0 if it was rejected
     rejected: Scalar
+    counted: Scalar  # whether it contributes
 
 
 class _Totals(NamedTuple):
@@ -488,11 +492,22 @@ class _Loop:
         weight, is_positive = _validate.weight(given, dtype)
         params = jax.tree.map(lambda i: args[i], call.argnums)
         weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
+        counted: bool | Scalar = True
         if not is_positive or settings.skip is not None:
+            counted = _window.counts(weight, settings.reduction, rejected)
+        if counted is not True:
             new_carry = jax.tree.map(
-                lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
+                lambda new, old: jnp.where(counted, new, old), new_carry, carry
             )
-        return _Microbatch(value, grads, aux, new_carry, weight, jnp.asarray(rejected))
+        return _Microbatch(
+            value=value,
+            grads=grads,
+            aux=aux,
+            carry=new_carry,
+            weight=weight,
+            rejected=jnp.asarray(rejected),
+            counted=jnp.asarray(counted),
+        )
 
     def _first_carry(
         self, microbatch: Any, carry: Tree, index: Scalar
@@ -537,7 +552,7 @@ class _Loop:
         index: int | Scalar,
         size: int,
     ) -> _Totals:
-        part = _accumulators.Part(index, size, new.weight)
+        part = _accumulators.Part(index, size, new.weight, new.counted)
         rows = zip(accumulators, totals.aux, jax.tree.leaves(new.aux), strict=True)
         return _Totals(
             window=totals.window.add(

@@ -11,9 +11,11 @@ reduction  S            result   for
 "sum"      Σ g_i        S        the plain sum
 =========  ===========  =======  ===========================================
 
-Padding, token masks, ragged and rejected micro-batches, and an early close are all
-handled by weights. A weight of 0 contributes nothing, even where its gradient is NaN or
-inf, so zeros are *selected*: 0 * NaN is NaN.
+Padding, token masks, ragged batches and an early close are all handled by weights. In a
+mean a weight of 0 contributes nothing, even if its gradient is NaN or inf. In a ratio
+and a sum the weight is a share of the denominator and no mask: an image without objects
+has no positives and a large gradient, which counts. What is rejected (`_skip`) is left
+out of all three. What is left out is *selected* away, because 0 * NaN is NaN.
 
 Plain sums, not a running mean: the mean costs a subtraction per element and
 keeps the addition from fusing into what computed the gradient.
@@ -46,14 +48,34 @@ def zeros(tree: Tree, dtype: DType = None) -> Tree:
     )
 
 
-def contributions(tree: Tree, weight: Scalar, reduction: Reduction) -> Tree:
-    """What a micro-batch adds to S, in at least float32; nothing if `weight` is 0."""
+def counts(
+    weight: Scalar, reduction: Reduction, rejected: bool | Scalar = False
+) -> bool | Scalar:
+    """Whether a micro-batch contributes at all; one that is `rejected` has weight 0."""
+    if reduction == "mean":
+        return weight != 0
+    return True if rejected is False else ~jnp.asarray(rejected)
+
+
+def contributions(
+    tree: Tree,
+    weight: Scalar,
+    reduction: Reduction,
+    *,
+    counted: bool | Scalar = True,
+) -> Tree:
+    """What a micro-batch adds to S, in at least float32; zeros if it does not count.
+
+    Of a mean `weight` says whether it counts.
+    """
+    if reduction == "mean":
+        counted = weight != 0
 
     def contribution(x: Leaf) -> jax.Array:
         x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
         if reduction == "mean":
             x = x * weight.astype(x.dtype)
-        return jnp.where(weight != 0, x, jnp.zeros([], x.dtype))
+        return x if counted is True else jnp.where(counted, x, jnp.zeros([], x.dtype))
 
     return jax.tree.map(contribution, tree)
 
@@ -64,6 +86,7 @@ def add(
     weight: Scalar,
     reduction: Reduction,
     *,
+    counted: bool | Scalar = True,
     first: Scalar | None = None,
 ) -> Tree:
     """S with one more micro-batch in it, in the dtypes of `sums`.
@@ -76,7 +99,8 @@ def add(
     def add_leaf(s: jax.Array, x: Leaf) -> jax.Array:
         # A narrow accumulator is rounded once, after the addition.
         wide = _tree.widened(s)
-        x = contributions(jnp.asarray(x).astype(wide.dtype), weight, reduction)
+        x = jnp.asarray(x).astype(wide.dtype)
+        x = contributions(x, weight, reduction, counted=counted)
         total = wide + x
         if first is not None:
             total = jnp.where(first, x, total)
@@ -94,11 +118,14 @@ def divide(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
     empty = weight == 0
     reciprocal = jnp.where(empty, 0, 1 / jnp.where(empty, 1, weight))
 
-    def mean(s: jax.Array) -> jax.Array:
+    def quotient(s: jax.Array) -> jax.Array:
         wide = _tree.widened(s)
-        return (wide * reciprocal.astype(wide.dtype)).astype(s.dtype)
+        result = wide * reciprocal.astype(wide.dtype)
+        if reduction == "ratio":  # Of no weight S need not be 0, nor finite.
+            result = jnp.where(empty, jnp.zeros([], wide.dtype), result)
+        return result.astype(s.dtype)
 
-    return jax.tree.map(mean, sums)
+    return jax.tree.map(quotient, sums)
 
 
 class NoiseSums(NamedTuple):
@@ -106,7 +133,8 @@ class NoiseSums(NamedTuple):
 
     Attributes:
       squares: ``f32[]``, Σ wᵢ·‖gᵢ‖² with gᵢ the gradient of a mean over wᵢ.
-      samples: ``i32[]``, how many micro-batches had any weight.
+      samples: ``i32[]``, how many micro-batches had any weight. One without has no
+        mean gradient, and is no sample.
     """
 
     squares: Scalar
@@ -129,10 +157,10 @@ class NoiseSums(NamedTuple):
         if reduction != "mean":
             # The gradient of a sum over w is w times that of the mean.
             square = square / jnp.where(weight == 0, 1, weight) ** 2
-        one = jnp.ones([], self.samples.dtype)
+        sample = (weight != 0).astype(self.samples.dtype)
         return NoiseSums(
             add(self.squares, square, weight, "mean", first=first),
-            add(self.samples, one, weight, "sum", first=first),
+            add(self.samples, sample, weight, "sum", first=first),
         )
 
 
@@ -162,8 +190,8 @@ class Window(NamedTuple):
     Across devices each device has its own, until the boundary sums them.
 
     Attributes:
-      value: ``f32[]``, the sum of the losses, weighted as the gradients are
-        (``f64[]`` in double precision). With ``reduction="mean"``, ``value / weight``
+      loss: ``f32[]``, the sum of the losses, weighted as the gradients are
+        (``f64[]`` in double precision). With ``reduction="mean"``, ``loss / weight``
         is the window's mean loss.
       grads: S, in the parameters' structure and shapes and at least float32; ``None``
         for leaves that are not accumulated.
@@ -175,7 +203,8 @@ class Window(NamedTuple):
     """
 
     # In this order XLA's loop needs no more memory than one that is written by hand.
-    value: Scalar
+    # (`loss` and not `value`, which `optax.value_and_grad_from_state` looks for.)
+    loss: Scalar
     grads: Grads
     weight: Scalar
     skipped: Scalar
@@ -185,7 +214,7 @@ class Window(NamedTuple):
     def empty(
         cls,
         grads: Grads,
-        value: Leaf,
+        loss: Leaf,
         weight: Leaf,
         *,
         accumulator_dtype: DType = None,
@@ -195,7 +224,7 @@ class Window(NamedTuple):
 
         Args:
           grads: Arrays, or shapes, like the gradients that are to be added.
-          value: Like the losses.
+          loss: Like the losses.
           weight: Like the weights.
           accumulator_dtype: Of S. By default at least float32.
           measure_noise: Whether to measure the noise scale.
@@ -206,7 +235,7 @@ class Window(NamedTuple):
             noise = NoiseSums.empty(_tree.dtype_of(weight))
             noise = _tree.vary_like(noise, weight, *leaves)
         return cls(
-            value=_tree.vary_like(zeros(value), weight),
+            loss=_tree.vary_like(zeros(loss), weight),
             grads=_tree.vary_like(zeros(grads, accumulator_dtype), weight),
             weight=_tree.zeros_like(weight),
             skipped=_tree.zeros_like(weight, jnp.int32),
@@ -216,7 +245,7 @@ class Window(NamedTuple):
     def add(
         self,
         grads: Grads,
-        value: Leaf,
+        loss: Leaf,
         weight: Scalar,
         *,
         reduction: Reduction,
@@ -227,15 +256,18 @@ class Window(NamedTuple):
 
         Args:
           grads: Its gradient, with ``None`` for what is not accumulated.
-          value: Its loss.
-          weight: Its weight. What has weight 0 contributes nothing; `add` selects.
+          loss: Its loss.
+          weight: Its weight.
           reduction: How it counts.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
         """
+        counted = counts(weight, reduction, rejected)
         return Window(
-            value=add(self.value, value, weight, reduction, first=first),
-            grads=add(self.grads, grads, weight, reduction, first=first),
+            loss=add(self.loss, loss, weight, reduction, counted=counted, first=first),
+            grads=add(
+                self.grads, grads, weight, reduction, counted=counted, first=first
+            ),
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
             noise=self.noise.add(grads, weight, reduction, first),
@@ -250,5 +282,5 @@ class Window(NamedTuple):
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
     def result(self, reduction: Reduction) -> tuple[Scalar, Grads]:
-        """Value and gradient of the global batch; zeros if W is 0."""
-        return divide((self.value, self.grads), self.weight, reduction)
+        """Loss and gradient of the global batch; of a mean or ratio 0 if W is 0."""
+        return divide((self.loss, self.grads), self.weight, reduction)

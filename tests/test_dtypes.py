@@ -54,7 +54,7 @@ def test_bfloat16_ones_sum_exactly():
 def test_the_accumulator_is_at_least_float32(own, accumulator):
     state = oa.accumulate(optax.identity(), 2).init(jnp.zeros(3, own))
     assert state.window.grads.dtype == accumulator
-    assert state.window.weight.dtype == state.window.value.dtype == jnp.float32
+    assert state.window.weight.dtype == state.window.loss.dtype == jnp.float32
 
 
 @pytest.mark.usefixtures("float64")

@@ -301,7 +301,7 @@ class TestMetricsOverTheWindow:
         for batch, boundary in oa.with_boundaries(cut(examples, 5), 3):
             params, state = step(params, state, batch, boundary)
             if boundary:
-                losses.append(state.window.value / state.window.weight)
+                losses.append(state.window.loss / state.window.weight)
         whole = [loss_fn(self.PARAMS, batch) for batch in cut(examples, 15)]
         chex.assert_trees_all_close(losses, whole, rtol=1e-5)
 

@@ -235,7 +235,7 @@ def test_micro_batches_inside_windows_equal_the_global_batch(optimizer, reductio
             part = slice(8 * i, 8 * i + 8)
             params, state = micro_step(params, state, x[part], mask[part])
         wanted, inner_state, value = global_step(wanted, inner_state, x, mask)
-        same(state.window.value / state.window.weight, value)
+        same(state.window.loss / state.window.weight, value)
         same(params, wanted)
 
 

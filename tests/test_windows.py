@@ -105,6 +105,50 @@ def remember_value():
     return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros([]), update)
 
 
+class TestWeightsThatAreNoMask:
+    """In a ratio and a sum every gradient counts, whatever its weight.
+
+    A detector's image without objects has no positives and a large gradient.
+    """
+
+    grads, _ = micro_batches(PARAMS, 3)
+    weights = (0.0, 3.0, 0.0)
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("reduction", ["ratio", "sum"])
+    def test_a_gradient_of_weight_0_counts(self, reduction, way):
+        tx = oa.accumulate(SGD, 3, reduction=reduction)
+        pairs = zip(self.grads, self.weights, strict=True)
+        batches = [(g, {"weight": jnp.float32(w)}) for g, w in pairs]
+        params, state = feed(tx, batches, way)
+        total = jax.tree.map(lambda *g: sum(g), *self.grads)
+        by = {"ratio": 3.0, "sum": 1.0}[reduction]
+        expected, _ = alone(SGD, jax.tree.map(lambda g: g / by, total))
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+        np.testing.assert_allclose(state.window.weight, 3.0)
+
+    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    def test_what_skip_rejects_contributes_to_no_reduction(self, reduction):
+        tx = oa.accumulate(SGD, 4, reduction=reduction, skip=oa.skip_not_finite)
+        weights = (2.0, 3.0, 5.0)
+        pairs = zip(self.grads, weights, strict=True)
+        batches = [(g, {"weight": w, "value": jnp.float32(w)}) for g, w in pairs]
+        nan = (NAN, {"weight": 7.0, "value": jnp.float32(jnp.nan)})
+        params, state = feed(tx, [*batches[:1], nan, *batches[1:]])
+        expected, _ = feed(oa.accumulate(SGD, 3, reduction=reduction), batches)
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+        value = {"mean": 4.0 + 9.0 + 25.0, "ratio": 10.0, "sum": 10.0}[reduction]
+        np.testing.assert_allclose(state.window.loss, value)
+        np.testing.assert_allclose(state.window.weight, 10.0)
+
+    def test_a_rejected_micro_batch_may_be_the_first(self):
+        tx = oa.accumulate(SGD, 2, reduction="ratio", skip=oa.skip_not_finite)
+        params, _ = feed(tx, [(NAN, {}), (self.grads[0], {"weight": 2.0})])
+        half = jax.tree.map(lambda g: g / 2, self.grads[0])
+        expected, _ = alone(SGD, half)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+
 class TestZeroWeights:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("place", [0, slow(1), 2])
@@ -117,7 +161,7 @@ class TestZeroWeights:
         params, state = feed(oa.accumulate(ADAM, 3), batches, way)
         expected, _ = alone(ADAM, weighted_mean(grads, weights))
         chex.assert_trees_all_close(params, expected, rtol=1e-6)
-        chex.assert_tree_all_finite((state.window.grads, state.window.value))
+        chex.assert_tree_all_finite((state.window.grads, state.window.loss))
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("boundary", [None, True, jnp.array(True)])
@@ -270,7 +314,7 @@ class TestBoundaries:
         first = [(g, {"value": jnp.nan}) for g in self.grads[:2]]
         second = [(self.grads[2], {}), (self.grads[3], {"value": 2.0})]
         _, state = feed(tx, first + second)
-        np.testing.assert_allclose(state.window.value, 2.0)
+        np.testing.assert_allclose(state.window.loss, 2.0)
 
     def test_an_open_window_does_not_leak_into_every_k_1(self):
         _, state = feed(oa.accumulate(SGD, 4), self.batches[:2])
@@ -312,7 +356,7 @@ class TestBoundaries:
         ]
         _, state = feed(oa.accumulate(SGD, 2), batches)
         np.testing.assert_allclose(
-            state.window.value / state.window.weight,
+            state.window.loss / state.window.weight,
             self.weights[1] / (self.weights[0] + self.weights[1]),
             rtol=1e-6,
         )

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optax_accum import _state
+from optax_accum import _state, _window
+from optax_accum._accumulate import reduction_of
 from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum._updates import apply_updates
 
@@ -68,9 +69,11 @@ def apply(
     return apply_updates(params, updates), opt_state
 
 
-def counted(weight: Any, before: Tree, after: Tree) -> Scalar:
+def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     before, after = _state.find(before), _state.find(after)
     rejected = after.window.skipped > before.window.skipped
     # Of a stacked state there is one window here.
-    return (jnp.asarray(weight) != 0) & ~rejected.reshape(())
+    was_rejected = rejected.reshape(())
+    weight = jnp.where(was_rejected, 0, weight)
+    return _window.counts(weight, reduction_of(tx), was_rejected)

@@ -79,7 +79,7 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.window.value / opt_state.window.weight``. Give it on every
+            ``opt_state.window.loss / opt_state.window.weight``. Give it on every
             micro-step of a window or on none.
           **extra_args: Further arguments of `tx`.
 

@@ -98,7 +98,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.window.value / opt_state.window.weight``. Give it on every
+            ``opt_state.window.loss / opt_state.window.weight``. Give it on every
             micro-step of a window or on none.
           extra_args: Further arguments of `tx`, by name.
           **kwargs: Fields to replace, as in Flax. A micro-batch that does not count,
@@ -131,7 +131,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             overwritten = grads[OVERWRITE_WITH_GRADIENT]
             params = {"params": params, OVERWRITE_WITH_GRADIENT: overwritten}
         if kwargs.get("batch_stats") is not None and self.batch_stats is not None:
-            counted = _accumulating.counted(weight, self.opt_state, opt_state)
+            counted = _accumulating.counted(self.tx, weight, self.opt_state, opt_state)
             kwargs["batch_stats"] = _select(
                 counted, kwargs["batch_stats"], self.batch_stats
             )
