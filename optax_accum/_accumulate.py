@@ -6,6 +6,7 @@ check, add, decide, close.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from jax.typing import ArrayLike
 
 from optax_accum import (
     _boundary,
+    _eager,
+    _extra_args,
     _optimizer,
     _skip,
     _tree,
@@ -27,6 +30,7 @@ from optax_accum._types import (
     AxisName,
     DType,
     Grads,
+    Kwargs,
     Params,
     Reduction,
     Scalar,
@@ -102,16 +106,20 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           value: The micro-batch's loss. It reaches the inner optimizer reduced over the
             window, as the gradients are. Give it on every micro-step of a window or on
             none.
-          **extra_args: Reach the inner optimizer as the boundary micro-step gave them.
+          **extra_args: What else the inner optimizer takes. It gets them as the
+            boundary micro-step gave them, except `grad`, the gradient once more, which
+            line searches take: like `value` it becomes the window's.
 
         Returns:
           ``(updates, state)``. Off the boundary the updates are zeros.
 
         Raises:
           TypeError: A `state` of something else; a `weight`, `boundary` or `skip`
-            result of another type; complex gradients of real parameters.
-          ValueError: Gradients without the parameters' structure and shapes; a `weight`
-            that is not a scalar, or a negative number; no `boundary` with
+            result of another type; complex gradients of real parameters; a keyword that
+            the inner optimizer does not take.
+          ValueError: Gradients without the parameters' structure and shapes; a state of
+            other parameters or of another optimizer; a `weight` that is not a scalar,
+            or a negative number; a `grad` that is not `grads`; no `boundary` with
             ``every_k=None``; an `axis_name` that is not bound; gradients that were
             summed over it already; a state for another number of devices.
 
@@ -127,6 +135,9 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           >>> print(updates)
           [-2. -3.]
         """
+        accumulation = _accumulation_of(self)
+        if accumulation is not None:
+            accumulation.check_names(extra_args)
         return self[1](
             grads,
             state,
@@ -180,8 +191,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           [0. 0.]
           [-2. -2.]
         """
-        extra_args |= {"weight": weight, "boundary": boundary, "value": value}
         accumulation = _accumulation_of(self)
+        if accumulation is not None:
+            accumulation.check_names(extra_args)
+        extra_args |= {"weight": weight, "boundary": boundary, "value": value}
         if accumulation is not None:
             return accumulation.update_params(grads, state, params, **extra_args)
         # Somebody put another `update` in its place, by `_replace`.
@@ -325,6 +338,17 @@ def accumulate(
     return AccumulateTransformation(accumulation.init, accumulation.update)
 
 
+class _Arguments(NamedTuple):
+    """The arguments of a micro-step, as they came, without its `boundary`."""
+
+    grads: Grads
+    state: AccumulateState
+    params: Params
+    weight: ArrayLike
+    value: ArrayLike | None
+    extra_args: Kwargs
+
+
 class _MicroStep(NamedTuple):
     """The arguments of a micro-step, checked."""
 
@@ -359,26 +383,36 @@ class _Accumulation:
     def has_devices(self) -> bool:
         return self.devices.axis_name is not None
 
+    @functools.cached_property
+    def names_taken(self) -> frozenset[str]:
+        return _extra_args.names_taken(self.inner)
+
+    def check_names(self, extra_args: Kwargs, *, is_chained: bool = False) -> None:
+        if extra_args:
+            _extra_args.check_names(extra_args, self.names_taken, is_chained=is_chained)
+
     def init(self, params: Params) -> AccumulateState:
-        _validate.accumulator_fits(params, self.accumulator_dtype)
-        dtype = _tree.scalar_dtype(params)
+        trained = _tree.trained(params)
+        _validate.accumulator_fits(trained, self.accumulator_dtype)
+        dtype = _tree.scalar_dtype(trained)
         scalar = jax.ShapeDtypeStruct((), dtype)
         inner_state = self.inner.init(params)
-        # Each zero is an array of its own: one that is shared cannot be donated twice.
+        # Each array is one of its own: what is shared cannot be donated with the
+        # parameters, nor twice.
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             has_updated=jnp.zeros([], bool),
             window=Window.empty(
-                params if self.has_accumulator else (),
+                trained if self.has_accumulator else (),
                 loss=scalar,
                 weight=scalar,
                 accumulator_dtype=self.accumulator_dtype,
                 measure_noise=self.tracker.measures,
             ),
-            skip_state=_skip.initial_info(self.skip, params),
+            skip_state=_skip.initial_info(self.skip, trained, params),
             noise=self.tracker.init(dtype),
-            inner_state=_tree.strongly_typed(inner_state),
+            inner_state=_tree.unshared(_tree.strongly_typed(inner_state), params),
         )
 
     def update(
@@ -392,8 +426,9 @@ class _Accumulation:
         value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
-        arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        return self._micro_step(arguments, state, weight, boundary, value)
+        self.check_names(extra_args, is_chained=True)
+        arguments = _Arguments(grads, state, params, weight, value, extra_args)
+        return self._call(arguments, boundary, applies=False)
 
     def update_params(
         self,
@@ -406,25 +441,55 @@ class _Accumulation:
         value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
-        arguments = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        return self._micro_step(arguments, state, weight, boundary, value, applies=True)
+        arguments = _Arguments(grads, state, params, weight, value, extra_args)
+        return self._call(arguments, boundary, applies=True)
+
+    def _call(
+        self, arguments: _Arguments, boundary: Boundary, *, applies: bool
+    ) -> tuple[Updates | Params, AccumulateState]:
+        """One micro-step, in one compiled program if nobody else compiles it."""
+        if "grad" in arguments.extra_args:
+            _extra_args.check_grad(arguments.extra_args["grad"], arguments.grads)
+            # Its place is taken by the window's.
+            extra_args = {**arguments.extra_args, "grad": None}
+            arguments = arguments._replace(extra_args=extra_args)
+        if not _eager.is_eager((arguments, boundary)):
+            return self._micro_step(arguments, boundary, applies=applies)
+        boundary = _validate.boundary(boundary, self.every_k)
+        _validate.weight(arguments.weight, jnp.float32)  # While it is a number.
+        if _eager.are_arrays(arguments):
+            try:
+                if isinstance(boundary, jax.Array):
+                    return self._compiled(arguments, boundary, applies=applies)
+                return self._compiled_for(arguments, boundary, applies=applies)
+            except jax.errors.ConcretizationTypeError:
+                why = (
+                    "its schedule `every_k` asks for values that a trace does not have"
+                )
+        else:
+            why = "its arguments hold functions"
+        _eager.warn_once("oa.accumulate's update", why)
+        return self._micro_step(arguments, boundary, applies=applies)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        """`_micro_step`, with a `boundary` that is decided at run time."""
+        return jax.jit(self._micro_step, static_argnames="applies")
+
+    @functools.cached_property
+    def _compiled_for(self) -> Any:
+        """`_micro_step`, for each `boundary` that is known."""
+        return jax.jit(self._micro_step, static_argnames=("boundary", "applies"))
 
     def _micro_step(
-        self,
-        arguments: _optimizer.Arguments,
-        state: AccumulateState,
-        weight: ArrayLike,
-        boundary: Boundary,
-        value: ArrayLike | None,
-        *,
-        applies: bool = False,
+        self, arguments: _Arguments, boundary: Boundary, *, applies: bool
     ) -> tuple[Updates | Params, AccumulateState]:
         """Check, add, decide, close.
 
         `update` and `update_params` differ in `applies` alone: whether the updates are
         returned, or added to the parameters.
         """
-        step = self._check(arguments, state, weight, boundary, value, applies=applies)
+        step = self._check(arguments, boundary, applies=applies)
         state = self._add(step)
         closing = self._decide(step, state)
         optimizer = self._bind_optimizer(step, closing)
@@ -438,16 +503,13 @@ class _Accumulation:
 
     def _check(
         self,
-        arguments: _optimizer.Arguments,
-        state: AccumulateState,
-        weight: ArrayLike,
+        arguments: _Arguments,
         boundary: Boundary,
-        value: ArrayLike | None,
         *,
         applies: bool,
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
-        grads, params = arguments.grads, arguments.params
+        grads, state, params, weight, value, extra_args = arguments
         axis_name = self.devices.axis_name
         boundary = _validate.boundary(boundary, self.every_k)
         _collectives.check_bound(axis_name)
@@ -462,9 +524,10 @@ class _Accumulation:
         self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)
         if self.has_accumulator:
             is_narrow = self.accumulator_dtype is not None
-            _validate.gradients(grads, state.window.grads, narrow=is_narrow)
+            _validate.accumulator(state.window.grads, grads, params, narrow=is_narrow)
         if applies or (params is not None and not self.has_accumulator):
-            _validate.gradients(grads, params, narrow=True)
+            _validate.gradients(grads, _tree.trained(params), narrow=True)
+        given = _optimizer.Arguments(grads, params, value is not None, extra_args)
         grads = _tree.as_arrays(_tree.keep_inexact(grads))
         _collectives.check_local(axis_name, grads)
         _collectives.check_same(axis_name, params)
@@ -478,7 +541,7 @@ class _Accumulation:
             is_positive=is_positive,
             boundary=boundary,
             value=value.astype(state.window.loss.dtype),
-            arguments=arguments,
+            arguments=given,
         )
 
     def _add(self, step: _MicroStep) -> AccumulateState:

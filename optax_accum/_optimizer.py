@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
       grads: Its gradient, for the leaves that are not accumulated.
       params: The parameters.
       takes_value: Whether the optimizer is to be given the window's value.
-      extra_args: Everything else.
+      extra_args: Everything else. A `grad` is to be the window's.
     """
 
     grads: Grads
@@ -64,10 +64,12 @@ def bind(
     """
 
     def call(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
-        extra_args = arguments.extra_args
-        if arguments.takes_value:
-            extra_args = {**extra_args, "value": value}
+        extra_args = dict(arguments.extra_args)
         grads = _tree.fill_inexact(arguments.grads, grads)
+        if arguments.takes_value:
+            extra_args["value"] = value
+        if "grad" in extra_args:
+            extra_args["grad"] = grads
         return optimizer.update(grads, inner_state, arguments.params, **extra_args)
 
     # The trace that tells the shapes serves again, unless each call stands for itself.
@@ -83,7 +85,12 @@ def bind(
         return jax.eval_shape(over_devices, grads, window.loss)[0]
 
     own = _tree.as_arrays(_tree.keep_inexact(arguments.grads))
-    shapes = shapes_for(own)
+    try:
+        shapes = shapes_for(own)
+    except Exception:
+        if arguments.params is not None:
+            _validate.inner_state(optimizer, inner_state, arguments.params)
+        raise
     rounds_first = False
     if _tree.dtypes_of(own) != _tree.dtypes_of(window.grads):
         try:

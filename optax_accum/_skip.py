@@ -83,9 +83,9 @@ def ask(
     return jnp.where(should_skip, 0, weight), should_skip, info
 
 
-def initial_info(skip: Skip | None, params: Params) -> Tree:
-    """Zeros of the type that `skip` returns as its info."""
-    weight, grads = jnp.ones([]), _tree.keep_inexact(params)
+def initial_info(skip: Skip | None, trained: Params, params: Params) -> Tree:
+    """Zeros of the type that `skip` returns as its info for gradients of `trained`."""
+    weight, grads = jnp.ones([]), _tree.keep_inexact(trained)
     step = jnp.zeros([], jnp.int32)
     _, _, info = jax.eval_shape(
         lambda *args: ask(skip, *args), weight, grads, step, params

@@ -108,6 +108,12 @@ def _is_state(node: Any) -> bool:
 
 
 def _none_in(opt_state: Tree) -> ValueError:
+    if hasattr(opt_state, "mini_step"):
+        return ValueError(
+            "`opt_state` must hold the state of `optax_accum.accumulate`; got that of "
+            "`optax.MultiSteps`. oa.from_multi_steps(opt_state) converts it, for "
+            "oa.accumulate(optimizer, every_k=k) in the place of MultiSteps"
+        )
     return ValueError(
         "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
         f"in a {type(opt_state).__name__}. Pass the optimizer state that `init` or "

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import dtypes, lax
 
 from optax_accum._types import DType, Leaf, Scalar, Tree
@@ -75,6 +76,11 @@ def scalar_dtype(tree: Tree) -> np.dtype:
 # --- Trees ---
 
 
+def trained(params: Tree) -> Tree:
+    """What of `params` has gradients: all, except in `optax.lookahead`."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
 def keep_inexact(tree: Tree) -> Tree:
     """`tree` with ``None`` in place of the leaves that are not accumulated."""
     return jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
@@ -108,6 +114,18 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
 def strongly_typed(tree: Tree) -> Tree:
     """`tree` as arrays, none of a weak type."""
     return cast_like(tree, tree)
+
+
+def unshared(tree: Tree, other: Tree) -> Tree:
+    """`tree` with a copy of each array that is in `other`, or in `tree` before it."""
+    seen = {id(x) for x in jax.tree.leaves(other)}
+
+    def own(x: jax.Array) -> jax.Array:
+        is_shared = id(x) in seen
+        seen.add(id(x))
+        return jnp.copy(x) if is_shared else x
+
+    return jax.tree.map(own, tree)
 
 
 def squared_norm(tree: Tree, dtype: DType) -> Scalar:

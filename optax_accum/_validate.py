@@ -141,6 +141,24 @@ def state(
         )
 
 
+def inner_state(optimizer: Any, value: Tree, params: Params) -> None:
+    """Raises if `value` is the state of another optimizer."""
+    needed = jax.eval_shape(optimizer.init, params)
+    structures = map(jax.tree.structure, (value, needed))
+    if len(set(structures)) > 1:
+        raise ValueError(
+            "`state.inner_state` belongs to another optimizer than the one that "
+            f"`accumulate` was given: it is {_brief(value)}, and this one needs "
+            f"{_brief(needed)}. Pass the state that this optimizer's `init` made"
+        )
+
+
+def _brief(tree: Tree) -> str:
+    """A state without its arrays."""
+    shown = repr(jax.tree.map(lambda _: ..., tree)).replace("Ellipsis", "...")
+    return shown if len(shown) < 200 else f"{shown[:200]}..."
+
+
 def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
     """The weight as an array ``dtype[]``, and whether it is known to be positive."""
     is_known = isinstance(value, bool | int | float | np.generic | np.ndarray)
@@ -245,6 +263,33 @@ def same_structure(
         f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
         f"Got {got}, needed {needed}. {advice}"
     )
+
+
+def accumulator(sums: Tree, grads: Grads, params: Params, *, narrow: bool) -> None:
+    """Raises unless `grads` can be added to `sums`: one of the two is at fault."""
+    try:
+        gradients(grads, sums, narrow=narrow)
+    except ValueError:
+        if params is None:
+            raise
+        gradients(grads, _tree.trained(params), narrow=True)
+        sums, params = map(_tree.keep_inexact, (sums, params))
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(sums),
+            jax.tree_util.tree_leaves_with_path(params),
+            strict=False,
+        )
+        differ = (
+            f"{named('state.window.grads', path)} has shape {jnp.shape(s)} and "
+            f"{named('params', other)} {jnp.shape(p)}"
+            for (path, s), (other, p) in pairs
+            if path != other or jnp.shape(s) != jnp.shape(p)
+        )
+        raise ValueError(
+            "`state` was made for other parameters than these: "
+            f"{next(differ, 'it has more leaves or fewer')}. Pass the state that "
+            "belongs to them, or take a new one from init(params)"
+        ) from None
 
 
 def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:

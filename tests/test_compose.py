@@ -164,3 +164,18 @@ def test_a_restored_run_ends_with_the_same_bits_in_the_same_program(stop):
             blank = jax.tree.map(jnp.zeros_like, (PARAMS, tx.init(PARAMS)))
             resumed = flax.serialization.from_bytes(blank, saved)
     chex.assert_trees_all_equal(resumed, straight)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lookahead_is_synchronized_by_updates(way):
+    """Its gradients are those of the fast parameters alone."""
+    inner = promoting(optax.lookahead(optax.adam(0.1), 2, slow_step_size=0.5))
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    grads, weights = micro_batches(PARAMS, 9)
+    windows = [slice(i, i + 3) for i in (0, 3, 6)]
+    means = [weighted_mean(grads[w], weights[w]) for w in windows]
+    expected, _ = alone(inner, *means, params=params)
+    pairs = zip(grads, weights, strict=True)
+    batches = [(g, {"weight": w}) for g, w in pairs]
+    got, _ = feed(oa.accumulate(inner, every_k=3), batches, way, params=params)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)

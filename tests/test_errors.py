@@ -330,3 +330,62 @@ def test_a_weight_that_is_not_a_scalar_is_refused_at_trace_time():
             state,
             jax.ShapeDtypeStruct((2,), jnp.float32),
         )
+
+
+class TestStates:
+    """The state of something else: which, and what to do."""
+
+    def test_the_state_of_parameters_of_other_shapes_is_to_blame(self):
+        """And not the parameters, if the gradients fit them."""
+        tx = oa.accumulate(SGD, 2)
+        other = {"layer": {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}}
+        words = (
+            "`state` was made for other parameters",
+            "`state.window.grads['layer']['w']` has shape (2, 3)",
+            "`params['layer']['w']` (4, 3)",
+            "init(params)",
+        )
+        for method in (tx.update, tx.update_params):
+            with pytest.raises(ValueError, match=saying(*words)):
+                method(other, tx.init(PARAMS), other)
+
+    def test_the_state_of_parameters_of_another_structure_is_to_blame(self):
+        tx = oa.accumulate(SGD, 2)
+        other = {"w": jnp.ones((2, 3))}
+        with pytest.raises(ValueError, match=saying("`state` was made for other")):
+            tx.update_params(other, tx.init(PARAMS), other)
+
+    def test_gradients_that_do_not_fit_their_parameters_are_to_blame(self):
+        tx = oa.accumulate(SGD, 2)
+        grads = {"layer": {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}}
+        words = ("`grads['layer']['w']` has shape (4, 3)", "`params['layer']['w']`")
+        with pytest.raises(ValueError, match=saying(*words)):
+            tx.update_params(grads, tx.init(PARAMS), PARAMS)
+
+    @pytest.mark.parametrize("every_k", [1, 2])
+    def test_the_state_of_another_optimizer_is_refused(self, every_k):
+        state = oa.accumulate(SGD, every_k).init(PARAMS)
+        words = (
+            "`state.inner_state` belongs to another optimizer",
+            "(EmptyState(), EmptyState())",
+            "ScaleByAdamState",
+        )
+        with pytest.raises(ValueError, match=saying(*words)):
+            oa.accumulate(optax.adam(0.1), every_k).update(PARAMS, state, PARAMS)
+
+    def test_an_optimizers_own_error_is_left_as_it_is(self):
+        def refuses(*arguments):
+            raise RuntimeError(f"its own, of {len(arguments)} arguments")
+
+        inner = optax.GradientTransformation(lambda _: optax.EmptyState(), refuses)
+        with pytest.raises(RuntimeError, match="its own"):
+            update(oa.accumulate(inner, 2))
+
+    @pytest.mark.parametrize(
+        "query", [oa.has_updated, oa.micro_step, oa.gradient_step, oa.accumulated]
+    )
+    def test_queries_refuse_the_state_of_multi_steps(self, query):
+        state = optax.MultiSteps(SGD, 2).init(PARAMS)
+        words = ("`opt_state`", "`optax.MultiSteps`", "oa.from_multi_steps")
+        with pytest.raises(ValueError, match=saying(*words)):
+            query(state)

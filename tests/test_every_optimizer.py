@@ -55,9 +55,9 @@ def test_any_transformation_updates_as_with_the_global_batch(name):
         return optax.apply_updates(params, updates), state
 
     @jax.jit
-    def micro_step(params, state, grads, weight, value, mean):
+    def micro_step(params, state, grads, weight, value):
         step = stepper(tx, "update")
-        return step(params, state, grads, weight=weight, **extra(mean, value))
+        return step(params, state, grads, weight=weight, **extra(grads, value))
 
     expected, inner_state = params, inner.init(params)
     state = tx.init(params)
@@ -67,7 +67,7 @@ def test_any_transformation_updates_as_with_the_global_batch(name):
         mean_value = weighted_mean(values[window], weights[window])
         expected, inner_state = global_step(expected, inner_state, mean, mean_value)
         for g, w, v in zip(grads[window], weights[window], values[window], strict=True):
-            params, state = micro_step(params, state, g, w, v, mean)
+            params, state = micro_step(params, state, g, w, v)
     # Float32, but for what takes the sign of a difference or divides by a small one.
     chex.assert_trees_all_close(params, expected, rtol=2e-5, atol=2e-6)
     chex.assert_trees_all_equal_dtypes(state.inner_state, inner_state)
@@ -100,3 +100,31 @@ def test_update_params_equals_update(name):
             p, state = step(p, state, g, w)
         results.append(p)
     chex.assert_trees_all_close(*results, rtol=1e-6, atol=1e-7)
+
+
+SHARING = ("prodigy", "dog", "dowg", "cocob", "mechanize")
+
+
+@pytest.mark.parametrize("init", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name == "optax.lbfgs" or name.removeprefix("optax.contrib.") in SHARING
+        else slow(name)
+        for name in TRANSFORMATIONS
+    ],
+)
+def test_the_first_state_can_be_donated_with_the_parameters(name, init):
+    """It holds no buffer of theirs, and none twice, as some optimizers' states do."""
+    tx = oa.accumulate(promoting(TRANSFORMATIONS[name]()), every_k=2)
+    params = catalogue.example_params()
+    state = (tx.init if init == "eager" else jax.jit(tx.init))(params)
+    arrays = [x for x in jax.tree.leaves((params, state)) if isinstance(x, jax.Array)]
+    buffers = [x.unsafe_buffer_pointer() for x in arrays if _is_number(x)]
+    assert len(buffers) == len(set(buffers))
+
+
+def _is_number(x):
+    """Whether `x` is no random key, which has no buffer to point to."""
+    return not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.size

@@ -10,8 +10,14 @@ import optax
 import pytest
 
 import optax_accum as oa
-
-PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+from optax_accum import _eager
+from tests.support.training import (
+    PARAMS,
+    feed,
+    micro_batches,
+    promoting,
+    stepper,
+)
 
 
 def sgd_init(params):
@@ -144,3 +150,66 @@ def test_the_inner_optimizer_is_traced_once(boundary):
 def test_the_inner_optimizer_is_traced_twice_for_bfloat16_parameters():
     """The updates are computed in float32, and have the dtype that bfloat16 gives."""
     assert traces_of_one_compilation(jnp.bfloat16, None) == 2
+
+
+class TestWithoutJit:
+    """A loop that is not under `jax.jit` compiles once, and not at every call."""
+
+    def counting(self):
+        traces = []
+
+        def update(updates, state, params=None, **extra_args):
+            del params
+            traces.append(sorted(extra_args))
+            return jax.tree.map(lambda u: -u, updates), state
+
+        inner = optax.GradientTransformationExtraArgs(
+            lambda _: optax.EmptyState(), update
+        )
+        return inner, traces
+
+    @pytest.mark.parametrize("way", ["update", "update_params"])
+    @pytest.mark.parametrize("boundary", [None, True, False, "array"])
+    def test_a_second_call_traces_nothing(self, boundary, way):
+        inner, traces = self.counting()
+        tx = oa.accumulate(inner, every_k=2)
+        if boundary == "array":
+            boundary = jnp.array(True)
+        params, state, seen = PARAMS, tx.init(PARAMS), []
+        for i in range(4):
+            params, state = stepper(tx, way)(
+                params, state, PARAMS, weight=i + 1, value=1.0, boundary=boundary
+            )
+            seen.append(len(traces))
+        assert seen[0] == seen[-1]
+
+    def test_the_result_is_that_of_jit(self):
+        grads, weights = micro_batches(PARAMS, 4)
+        tx = oa.accumulate(promoting(optax.adam(0.1)), every_k=2)
+        params, state = PARAMS, tx.init(PARAMS)
+        for g, w in zip(grads, weights, strict=True):
+            params, state = tx.update_params(g, state, params, weight=w)
+        pairs = zip(grads, weights, strict=True)
+        expected = feed(tx, [(g, {"weight": w}) for g, w in pairs])
+        chex.assert_trees_all_close((params, state), expected, rtol=1e-6)
+
+    def test_a_negative_weight_is_refused_as_a_number(self):
+        tx = oa.accumulate(optax.sgd(0.1), every_k=2)
+        with pytest.raises(ValueError, match="`weight` must be finite and >= 0"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, weight=-1)
+
+    def test_a_schedule_that_asks_for_values_works_and_warns_once(self, monkeypatch):
+        tx = oa.accumulate(optax.sgd(1.0), lambda step: 1 if step < 2 else 3)
+        monkeypatch.setattr(_eager, "_warned", set())
+
+        def train():
+            params, state, updated = PARAMS, tx.init(PARAMS), []
+            for _ in range(5):
+                params, state = tx.update_params(PARAMS, state, params)
+                updated.append(bool(oa.has_updated(state)))
+            return updated
+
+        with pytest.warns(UserWarning, match="outside of jax.jit") as warned:
+            updated = train()
+        assert len(warned) == 1
+        assert updated == [True, True, False, False, True]

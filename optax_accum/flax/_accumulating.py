@@ -69,7 +69,7 @@ def apply(
     return apply_updates(params, updates), opt_state
 
 
-def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> Scalar:
+def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> bool | Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     before, after = _state.find(before), _state.find(after)
     rejected = after.window.skipped > before.window.skipped

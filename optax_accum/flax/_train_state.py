@@ -140,7 +140,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         )
 
 
-def _select(counted: Scalar, new: Tree, old: Tree) -> Tree:
+def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:
     """The statistics that go on, in the containers of the new ones, frozen or not."""
     as_dicts = [serialization.to_state_dict(stats) for stats in (new, old)]
     _validate.same_structure(

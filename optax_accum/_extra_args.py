@@ -1,0 +1,107 @@
+"""The keyword arguments that go past `accumulate` to the inner optimizer."""
+
+import difflib
+import functools
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from optax_accum._types import Grads, Kwargs
+
+OWN = ("weight", "boundary", "value")
+
+
+def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> None:
+    """Raises for what is neither an argument of `accumulate` nor of the optimizer.
+
+    Args:
+      given: The extra arguments.
+      taken: What the inner optimizer takes, from `names_taken`.
+      is_chained: Whether the call came through an `optax.chain`, say, which hands
+        everybody's arguments to everybody. Then only a slip of the pen is refused.
+    """
+    # A line search hands the rest to the function in which it searches.
+    taken = taken | frozenset(_names(x for x in given.values() if callable(x)))
+    for name in given.keys() - taken:
+        near = difflib.get_close_matches(name, (*OWN, *sorted(taken)), n=1, cutoff=0.8)
+        if is_chained and not (near and near[0] in OWN):
+            continue
+        advice = (
+            f"Did you mean `{near[0]}`?"
+            if near
+            else "Leave it out, or make the inner optimizer an "
+            "optax.GradientTransformationExtraArgs that names it"
+        )
+        raise TypeError(
+            f"`{name}` is an argument neither of `accumulate`'s update, which takes "
+            f"`weight`, `boundary` and `value`, nor of the inner optimizer. {advice}"
+        )
+
+
+def check_grad(grad: Grads, grads: Grads) -> None:
+    """Raises unless the extra argument `grad` is the gradient that is accumulated."""
+    pairs = zip(*map(jax.tree.leaves, (grad, grads)), strict=False)
+    sizes = {len(jax.tree.leaves(tree)) for tree in (grad, grads)}
+    if len(sizes) > 1 or not all(x is y for x, y in pairs):
+        raise ValueError(
+            "`grad` must be the very gradient that is accumulated, update(grads, "
+            "state, params, grad=grads), because the inner optimizer is given the "
+            "window's; got other arrays. If another transformation has changed the "
+            "gradient before, put it inside: oa.accumulate(optax.chain(...))"
+        )
+
+
+def names_taken(inner: optax.GradientTransformation) -> frozenset[str]:
+    """The keyword arguments that `inner.update`, or what it leads to, may take."""
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        return frozenset()
+    return frozenset(_names([inner.update]))
+
+
+def _names(start: Iterable[Any]) -> Iterator[str]:
+    """The names of parameters, and the strings, in all functions that lead from here.
+
+    A transformation around others takes ``**extra_args`` and hands them on; the others
+    are in its closure. One that takes what it needs out of ``extra_args`` holds the
+    name as a string.
+    """
+    seen: set[int] = set()
+    ahead = list(start)
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, functools.partial):
+            ahead += [node.func, *node.args, *node.keywords.values()]
+        elif inspect.ismethod(node):
+            ahead += [node.__func__, node.__self__]
+        elif inspect.isfunction(node):
+            yield from _names_in(node.__code__)
+            cells = inspect.getclosurevars(node)
+            ahead += [*cells.nonlocals.values(), *(node.__defaults__ or ())]
+            ahead += [f for f in cells.globals.values() if _is_beside(f, node)]
+        elif isinstance(node, dict):
+            ahead += node.values()
+        elif isinstance(node, tuple | list):
+            ahead += node
+        elif callable(node) and not isinstance(node, type):
+            ahead += [*getattr(node, "__dict__", {}).values(), type(node).__call__]
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _is_beside(f: Any, other: Any) -> bool:
+    """Whether `f` is a function of the module of `other`."""
+    return inspect.isfunction(f) and f.__module__ == other.__module__
