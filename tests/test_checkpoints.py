@@ -277,7 +277,7 @@ def test_stacked_windows_are_restored_and_summed_on_one_device(tmp_path):
     )
     params, state = checkpoints.restore("stacked", shapes)
     assert {x.sharding for x in jax.tree.leaves(state)} == {here}
-    state = oa.sharding.sum_windows(state)
+    state = oa.sharding.sum_windows(state, rescale=False)  # of whole batches
     tx = oa.accumulate(MOMENTUM, K)
     x, mask = devices.examples(2 * K)
 
@@ -298,19 +298,15 @@ def test_unreplicate_loses_the_sums_of_the_other_devices():
     """The trap: what is right for parameters is wrong for an open window."""
     (params, state), go_on = half_a_window("pmap")
     one = flax.jax_utils.unreplicate(state)
-    every = oa.sharding.sum_windows(state)
+    every = oa.sharding.sum_windows(state, rescale=False)
     weights = np.asarray(state.window.weight)
     assert float(one.window.weight) == weights[0]
     assert float(every.window.weight) == weights.sum() > weights[0]
     wanted, _ = go_on(params, state)
-    kept, lost = (
-        go_on(
-            *jax.device_get(
-                (params, oa.sharding.stack_windows(s, COUNT, all_leaves=True))
-            )
-        )[0]
-        for s in (every, one)
+    stack = functools.partial(
+        oa.sharding.stack_windows, num_devices=COUNT, all_leaves=True, rescale=False
     )
+    kept, lost = (go_on(*jax.device_get((params, stack(s))))[0] for s in (every, one))
     chex.assert_trees_all_close(kept, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(lost, wanted, rtol=1e-2)

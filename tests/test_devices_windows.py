@@ -15,7 +15,8 @@ import optax_accum as oa
 from optax_accum.sharding import _windows
 from tests.support import devices, hlo
 from tests.support.devices import AXIS, COUNT, PARAMS
-from tests.support.training import WAYS, promoting, slow, stepper
+from tests.support.errors import saying
+from tests.support.training import SGD, WAYS, promoting, slow, stepper
 from tests.support.xla import optimized
 
 pytestmark = [pytest.mark.core, pytest.mark.several_devices]
@@ -356,11 +357,11 @@ def test_stacked_windows_are_restored_with_the_same_bits(way, tmp_path):
 
 @also_in_pmap
 def test_summed_windows_continue_on_one_device(way):
-    """Summed, the open window is that of a single device."""
+    """Summed, the open window is that of a single device, which takes whole batches."""
     _, _, params, state, x, mask = half_a_window(way)
     if way == "pmap":
         params = devices.first(params)
-    state = oa.sharding.sum_windows(state)
+    state = oa.sharding.sum_windows(state, rescale=False)
     tx = oa.accumulate(ADAMW, K, skip=oa.skip_not_finite)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
     assert state.micro_step == 1
@@ -383,7 +384,9 @@ def test_a_window_of_one_device_continues_on_all(way):
         grads, alone.init(PARAMS), PARAMS, weight=len(counted)
     )
     step, _ = devices.windows(way, oa.accumulate(ADAMW, 2, axis_name=AXIS))
-    state = oa.sharding.stack_windows(state, COUNT, all_leaves=way == "pmap")
+    state = oa.sharding.stack_windows(
+        state, COUNT, all_leaves=way == "pmap", rescale=False
+    )
     if way == "pmap":
         params = devices.stacked(params)
     params, _ = step(params, state, *devices.whole(way, (x[1], mask[1])), None)
@@ -392,17 +395,99 @@ def test_a_window_of_one_device_continues_on_all(way):
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
 
 
+class TestAnotherNumberOfDevices:
+    """An open window of 16 examples, two at a time on each device, moves over."""
+
+    x = jax.random.normal(jax.random.key(0), (32, 3))
+    inner = promoting(optax.adam(0.1))
+
+    def train(self, params, state, count, k, examples):
+        """Runs `examples` two at a time on each of `count` devices."""
+        tx = oa.accumulate(self.inner, k, axis_name=AXIS)
+        mesh = jax.make_mesh(
+            (count,),
+            (AXIS,),
+            axis_types=(AxisType.Auto,),
+            devices=jax.devices()[:count],
+        )
+
+        def step(params, state, x):
+            local = jax.lax.pcast(params, AXIS, to="varying")
+            grads = jax.grad(lambda p: jnp.mean((x @ p - 1) ** 2))(local)
+            return tx.update_params(grads, state, params, weight=len(x))
+
+        specs = oa.sharding.window_specs(state, AXIS)
+        step = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(P(), specs, P(AXIS)),
+                out_specs=(P(), specs),
+            )
+        )
+        for part in jnp.split(examples, len(examples) // (2 * count)):
+            params, state = step(params, state, part)
+        return jax.device_get((params, state))
+
+    @pytest.mark.parametrize("seen", [8, slow(24)])
+    @pytest.mark.parametrize("after", [2, slow(1), 8])
+    def test_a_window_ends_with_as_many_examples(self, after, seen):
+        if max(after, 4) > COUNT:
+            pytest.skip("needs more devices")
+        k = 8 // after
+        start = jnp.zeros(3)
+        state = oa.accumulate(self.inner, 2).init(start)
+        state = oa.sharding.stack_windows(state, 4)
+        params, state = self.train(start, state, 4, 2, self.x[:seen])
+        state = oa.sharding.sum_windows(state)
+        assert int(oa.micro_step(state)) == 4
+        if after == 8:  # Half a call of theirs.
+            with pytest.raises(ValueError, match=saying("Close it first", "rescale")):
+                oa.sharding.stack_windows(state, after)
+            return
+        state = oa.sharding.stack_windows(state, after)
+        params, state = self.train(params, state, after, k, self.x[seen:])
+        assert oa.gradient_step(state) == 2
+        assert oa.has_updated(state)
+        windows = self.x.reshape(2, 16, 3)
+        expected, inner_state = start, self.inner.init(start)
+        for x in windows:
+            grads = jax.grad(lambda p, x=x: jnp.mean((x @ p - 1) ** 2))(expected)
+            updates, inner_state = self.inner.update(grads, inner_state, expected)
+            expected = optax.apply_updates(expected, updates)
+        np.testing.assert_allclose(params, expected, rtol=1e-5)
+
+    def test_rescale_false_keeps_the_number_of_calls(self):
+        state = oa.accumulate(SGD, 4).init(PARAMS)._replace(micro_step=jnp.int32(3))
+        for all_leaves in (False, True):
+            stacked = oa.sharding.stack_windows(
+                state, 2, all_leaves=all_leaves, rescale=False
+            )
+            assert jnp.ravel(stacked.micro_step)[0] == 3
+            summed = oa.sharding.sum_windows(stacked, rescale=False)
+            assert summed.micro_step == 3
+            assert oa.sharding.sum_windows(stacked).micro_step == 6
+
+    def test_under_jit_part_of_a_call_counts_as_one(self):
+        state = oa.accumulate(SGD, 4).init(PARAMS)._replace(micro_step=jnp.int32(3))
+        stack = jax.jit(oa.sharding.stack_windows, static_argnums=1)
+        assert stack(state, 2).micro_step == 2
+
+
 class TestStackedStates:
     def state(self):
         """Five leaves that are local, and others around them."""
         tx = optax.chain(
             optax.trace(0.9),
-            oa.accumulate(promoting(optax.adam(0.1)), 4, skip=oa.skip_not_finite),
+            oa.accumulate(promoting(optax.adam(0.1)), 9, skip=oa.skip_not_finite),
         )
         params = {"w": jnp.ones((2, 3)), "b": None, "n": jnp.ones(2, jnp.int32)}
         grads = {"w": jnp.full((2, 3), 2.0), "b": None, "n": jnp.ones(2, jnp.int32)}
         tx = optax.masked(tx, {"w": True, "b": False, "n": False})
-        return tx.update(grads, tx.init(params), params)[1]
+        state = tx.init(params)
+        for _ in range(8):  # what 2, 4 and 8 devices run in whole calls
+            _, state = tx.update(grads, state, params)
+        return state
 
     @pytest.mark.parametrize("all_leaves", [True, False])
     def test_stacking_then_summing_gives_the_state_back(self, all_leaves):

@@ -20,7 +20,11 @@ from optax_accum._window import Window
 
 
 def stack_windows(
-    opt_state: Tree, num_devices: int, *, all_leaves: bool = False
+    opt_state: Tree,
+    num_devices: int,
+    *,
+    all_leaves: bool = False,
+    rescale: bool = True,
 ) -> Tree:
     """Gives every device a window of its own, for `jax.shard_map` or `jax.pmap`.
 
@@ -34,6 +38,10 @@ def stack_windows(
       num_devices: How many devices the axis has, ``mesh.shape["data"]``.
       all_leaves: Whether to give everything an axis of devices, with the same content
         on each, as `jax.pmap` needs it; by default only what is local gets one.
+      rescale: Whether the micro-batches of one device stay as they are. Then one call
+        runs `num_devices` of them, and `micro_step`, which counts calls, is divided by
+        it. With ``False`` all devices together run in one call what one device ran, and
+        `micro_step` stays.
 
     Returns:
       `opt_state`, whose local fields (see `AccumulateState`) have the shapes
@@ -42,7 +50,8 @@ def stack_windows(
     Raises:
       TypeError: `num_devices` is not an int.
       ValueError: `num_devices` < 1; `opt_state` holds no `AccumulateState`, or is
-        stacked already.
+        stacked already; a `micro_step` that is not so many calls. (Under `jax.jit`,
+        which does not know it, it is rounded up, and the window ends early.)
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -69,6 +78,8 @@ def stack_windows(
                 f"{jnp.shape(state.window.weight)}. For another number of devices, "
                 "make one window of it first, with oa.sharding.sum_windows(opt_state)"
             )
+        if rescale:
+            state = state._replace(micro_step=_calls(state.micro_step, num_devices))
         everything = jax.tree.map(repeat, state) if all_leaves else state
         return everything._replace(
             window=jax.tree.map(on_first_device, state.window),
@@ -78,15 +89,20 @@ def stack_windows(
     return map_states(opt_state, stack, repeat if all_leaves else lambda x: x)
 
 
-def sum_windows(opt_state: Tree) -> Tree:
+def sum_windows(opt_state: Tree, *, rescale: bool = True) -> Tree:
     """Makes one window of those of all devices: a state for any number of devices.
 
     A stacked state is saved and restored as it is, bit for bit, on the same number of
     devices. For another number, or for one device, sum its windows first. They may be
-    open: what they hold is added up, and `micro_step` stays.
+    open: what they hold is added up.
 
     Args:
       opt_state: A stacked state, from `jax.shard_map` or from `jax.pmap`.
+      rescale: Whether `micro_step` becomes the number of micro-batches that all devices
+        have run, for one device or for `stack_windows`, so that the window ends with
+        as many examples on another number of devices, with as large a part of the batch
+        on each. With ``False`` it stays a number of calls, for calls that go on with
+        as large a batch over all devices.
 
     Returns:
       The state as `init` would have built it. `skip_state` is the first device's.
@@ -119,7 +135,12 @@ def sum_windows(opt_state: Tree) -> Tree:
                 "oa.sharding.stack_windows(opt_state, num_devices) gives each device "
                 "its own"
             )
+        num_devices = jnp.shape(state.window.weight)[0]
         everything = jax.tree.map(first, state) if all_stacked else state
+        if rescale:
+            everything = everything._replace(
+                micro_step=everything.micro_step * num_devices
+            )
         return everything._replace(
             window=jax.tree.map(total, state.window),
             skip_state=jax.tree.map(first, state.skip_state),
@@ -162,6 +183,20 @@ def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
         )
 
     return map_states(opt_state, specs, lambda _: shared)
+
+
+def _calls(micro_batches: Any, num_devices: int) -> jax.Array:
+    """How many calls it takes `num_devices` to run so many micro-batches."""
+    count = jnp.asarray(micro_batches)
+    if not isinstance(count, jax.core.Tracer) and int(count) % num_devices:
+        raise ValueError(
+            f"`opt_state` holds an open window of {int(count)} micro-batches, which "
+            f"{num_devices} devices do not run in whole calls. Close it first, with "
+            "boundary=True, or change over between two windows; or if a call goes on "
+            "with the same batch over all devices, pass rescale=False here and to "
+            "sum_windows"
+        )
+    return (count + num_devices - 1) // num_devices
 
 
 def is_stacked(state: AccumulateState) -> bool:
