@@ -25,6 +25,7 @@ from optax_accum import (
     _validate,
     _window,
 )
+from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
     AxisName,
@@ -219,6 +220,7 @@ def accumulate(
     accumulator_dtype: DType = None,
     skip: Skip | None = None,
     on_skip: OnSkip = "shrink",
+    overwrite: Overwrite | None = None,
     axis_name: AxisName | None = None,
     noise_decay: float | None = None,
 ) -> AccumulateTransformation:
@@ -255,6 +257,12 @@ def accumulate(
         contributes nothing. ``"wait"``: it never happened, and the count waits for
         another.
         A `boundary` that the caller passes stands either way.
+      overwrite: ``overwrite("layer/scale") -> "max" | "last" | "sum" | None``, called
+        with the path of each leaf, names parameters that have no gradient: what takes
+        its place is their next value, as layers with state of their own return it. The
+        boundary writes what the window's micro-batches returned: the largest, the
+        last, or the sum. `inner` does not see these leaves. Flax's fp8 layers are found
+        without it.
       axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis or axes over which S and
         W are summed, once per window, in the boundary's branch. Gradients stay local
         until then. Whether a window ends must not differ between devices: they would
@@ -325,15 +333,18 @@ def accumulate(
             'on_skip="shrink"'
         )
     tracker = _tracker.make_tracker(noise_decay, every_k, one_device=one_device)
+    overwritten = Overwritten(overwrite)
     accumulation = _Accumulation(
-        inner=optax.with_extra_args_support(inner),
+        inner=overwritten.around(optax.with_extra_args_support(inner)),
         every_k=every_k,
         reduction=reduction,
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
         skip=skip,
         on_skip=on_skip,
+        overwritten=overwritten,
         devices=devices,
         tracker=tracker,
+        names_taken=_extra_args.names_taken(inner),
     )
     return AccumulateTransformation(accumulation.init, accumulation.update)
 
@@ -372,8 +383,10 @@ class _Accumulation:
     accumulator_dtype: DType
     skip: Skip | None
     on_skip: OnSkip
+    overwritten: Overwritten
     devices: DataParallel
     tracker: _tracker.Tracker | _tracker.NoTracker
+    names_taken: frozenset[str]  # by `inner`, of the extra arguments
 
     @property
     def has_accumulator(self) -> bool:
@@ -382,10 +395,6 @@ class _Accumulation:
     @property
     def has_devices(self) -> bool:
         return self.devices.axis_name is not None
-
-    @functools.cached_property
-    def names_taken(self) -> frozenset[str]:
-        return _extra_args.names_taken(self.inner)
 
     def check_names(self, extra_args: Kwargs, *, is_chained: bool = False) -> None:
         if extra_args:
@@ -409,6 +418,7 @@ class _Accumulation:
                 weight=scalar,
                 accumulator_dtype=self.accumulator_dtype,
                 measure_noise=self.tracker.measures,
+                overwritten=self.overwritten,
             ),
             skip_state=_skip.initial_info(self.skip, trained, params),
             noise=self.tracker.init(dtype),
@@ -495,9 +505,10 @@ class _Accumulation:
         optimizer = self._bind_optimizer(step, closing)
         destination: _updates.ToParams | _updates.ToCaller
         if applies:
-            destination = _updates.ToParams(_tree.as_arrays(arguments.params))
+            params = _tree.as_arrays(arguments.params)
+            destination = _updates.ToParams(params, self.overwritten)
         else:
-            destination = _updates.ToCaller.plan(closing, optimizer)
+            destination = _updates.ToCaller.plan(closing, optimizer, arguments.params)
         buffers = _boundary.close(closing, optimizer, destination)
         return destination.read(buffers), self._finish(step, state, closing, buffers)
 
@@ -560,6 +571,7 @@ class _Accumulation:
             rejected=rejected,
             # Without an accumulator every micro-step is the first of its window.
             first=(state.micro_step == 0) | (not self.has_accumulator),
+            overwritten=self.overwritten,
         )
         if not self.tracker.measures:
             # The sums that an older state may have stay, and cost nothing.
@@ -591,13 +603,15 @@ class _Accumulation:
             runs, checks_total = ends & (window.weight != 0), False
         square = None
         if not isinstance(runs, bool) and not self.has_devices:
-            square = self.tracker.square_before(runs, window)
+            gradients = self.overwritten.gradients(window.grads)
+            square = self.tracker.square_before(runs, window._replace(grads=gradients))
         return _boundary.Closing(
             ends=ends,
             runs=runs,
             checks_total=checks_total,
             window=window,
             reduction=reduction,
+            overwritten=self.overwritten,
             devices=self.devices,
             inner_state=state.inner_state,
             noise=state.noise,

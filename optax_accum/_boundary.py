@@ -22,6 +22,7 @@ from jax import lax
 
 from optax_accum import _tree
 from optax_accum._optimizer import BoundOptimizer
+from optax_accum._overwrite import Overwritten
 from optax_accum._types import Grads, Reduction, Scalar, Tree, Updates
 from optax_accum._window import Window
 from optax_accum.noise._tracker import NoTracker, Tracker
@@ -40,6 +41,7 @@ class Closing(NamedTuple):
         place for the test.
       window: The sums, each device's own.
       reduction: How they are divided.
+      overwritten: Which leaves are no gradients.
       devices: Those that share the window.
       inner_state: The inner optimizer's state.
       noise: The averages of the noise scale.
@@ -53,6 +55,7 @@ class Closing(NamedTuple):
     checks_total: bool
     window: Window
     reduction: Reduction
+    overwritten: Overwritten
     devices: DataParallel
     inner_state: Tree
     noise: Tree
@@ -102,13 +105,14 @@ def close(
 
     def do_update(buffers: Buffers) -> Buffers:
         window = closing.window._replace(grads=buffers.sums)
-        total = window.over_devices(closing.devices)
+        total = window.over_devices(closing.devices, closing.overwritten)
 
         def apply(buffers: Buffers) -> Buffers:
+            gradients = total._replace(grads=closing.overwritten.gradients(total.grads))
             noise = closing.tracker.close(
-                buffers.noise, total, closing.square, closing.micro_steps
+                buffers.noise, gradients, closing.square, closing.micro_steps
             )
-            value, grads = total.result(closing.reduction)
+            value, grads = total.result(closing.reduction, closing.overwritten)
             updates, inner_state = optimizer.update(grads, buffers.inner_state, value)
             buffers = destination.write(updates, buffers)
             return buffers._replace(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree, _validate, _window
+from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._types import Grads, Reduction, Scalar, Tree
 from optax_accum._window import Window
 
@@ -166,7 +167,12 @@ def gradient_step(opt_state: Tree) -> Scalar:
     return jnp.asarray(find(opt_state).gradient_step)
 
 
-def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
+def accumulated(
+    opt_state: Tree,
+    *,
+    reduction: Reduction = "mean",
+    overwrite: Overwrite | None = None,
+) -> Grads:
     """The gradient of the open window so far: what closing it now would give.
 
     Across devices (`axis_name`), of this device's part of the window.
@@ -174,6 +180,7 @@ def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
     Args:
       opt_state: As in `has_updated`.
       reduction: What `accumulate` was given.
+      overwrite: What `accumulate` was given.
 
     Returns:
       A tree like the parameters, in the accumulator's dtypes; zeros where the window
@@ -212,11 +219,8 @@ def accumulated(opt_state: Tree, *, reduction: Reduction = "mean") -> Grads:
             "jax.pmap and jax.vmap, jax.vmap(oa.accumulated)(opt_state) asks each"
         )
     is_open = jnp.asarray(state.micro_step) > 0
-    sums, weight = plain_arrays(window.grads), jnp.asarray(window.weight)
-    return jax.tree.map(
-        lambda g: jnp.where(is_open, g, jnp.zeros([], g.dtype)),
-        _window.divide(sums, weight, reduction),
-    )
+    _, grads = plain_arrays(window).result(reduction, Overwritten(overwrite))
+    return jax.tree.map(lambda g: jnp.where(is_open, g, jnp.zeros([], g.dtype)), grads)
 
 
 # --- From Optax ---

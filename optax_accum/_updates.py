@@ -11,6 +11,7 @@ from jax import dtypes
 from optax_accum import _tree
 from optax_accum._boundary import Buffers, Closing, needs_two_phases
 from optax_accum._optimizer import BoundOptimizer
+from optax_accum._overwrite import Overwritten
 from optax_accum._types import Params, Tree, Updates
 
 
@@ -19,13 +20,16 @@ class ToParams(NamedTuple):
 
     Attributes:
       out: The parameters.
+      overwritten: Which of them are not added to.
     """
 
     out: Params
+    overwritten: Overwritten
 
     def write(self, updates: Updates, buffers: Buffers) -> Buffers:
         """The buffers with the updates in them."""
-        return buffers._replace(out=apply_updates(buffers.out, updates))
+        out = self.overwritten.apply(apply_updates, buffers.out, updates)
+        return buffers._replace(out=out)
 
     def read(self, buffers: Buffers) -> Params:
         """The parameters."""
@@ -36,16 +40,22 @@ class ToCaller(NamedTuple):
     """They leave in the accumulator's buffers, if these fit.
 
     Attributes:
+      params: The parameters, if the caller gave them.
+      overwritten: Which of them the updates are to replace.
       shapes: The updates, as a tree of `jax.ShapeDtypeStruct`.
       indices: For each leaf of `shapes` the index of its buffer, or ``None`` if no
         buffer has its path, shape and dtype; it goes out by itself.
     """
 
+    params: Params
+    overwritten: Overwritten
     shapes: Updates
     indices: list[int | None]
 
     @classmethod
-    def plan(cls, closing: Closing, optimizer: BoundOptimizer) -> "ToCaller":
+    def plan(
+        cls, closing: Closing, optimizer: BoundOptimizer, params: Params
+    ) -> "ToCaller":
         """Finds a buffer of the accumulator for each leaf of the updates.
 
         None is reused in three cases: the second phase still reads S; there is no
@@ -66,7 +76,12 @@ class ToCaller(NamedTuple):
             return i if update.dtype == buffer.dtype else None
 
         updates = jax.tree_util.tree_leaves_with_path(optimizer.shapes)
-        return cls(optimizer.shapes, [index(path, update) for path, update in updates])
+        return cls(
+            params=params,
+            overwritten=closing.overwritten,
+            shapes=optimizer.shapes,
+            indices=[index(path, update) for path, update in updates],
+        )
 
     @property
     def out(self) -> list[jax.Array]:
@@ -76,6 +91,7 @@ class ToCaller(NamedTuple):
 
     def write(self, updates: Updates, buffers: Buffers) -> Buffers:
         """The buffers with the updates in them."""
+        updates = self.overwritten.as_updates(updates, self.params)
         sums, structure = jax.tree.flatten(buffers.sums)
         others = []
         for update, index in zip(jax.tree.leaves(updates), self.indices, strict=True):

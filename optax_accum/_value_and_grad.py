@@ -25,6 +25,7 @@ from optax_accum import (
     _validate,
     _window,
 )
+from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._types import (
     AnyMesh,
     Args,
@@ -78,6 +79,7 @@ def value_and_grad(
     reduction: Reduction = "mean",
     weight: Function | None = None,
     skip: Skip | None = None,
+    overwrite: Overwrite | None = None,
     accumulator_dtype: DType = None,
     # other arguments and outputs
     aux: Tree = "stack",
@@ -127,6 +129,7 @@ def value_and_grad(
         default the number of its examples.
       skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch:
         `oa.skip_not_finite`, or one of Optax's predicates.
+      overwrite: As in `oa.accumulate`: which leaves of the gradient are no gradients.
       accumulator_dtype: The dtype of the sums. By default at least float32 and never
         less than the gradient's own. The result has the parameters' dtypes.
       aux: What becomes of auxiliary outputs: ``"stack"``, ``"concat"``, ``"mean"``,
@@ -258,6 +261,7 @@ def value_and_grad(
         reduction=reduction,
         weight=weight,
         skip=skip,
+        overwritten=Overwritten(overwrite),
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
         aux=aux,
         returns_info=return_info or noise_scale,
@@ -336,6 +340,7 @@ class Settings:
     reduction: Reduction
     weight: Function | None
     skip: Skip | None
+    overwritten: Overwritten
     accumulator_dtype: DType
     aux: Tree
     returns_info: bool
@@ -386,7 +391,7 @@ class Settings:
         @jax.jit
         def run(batch: Batch, arrays: list[Any]) -> Any:
             aux_specs = _accumulators.specs(self.aux, self.devices.axis_name)
-            grads_specs = self.devices.gradient_specs(call.params)
+            grads_specs = self.devices.gradient_specs(call.params, self.overwritten)
             result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
             return self.devices.on_each_device(
                 loop, batch, arrays, self.batch_axis, (result_specs, P())
@@ -540,6 +545,7 @@ class _Loop:
             shapes.weight,
             accumulator_dtype=self.settings.accumulator_dtype,
             measure_noise=self.settings.noise_scale,
+            overwritten=self.settings.overwritten,
         )
         aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
         return _Totals(window, aux, carry)
@@ -561,6 +567,7 @@ class _Loop:
                 new.weight,
                 reduction=self.settings.reduction,
                 rejected=new.rejected,
+                overwritten=self.settings.overwritten,
             ),
             aux=[a.add(carried, output, part) for a, carried, output in rows],
             carry=new.carry,
@@ -579,7 +586,7 @@ class _Loop:
             # Known before; what nothing asks for, XLA takes out of the loop.
             weight = jnp.full_like(own.weight, self.split.examples / self._unit)
             own = own._replace(weight=_tree.vary_like(weight, own.weight))
-        total = own.over_devices(devices)
+        total = own.over_devices(devices, settings.overwritten)
         carry = devices.merge_carry(
             totals.carry, carry_before, own.weight, total.weight
         )
@@ -588,8 +595,10 @@ class _Loop:
             for a, carried in zip(accumulators, totals.aux, strict=True)
         ]
         value, grads = _tree.cast_like(
-            total.result(settings.reduction), (shapes.value, shapes.grads)
+            total.result(settings.reduction, settings.overwritten),
+            (shapes.value, shapes.grads),
         )
+        grads = settings.overwritten.unless_empty(grads, self.call.params, total.weight)
         aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
         weight = total.weight
         if self._unit != 1:
@@ -601,8 +610,11 @@ class _Loop:
         """The noise scale of the batch, if it was asked for."""
         if not self.settings.noise_scale:
             return ()
+        gradients, whole = map(
+            self.settings.overwritten.gradients, (total.grads, shapes.grads)
+        )
         square = self.settings.devices.squared_norm(
-            total.grads, shapes.grads, total.weight.dtype
+            gradients, whole, total.weight.dtype
         )
         scale = _noise_scale.of_window(total, square / total.weight**2)
         return scale._replace(noise=scale.noise * self._unit)

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _tree
+from optax_accum import _overwrite, _tree
+from optax_accum._overwrite import ONLY_FLAX, Overwritten
 from optax_accum._types import AxisName, DType, Grads, Leaf, Reduction, Scalar, Tree
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -183,6 +184,9 @@ class Devices(Protocol):
     def sum(self, grads: Grads, rest: Tree) -> tuple[Grads, Tree]:
         """The sums over all devices, of the gradients and of everything else."""
 
+    def reduce(self, reduction: str, x: jax.Array, weight: Scalar) -> jax.Array:
+        """The "sum", "max" or "last" of all devices; `weight` is this one's W."""
+
 
 class Window(NamedTuple):
     """The sums over the micro-batches of a window.
@@ -219,6 +223,7 @@ class Window(NamedTuple):
         *,
         accumulator_dtype: DType = None,
         measure_noise: bool = False,
+        overwritten: Overwritten = ONLY_FLAX,
     ) -> "Window":
         """A window without micro-batches.
 
@@ -228,6 +233,7 @@ class Window(NamedTuple):
           weight: Like the weights.
           accumulator_dtype: Of S. By default at least float32.
           measure_noise: Whether to measure the noise scale.
+          overwritten: Which leaves are no gradients.
         """
         noise: NoiseSums | NoNoiseSums = NoNoiseSums()
         if measure_noise:
@@ -236,7 +242,9 @@ class Window(NamedTuple):
             noise = _tree.vary_like(noise, weight, *leaves)
         return cls(
             loss=_tree.vary_like(zeros(loss), weight),
-            grads=_tree.vary_like(zeros(grads, accumulator_dtype), weight),
+            grads=overwritten.empty(
+                _tree.vary_like(zeros(grads, accumulator_dtype), weight)
+            ),
             weight=_tree.zeros_like(weight),
             skipped=_tree.zeros_like(weight, jnp.int32),
             noise=noise,
@@ -251,6 +259,7 @@ class Window(NamedTuple):
         reduction: Reduction,
         rejected: bool | Scalar = False,
         first: Scalar | None = None,
+        overwritten: Overwritten = ONLY_FLAX,
     ) -> "Window":
         """With one more micro-batch in it.
 
@@ -261,26 +270,45 @@ class Window(NamedTuple):
           reduction: How it counts.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
+          overwritten: Which leaves are no gradients.
         """
         counted = counts(weight, reduction, rejected)
+        loss, gradients = add(
+            (self.loss, overwritten.gradients(self.grads)),
+            (loss, overwritten.gradients(grads)),
+            weight,
+            reduction,
+            counted=counted,
+            first=first,
+        )
+        others = overwritten.add(self.grads, grads, counted, first)
         return Window(
-            loss=add(self.loss, loss, weight, reduction, counted=counted, first=first),
-            grads=add(
-                self.grads, grads, weight, reduction, counted=counted, first=first
-            ),
+            loss=loss,
+            grads=_overwrite.merge(gradients, others),
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
-            noise=self.noise.add(grads, weight, reduction, first),
+            noise=self.noise.add(
+                overwritten.gradients(grads), weight, reduction, first
+            ),
         )
 
-    def over_devices(self, devices: Devices) -> "Window":
+    def over_devices(
+        self, devices: Devices, overwritten: Overwritten = ONLY_FLAX
+    ) -> "Window":
         """The windows of all devices as one, in one exchange for each dtype of S."""
         # In one dtype, so that everything is exchanged at once.
         rest = self._replace(grads=())
         in_one_dtype = jax.tree.map(lambda x: x.astype(self.weight.dtype), rest)
-        grads, total = devices.sum(self.grads, in_one_dtype)
+        grads, total = devices.sum(overwritten.gradients(self.grads), in_one_dtype)
+        others = overwritten.over_devices(self.grads, devices, self.weight)
+        grads = _overwrite.merge(grads, others)
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
-    def result(self, reduction: Reduction) -> tuple[Scalar, Grads]:
+    def result(
+        self, reduction: Reduction, overwritten: Overwritten = ONLY_FLAX
+    ) -> tuple[Scalar, Grads]:
         """Loss and gradient of the global batch; of a mean or ratio 0 if W is 0."""
-        return divide((self.loss, self.grads), self.weight, reduction)
+        loss, gradients = divide(
+            (self.loss, overwritten.gradients(self.grads)), self.weight, reduction
+        )
+        return loss, _overwrite.merge(gradients, self.grads)

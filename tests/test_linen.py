@@ -243,18 +243,22 @@ def test_scalar_statistics_work_in_shard_map():
     assert state.batch_stats["sigma"].shape == ()
 
 
-def test_overwrite_with_gradient_replaces_its_parameter_at_every_micro_step():
-    """Flax's float8 layers keep scales whose `gradient` is their next value."""
+@pytest.mark.parametrize("place", ["alone", "in a chain"])
+def test_overwrite_with_gradient_is_not_trained(place):
+    """At the boundary it is the window's; in a chain, which has none, each one's."""
+    tx = oa.accumulate(optax.sgd(1.0), 3, skip=oa.skip_not_finite)
+    if place == "in a chain":
+        tx = optax.chain(tx, optax.scale(1.0))
     params = {"params": {"w": jnp.ones(2)}, OVERWRITE_WITH_GRADIENT: jnp.zeros(1)}
-    tx = oa.accumulate(optax.sgd(1.0), 2)
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
-    for i in (1.0, 2.0):
+    expected = {"alone": [0, 0, 1, 1], "in a chain": [2, 2, 1, 1]}[place]
+    for i, wanted in zip((2.0, jnp.nan, 1.0, jnp.nan), expected, strict=True):
         grads = {
             "params": {"w": jnp.full(2, i)},
             OVERWRITE_WITH_GRADIENT: jnp.full(1, i),
         }
         state = state.apply_gradients(grads=grads)
-        assert state.params[OVERWRITE_WITH_GRADIENT] == i
+        assert state.params[OVERWRITE_WITH_GRADIENT] == wanted
     np.testing.assert_array_equal(state.params["params"]["w"], 1 - 1.5)
 
 

@@ -52,6 +52,11 @@ def check(opt_state: Tree) -> None:
         )
 
 
+def takes_all(tx: Any) -> bool:
+    """Whether `tx` is `oa.accumulate` itself, with nothing around it."""
+    return hasattr(tx, "update_params")
+
+
 def apply(
     tx: Any, grads: Grads, opt_state: Tree, params: Params, **arguments: Any
 ) -> tuple[Params, Tree]:
@@ -59,7 +64,7 @@ def apply(
 
     `oa.accumulate` itself has `update_params`; what is built around it has `update`.
     """
-    if hasattr(tx, "update_params"):
+    if takes_all(tx):
         return tx.update_params(grads, opt_state, params, **arguments)
     # What was not given is not to be given to the transformations around it either.
     for name in ("boundary", "value"):

@@ -72,6 +72,8 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         """
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         _accumulating.check(state.opt_state)
+        if _has_overwritten(params) and _accumulating.takes_all(tx):
+            state = state.replace(opt_state=tx.init(params))
         # A counter that is an array from the start is not compiled for twice.
         return state.replace(step=jnp.zeros([], jnp.int32))
 
@@ -90,6 +92,10 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         With `tx` an `oa.accumulate` this is `update_params`, which does not touch
         `params` off the boundary; where that stands inside an `optax.chain`, `update`
         and `optax.apply_updates`.
+
+        Flax's ``_overwrite_with_gradient`` (fp8) takes its next values at the boundary,
+        those of the window, if `tx` is an `oa.accumulate`; inside an `optax.chain` at
+        every micro-step that counts.
 
         Args:
           grads: A tree like `params`.
@@ -114,30 +120,38 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           ValueError: As ``update`` of `oa.accumulate`; `batch_stats` of another
             structure.
         """
-        has_overwritten = not isinstance(grads, jax.Array) and (
-            OVERWRITE_WITH_GRADIENT in grads
-        )
+        # What stands around `oa.accumulate` is not to see what is overwritten.
+        goes_beside = _has_overwritten(grads) and not _accumulating.takes_all(self.tx)
         params, opt_state = _accumulating.apply(
             self.tx,
-            grads["params"] if has_overwritten else grads,
+            grads["params"] if goes_beside else grads,
             self.opt_state,
-            self.params["params"] if has_overwritten else self.params,
+            self.params["params"] if goes_beside else self.params,
             weight=weight,
             boundary=boundary,
             value=value,
             **(extra_args or {}),
         )
-        if has_overwritten:
-            overwritten = grads[OVERWRITE_WITH_GRADIENT]
+        counted = _accumulating.counted(self.tx, weight, self.opt_state, opt_state)
+        if goes_beside:
+            overwritten = jax.tree.map(
+                lambda new, old: jnp.where(counted, new, old),
+                grads[OVERWRITE_WITH_GRADIENT],
+                self.params[OVERWRITE_WITH_GRADIENT],
+            )
             params = {"params": params, OVERWRITE_WITH_GRADIENT: overwritten}
         if kwargs.get("batch_stats") is not None and self.batch_stats is not None:
-            counted = _accumulating.counted(self.tx, weight, self.opt_state, opt_state)
             kwargs["batch_stats"] = _select(
                 counted, kwargs["batch_stats"], self.batch_stats
             )
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
+
+
+def _has_overwritten(tree: Tree) -> bool:
+    """Whether Flax's collection of that name is in it."""
+    return not isinstance(tree, jax.Array) and OVERWRITE_WITH_GRADIENT in tree
 
 
 def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:

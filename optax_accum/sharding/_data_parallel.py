@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_accum import _tree, _validate, _window
+from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._types import (
     AnyMesh,
     AxisName,
@@ -175,6 +176,17 @@ class DataParallel(NamedTuple):
 
         return jax.tree.map(scatter_leaf, grads), lax.psum(rest, self.axis_name)
 
+    def reduce(self, reduction: str, x: jax.Array, weight: Scalar) -> jax.Array:
+        """The "sum", "max" or "last" of all devices, see `_window.Devices`."""
+        if self.axis_name is None:
+            return x
+        if reduction == "sum":
+            return lax.psum(x, self.axis_name)
+        if reduction == "max":
+            return lax.pmax(x, self.axis_name)
+        last = _collectives.last_device(self.axis_name, weight)
+        return _collectives.of_device(self.axis_name, last, x)
+
     def squared_norm(self, grads: Grads, whole: Grads, dtype: DType) -> Scalar:
         """Of gradients as `sum` leaves them; `whole` has the shapes that they had."""
         pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True))
@@ -212,14 +224,22 @@ class DataParallel(NamedTuple):
 
         return jax.tree.map(merge, carry, before)
 
-    def gradient_specs(self, params: Params) -> Specs:
+    def gradient_specs(self, params: Params, overwritten: Overwritten) -> Specs:
         """Where the gradients of `params` lie on the mesh: for ``out_specs``."""
         if not self.scatter or self.mesh is None:
             return P()
-        return scatter_specs(params, self.mesh, self.axis_name)
+        return scatter_specs(
+            params, self.mesh, self.axis_name, overwrite=overwritten.rule
+        )
 
 
-def scatter_specs(params: Params, mesh: AnyMesh, axis_name: AxisName) -> Specs:
+def scatter_specs(
+    params: Params,
+    mesh: AnyMesh,
+    axis_name: AxisName,
+    *,
+    overwrite: Overwrite | None = None,
+) -> Specs:
     """Where `value_and_grad` with ``scatter=True`` leaves the gradients.
 
     For ``out_specs``, and to put the optimizer's state where the gradients are.
@@ -228,6 +248,7 @@ def scatter_specs(params: Params, mesh: AnyMesh, axis_name: AxisName) -> Specs:
       params: A tree of arrays or of `jax.ShapeDtypeStruct`.
       mesh: The mesh.
       axis_name: Its axis, or several, over which gradients are scattered.
+      overwrite: What `value_and_grad` was given. What is overwritten stays whole.
 
     Returns:
       A tree like `params` of ``PartitionSpec``: each leaf is cut along its first axis
@@ -248,11 +269,11 @@ def scatter_specs(params: Params, mesh: AnyMesh, axis_name: AxisName) -> Specs:
     _check_mesh(mesh, axis_name)
     size = _count(mesh, axis_name)
 
-    def spec(x: Any) -> P:
-        dimension = scatter_dimension(x, size)
+    def spec(reduction: str | None, x: Any) -> P:
+        dimension = None if reduction else scatter_dimension(x, size)
         return P() if dimension is None else P(*[None] * dimension, axis_name)
 
-    return jax.tree.map(spec, params)
+    return Overwritten(overwrite).map(spec, params)
 
 
 def _count(mesh: AnyMesh, axis_name: AxisName | None) -> int:

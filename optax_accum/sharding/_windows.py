@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optax_accum import _tree, _validate
+from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState, map_states, states_in
 from optax_accum._types import AxisName, Grads, Specs, Tree
 from optax_accum._window import Window
@@ -25,6 +26,7 @@ def stack_windows(
     *,
     all_leaves: bool = False,
     rescale: bool = True,
+    overwrite: Overwrite | None = None,
 ) -> Tree:
     """Gives every device a window of its own, for `jax.shard_map` or `jax.pmap`.
 
@@ -42,6 +44,7 @@ def stack_windows(
         runs `num_devices` of them, and `micro_step`, which counts calls, is divided by
         it. With ``False`` all devices together run in one call what one device ran, and
         `micro_step` stays.
+      overwrite: What `accumulate` was given.
 
     Returns:
       `opt_state`, whose local fields (see `AccumulateState`) have the shapes
@@ -81,15 +84,24 @@ def stack_windows(
         if rescale:
             state = state._replace(micro_step=_calls(state.micro_step, num_devices))
         everything = jax.tree.map(repeat, state) if all_leaves else state
+        window = jax.tree.map(on_first_device, state.window)
+        # The largest of all is not to be the zero of a device that has seen nothing.
+        grads = Overwritten(overwrite).map(
+            lambda r, s, x: repeat(x) if r == "max" else s,
+            window.grads,
+            state.window.grads,
+        )
         return everything._replace(
-            window=jax.tree.map(on_first_device, state.window),
+            window=window._replace(grads=grads),
             skip_state=jax.tree.map(repeat, state.skip_state),
         )
 
     return map_states(opt_state, stack, repeat if all_leaves else lambda x: x)
 
 
-def sum_windows(opt_state: Tree, *, rescale: bool = True) -> Tree:
+def sum_windows(
+    opt_state: Tree, *, rescale: bool = True, overwrite: Overwrite | None = None
+) -> Tree:
     """Makes one window of those of all devices: a state for any number of devices.
 
     A stacked state is saved and restored as it is, bit for bit, on the same number of
@@ -103,6 +115,7 @@ def sum_windows(opt_state: Tree, *, rescale: bool = True) -> Tree:
         as many examples on another number of devices, with as large a part of the batch
         on each. With ``False`` it stays a number of calls, for calls that go on with
         as large a batch over all devices.
+      overwrite: What `accumulate` was given.
 
     Returns:
       The state as `init` would have built it. `skip_state` is the first device's.
@@ -119,13 +132,13 @@ def sum_windows(opt_state: Tree, *, rescale: bool = True) -> Tree:
       (2, 3)
     """
 
-    def total(x: Any) -> jax.Array:
+    def add_up(x: Any) -> jax.Array:
         return jnp.sum(x, 0, dtype=x.dtype)
 
     def first(x: Any) -> jax.Array:
         """The first device's, without gathering the others'."""
         x = jnp.asarray(x)
-        return _tree.masked_sum(x, jnp.arange(len(x)) == 0, total)
+        return _tree.masked_sum(x, jnp.arange(len(x)) == 0, add_up)
 
     def merge(state: AccumulateState) -> AccumulateState:
         if not is_stacked(state):
@@ -141,8 +154,22 @@ def sum_windows(opt_state: Tree, *, rescale: bool = True) -> Tree:
             everything = everything._replace(
                 micro_step=everything.micro_step * num_devices
             )
+        window = jax.tree.map(add_up, state.window)
+        last = _last_with_weight(state.window.weight)
+
+        def overwritten(reduction: str | None, total: Any, x: Any) -> Any:
+            if reduction == "max":
+                return jnp.max(jnp.asarray(x), 0)
+            if reduction == "last":
+                x = jnp.asarray(x)
+                return _tree.masked_sum(x, jnp.arange(len(x)) == last, add_up)
+            return total
+
+        grads = Overwritten(overwrite).map(
+            overwritten, window.grads, state.window.grads
+        )
         return everything._replace(
-            window=jax.tree.map(total, state.window),
+            window=window._replace(grads=grads),
             skip_state=jax.tree.map(first, state.skip_state),
         )
 
@@ -197,6 +224,12 @@ def _calls(micro_batches: Any, num_devices: int) -> jax.Array:
             "sum_windows"
         )
     return (count + num_devices - 1) // num_devices
+
+
+def _last_with_weight(weights: Any) -> jax.Array:
+    """The number of the last device that has any."""
+    weights = jnp.asarray(weights)
+    return jnp.max(jnp.where(weights != 0, jnp.arange(len(weights)), -1))
 
 
 def is_stacked(state: AccumulateState) -> bool:
