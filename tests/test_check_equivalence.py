@@ -71,6 +71,8 @@ def assert_differs(report, name, *words):
     assert not report
     assert not report.equivalent
     assert report.cause.name == name
+    text = str(report).partition("what the probes suggest:\n")[2]
+    assert len(text.splitlines()) <= 6, text
     text = " ".join(str(report).split())
     for word in words:
         assert word in text, text
@@ -519,6 +521,306 @@ def test_arguments_may_be_other_than_arrays():
             fun, params, BATCH, K, args=("mean", jnp.tanh)
         )
         assert_differs(report, "weights")
+
+
+# --- What is not a sum, but can be made one: each with its remedy ---
+
+LENGTHS = RANDOM.integers(1, 10, (2, B))
+TOKENS = {
+    "x": jnp.asarray(RANDOM.normal(size=(B, 9, 5)), jnp.float32),
+    "actor": jnp.asarray(np.arange(9) < LENGTHS[0][:, None]),
+    "critic": jnp.asarray(np.arange(9) < LENGTHS[1][:, None], jnp.float32),
+    "labels": jnp.asarray(RANDOM.integers(0, 6, (B, 9))),
+}
+
+
+def assert_exact(report):
+    assert report, str(report)
+    assert report.value_error < 1e-5
+    assert max(leaf.error for leaf in report.leaves) < 1e-5
+
+
+def actor_and_critic(params, batch, of_actor, of_critic):
+    """Two losses of one trunk, over tokens that are not the same."""
+    h = jnp.tanh(batch["x"] @ params["w"])
+    actor = jnp.where(batch["actor"], -jax.nn.log_sigmoid(h @ params["v"]), 0).sum()
+    critic = ((h.sum(-1) - 1) ** 2 * batch["critic"]).sum()
+    return actor / of_actor + 0.5 * critic / of_critic
+
+
+def count_both(batch):
+    return batch["actor"].sum().astype(jnp.float32), batch["critic"].sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        slow({"weight": lambda _, batch: batch["actor"].sum()}),
+        slow({"k": None, "microbatch_size": 5}),
+    ],
+    ids=["plain", "weight", "remainder"],
+)
+def test_two_denominators_are_named_and_totals_mend_them(options):
+    def fun(params, batch):
+        return actor_and_critic(params, batch, *count_both(batch))
+
+    report = check(fun, TOKENS, **options)
+    assert_differs(report, "denominators", "pass the totals", 'reduction="sum"')
+    totals = count_both(TOKENS)
+    mended = check(actor_and_critic, TOKENS, args=totals, reduction="sum")
+    assert_exact(mended)
+    np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
+
+
+def test_an_auxiliary_loss_over_other_tokens_is_named_and_totals_mend_it():
+    """Cross-entropy over labels that are not ignored, and a z-loss over all tokens."""
+    labels = jnp.where(TOKENS["actor"], TOKENS["labels"], -100)
+    batch = {"x": TOKENS["x"], "labels": labels, "valid": TOKENS["critic"]}
+
+    def of_totals(params, batch, counted, valid):
+        logits = jnp.tanh(batch["x"] @ params["w"]) * params["v"].reshape(1, 1, -1)
+        counts = batch["labels"] >= 0
+        index = jnp.maximum(batch["labels"], 0)[..., None]
+        normaliser = jax.nn.logsumexp(logits, -1)
+        chosen = jnp.take_along_axis(logits, index, -1)[..., 0]
+        entropy = jnp.where(counts, normaliser - chosen, 0).sum()
+        return entropy / counted + (batch["valid"] * normaliser**2).sum() / valid
+
+    def totals(batch):
+        counts = batch["labels"] >= 0
+        return counts.sum().astype(jnp.float32), batch["valid"].sum()
+
+    report = check(lambda p, b: of_totals(p, b, *totals(b)), batch)
+    assert_differs(report, "denominators", "pass the totals", 'reduction="sum"')
+    mended = check(of_totals, batch, args=totals(batch), reduction="sum")
+    assert_exact(mended)
+    np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
+
+
+def test_two_denominators_without_a_mask_are_answered_with_totals():
+    """The counts are weights of the examples, which no probe tells from their data."""
+    batch = {"x": X, "y": jnp.abs(X[:, 0]) + 0.1}
+
+    def of_totals(params, batch, total):
+        wrong = errors(params, batch["x"])
+        return (wrong * batch["y"]).sum() / total + (wrong**2).sum() / B
+
+    def fun(params, batch):
+        wrong = errors(params, batch["x"])
+        return (wrong * batch["y"]).sum() / batch["y"].sum() + (wrong**2).mean()
+
+    report = check(fun, batch)
+    assert_differs(report, "dependence", "Several denominators", 'reduction="sum"')
+    total = batch["y"].sum()
+    assert_exact(check(of_totals, batch, args=(total,), reduction="sum"))
+
+
+def test_masks_do_not_hide_batch_norm():
+    def fun(params, batch):
+        h = batch["x"] @ params["w"]
+        over = {"axis": (0, 1), "keepdims": True}
+        h = (h - h.mean(**over)) * jax.lax.rsqrt(h.var(**over) + 1e-5)
+        wrong = (jnp.tanh(h) @ params["v"] - 1) ** 2
+        return (wrong * batch["critic"]).sum() / batch["critic"].sum()
+
+    assert_differs(check(fun, TOKENS), "dependence", "BatchNorm")
+
+
+def merged(fun):
+    """`fun` of a batch in groups."""
+
+    def of_groups(params, batch):
+        return fun(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
+
+    return of_groups
+
+
+def in_groups(batch, size):
+    return jax.tree.map(lambda x: x.reshape(B // size, size, *x.shape[1:]), batch)
+
+
+def pairs(params, x):
+    """Siamese: neighbours are compared."""
+    z = jnp.tanh(x @ params["w"]) * params["v"].reshape(1, -1)
+    return ((z[::2] - z[1::2] - 0.3) ** 2).sum(-1).mean()
+
+
+def triplets(params, x):
+    z = jnp.tanh(x @ params["w"]) * params["v"].reshape(1, -1)
+    near = ((z[::3] - z[1::3]) ** 2).sum(-1)
+    far = ((z[::3] - z[2::3]) ** 2).sum(-1)
+    return jax.nn.softplus(near - far).mean()
+
+
+def policy_gradient(params, x):
+    """As GRPO: advantages are normalised within groups of 4 answers."""
+    rewards = jnp.sin(7 * x[:, 0]).reshape(-1, 4)
+    centred = rewards - rewards.mean(1, keepdims=True)
+    advantages = (centred / (rewards.std(1, keepdims=True) + 1e-4)).ravel()
+    return -(jax.nn.log_sigmoid(jnp.tanh(x @ params["w"]) @ params["v"]) @ advantages)
+
+
+@pytest.mark.parametrize(
+    ("fun", "size", "options"),
+    [
+        (pairs, 2, {}),
+        pytest.param(triplets, 3, {}, marks=pytest.mark.slow),
+        (policy_gradient, 4, {"k": 3, "reduction": "sum"}),
+        pytest.param(pairs, 2, {"k": 6}, marks=pytest.mark.slow),
+    ],
+    ids=["pairs", "triplets", "groups", "two pairs"],
+)
+def test_groups_cut_apart_are_named_and_an_axis_of_groups_mends_them(
+    fun, size, options
+):
+    report = check(fun, **options)
+    shape = f"from {B} to ({B // size}, {size})"
+    assert_differs(report, "groups", f"groups of {size}", shape)
+    options = {"k": 2} | {k: v for k, v in options.items() if k == "reduction"}
+    mended = check(merged(fun), in_groups(X, size), **options)
+    assert_exact(mended)
+    np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
+
+
+def test_groups_of_which_a_micro_batch_has_a_part_are_noted():
+    with pytest.raises(TypeError) as error:
+        check(policy_gradient, k=4, reduction="sum")  # 6 examples, of groups of 4
+    note = error.value.__notes__[-1]
+    assert "`fun` takes the 24 examples of the batch, but not the 6 of" in note
+    assert "an axis of their own" in note
+
+
+def test_halves_compared_with_each_other_are_named_and_an_axis_mends_them():
+    """Real and generated ones, say: each example with the one half a batch on."""
+
+    def fun(params, x):
+        z = jnp.tanh(x @ params["w"]) @ params["v"]
+        half = len(x) // 2
+        return ((z[:half] - 2 * z[half:] - 1) ** 2).mean() + z[:half].mean()
+
+    report = check(fun, k=3)
+    assert report, str(report)  # strided micro-batches keep both halves
+    report = check(fun, k=8)
+    assert_differs(report, "order", "one half and the other", "an axis of their own")
+    halves = X.reshape(2, B // 2, 5)
+    mended = check(lambda p, x: fun(p, x.reshape(-1, 5)), halves, batch_axis=1, k=K)
+    assert_exact(mended)
+    np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
+
+
+def test_dropout_with_a_key_of_its_own_is_answered_with_rng_argnums():
+    def fun(params, x):
+        return dropout(params, x, jax.random.key(0))
+
+    assert_differs(check(fun), "order", "a key that is not", "`rng_argnums`")
+
+
+def test_evenly_mixed_counts_are_not_taken_for_groups():
+    """Any 4 neighbours have the same tokens, so that runs of 4 agree by chance."""
+    batch = {"x": X, "count": jnp.asarray([1.0, 2, 3, 5] * (B // 4))}
+
+    def fun(params, batch):
+        first = batch["x"][:1] @ params["w"]  # which makes the order matter
+        wrong = errors(params, batch["x"]) * batch["count"] + 0.1 * (first**2).sum()
+        return wrong.sum() / batch["count"].sum()
+
+    assert check(fun, batch).cause.name not in ("groups", "weights")
+
+
+# The first micro-batch has a token and the second none.
+FEW = BATCH | {"mask": MASK & (jnp.arange(B) % K != 1)}
+
+
+def floored(params, batch, least=1.0):
+    """A mean over what counts, that never divides by less than `least`."""
+    counted = jnp.maximum(batch["mask"].sum().astype(jnp.float32), least)
+    return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
+
+
+def floored_sum(params, batch):
+    return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("fun", "reduction", "more"),
+    [
+        (floored, "mean", lambda n: jnp.maximum(n, 1)),
+        (floored_sum, "ratio", lambda n: jnp.maximum(n, 1)),
+        pytest.param(
+            lambda p, b: floored(p, b, 3.0),
+            "mean",
+            lambda n: jnp.maximum(n, 3),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(floored_sum, "ratio", lambda n: n + 1, marks=pytest.mark.slow),
+    ],
+    ids=["mean", "ratio", "floor of 3", "epsilon"],
+)
+def test_a_floor_of_the_weight_is_named_and_goes(fun, reduction, more):
+    def weight(params, batch):
+        return more(count(params, batch))
+
+    report = check(fun, FEW, weight=weight, reduction=reduction)
+    assert_differs(report, "floor", "`weight` is", "Let it count what is there")
+    if fun in (floored, floored_sum):
+        assert_exact(check(fun, FEW, weight=count, reduction=reduction))
+
+
+def plus_one(params, batch):
+    counted = batch["mask"].sum().astype(jnp.float32) + 1
+    return jnp.where(batch["mask"], errors(params, batch["x"]), 0).sum() / counted
+
+
+@pytest.mark.parametrize(
+    "fun", [lambda p, b: floored(p, b, 3.0), plus_one], ids=["floor", "epsilon"]
+)
+def test_a_floor_in_the_loss_is_named_and_ratio_needs_none(fun):
+    report = check(fun, FEW, weight=count)
+    assert_differs(report, "floor", "`fun` be the sum", '"ratio"')
+    assert_exact(check(floored_sum, FEW, weight=count, reduction="ratio"))
+
+
+@pytest.mark.parametrize(
+    ("encode", "loss", "batch"),
+    [
+        (
+            lambda params, x: jnp.tanh(x @ params["w"]) * params["v"].reshape(1, -1),
+            lambda z, _: -jnp.diagonal(jax.nn.log_softmax(z @ z.T, -1)).mean(),
+            X,
+        ),
+        (
+            lambda params, b: jax.nn.sigmoid(jnp.tanh(b["x"] @ params["w"]).sum(-1)),
+            lambda z, b: (
+                1 - 2 * (z * b["critic"]).sum() / (z.sum() + b["critic"].sum())
+            ),
+            TOKENS,
+        ),
+    ],
+    ids=["contrastive", "Dice"],
+)
+def test_a_loss_of_the_whole_batch_is_exact_in_two_passes(encode, loss, batch):
+    def fun(params, batch):
+        return loss(encode(params, batch), batch)
+
+    report = check(fun, batch)
+    assert_differs(report, "dependence", "contrastive or Dice", "loss of all outputs")
+
+    outputs = encode(PARAMS, batch)
+    cotangents = jax.grad(loss)(outputs, batch)
+
+    def surrogate(params, batch, cotangents):
+        return (encode(params, batch) * cotangents).sum()
+
+    options = {"batch_argnums": (1, 2), "reduction": "sum"}
+    assert_exact(check(surrogate, batch, args=(cotangents,), **options))
+    in_parts = oa.grad(surrogate, num_microbatches=K, **options)
+    grads, wanted = in_parts(PARAMS, batch, cotangents), jax.grad(fun)(PARAMS, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        grads,
+        wanted,
+    )
 
 
 # --- What people see ---

@@ -199,6 +199,12 @@ def check_equivalence(
     try:
         parts = problem.in_parts()
     except (TypeError, ValueError) as error:
+        error.add_note(
+            f"`fun` takes the {problem.split.examples} examples of the batch, but not "
+            f"the {problem.split.size} of a micro-batch. If it takes pairs or groups of "
+            "them together, give these an axis of their own, and let the batch axis "
+            "count groups"
+        )
         for _, name, _ in problem.unsplit():
             error.add_note(
                 f"`{name}` has as many entries as the batch has examples. If it "

@@ -7,8 +7,10 @@ at some parameters and tried at others, for two halves of the batch: two unknown
 even a tiny model tells.
 
 * All cᵢ are 1: the loss is a sum.
-* Other cᵢ >= 0: a mean of unequal means, which weights mend.
-* None that fit: the examples depend on each other.
+* Other cᵢ >= 0 with the sum 1: a mean of unequal means, which weights mend.
+* Other cᵢ >= 0 with a larger sum: what the means divide by has a floor.
+* None that fit: the examples depend on each other. Then the batch is cut and filled
+  otherwise, to see what binds them: their neighbours, or only what their masks count.
 
 What randomness, hidden state and a carry do is asked before, by running the same again.
 """
@@ -67,6 +69,8 @@ def find_cause(seen: Comparison) -> Cause:
         _factor,
         _weights,
         _constant_term,
+        _order,
+        _denominators,
         _dependence,
     ):
         cause = probe(seen)
@@ -99,12 +103,17 @@ def _not_finite(seen: Comparison) -> Cause | None:
         )
     if seen.parts.is_finite():
         return None
-    return Cause(
-        "not finite",
+    found = (
         "micro-batches give a NaN or an infinity, and the global batch does not. A "
-        "mean over a mask divides by 0 in a micro-batch that is all padding: divide by "
-        "jnp.maximum(count, 1), and pass the count as `weight`",
+        "mean over a mask divides by 0 in a micro-batch that is all padding: "
     )
+    advice = "divide by jnp.maximum(count, 1), and pass the count as `weight`"
+    if seen.problem.settings.reduction != "mean":
+        advice = (
+            'let `fun` be a sum, without any division, and use reduction="ratio" with '
+            "the count as `weight`"
+        )
+    return Cause("not finite", found + advice)
 
 
 def _hidden_state(seen: Comparison) -> Cause | None:
@@ -204,6 +213,9 @@ def _factor(seen: Comparison) -> Cause | None:
         return None
     problem = seen.problem
     k = problem.num_microbatches * problem.settings.devices.num_shards
+    floor = _floor_of_weight(problem, factor)
+    if floor is not None:
+        return floor
     found = f"the micro-batches' result is {factor:.4g} times the global batch's"
     if np.isclose(factor, k, rtol=1e-2):
         advice = (
@@ -218,6 +230,27 @@ def _factor(seen: Comparison) -> Cause | None:
             "micro-batch"
         )
     return Cause("factor", found + advice)
+
+
+def _floor_of_weight(problem: Problem, factor: float) -> Cause | None:
+    """Whether `weight` explains the factor: taken twice, a part weighs less than 2x."""
+    if problem.settings.weight is None or problem.settings.reduction == "sum":
+        return None
+    parts = [problem.with_batch(part) for part in problem.microbatches()]
+    weight, own = problem.weight(), sum(part.weight() for part in parts)
+    floored = sum(part.repeated().weight() < 1.999 * part.weight() for part in parts)
+    if not floored or not np.isclose(factor * own, weight, rtol=1e-2):
+        return None
+    advice = "a micro-batch that is all padding then has weight 0 and is left out"
+    if problem.settings.reduction == "ratio":
+        advice = 'reduction="ratio" divides once, by their sum, and needs no floor'
+    return Cause(
+        "floor",
+        f"`weight` is {weight:.6g} for the global batch, but {own:.6g} for all "
+        f"micro-batches together: in {floored} of {problem.num_microbatches} it counts "
+        "more than there is, because of a floor such as jnp.maximum(count, 1) or an "
+        f"epsilon. Let it count what is there and no more: {advice}",
+    )
 
 
 def _is_a_sum(problem: Problem) -> str:
@@ -258,7 +291,8 @@ def _weights(seen: Comparison) -> Cause | None:
     if _combination(in_halves, seen.tolerance) is None:
         return None
     in_parts = equations(problem.microbatches())
-    return _weights_cause(problem, _combination(in_parts, seen.tolerance))
+    shares = _combination(in_parts, seen.tolerance)
+    return _weights_cause(problem, shares, seen.tolerance)
 
 
 def _explains(coefficients: np.ndarray, equations: Equations, tolerance: float) -> bool:
@@ -272,22 +306,25 @@ def _explains(coefficients: np.ndarray, equations: Equations, tolerance: float) 
 def _combination(equations: Equations, tolerance: float) -> np.ndarray | None:
     """The coefficients >= 0 that explain all equations, where they can be told.
 
-    They are fitted to all points but the last, and tried at all.
+    They are fitted to all points but the last, and tried at all. A part without any
+    gradient has 0.
     """
     columns = np.concatenate([columns for columns, _ in equations[:-1]])
     wholes = np.concatenate([whole for _, whole in equations[:-1]])
     if not np.isfinite(columns).all():
         return None
     coefficients, _, rank, _ = np.linalg.lstsq(columns, wholes, rcond=tolerance)
-    if rank < len(coefficients) or coefficients.min() < -tolerance:
+    if rank < columns.any(0).sum() or coefficients.min() < -tolerance:
         return None
     return coefficients if _explains(coefficients, equations, tolerance) else None
 
 
-def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
+def _weights_cause(
+    problem: Problem, shares: np.ndarray | None, tolerance: float
+) -> Cause | None:
     used = np.array([problem.with_batch(p).weight() for p in problem.microbatches()])
     found = "the micro-batches' gradients add up to the global batch's if they are "
-    if shares is None:  # Too many to be told apart, or one without any gradient.
+    if shares is None:  # Too many to be told apart.
         found += "weighted otherwise"
     else:
         if problem.settings.reduction == "mean" and np.allclose(
@@ -296,6 +333,15 @@ def _weights_cause(problem: Problem, shares: np.ndarray | None) -> Cause | None:
             return None
         shown = ", ".join(f"{c:.3g}" for c in shares[:8])
         found += f"weighted by {shown}{', ...' * (len(shares) > 8)}"
+        if shares.sum() > 1 + 3 * tolerance:
+            return Cause(
+                "floor",
+                f"{found}, which is {shares.sum():.4g} together and not 1: `fun` "
+                "divides by more than there is, through a floor such as "
+                "jnp.maximum(count, 1) or an epsilon, and no weight undoes that. Let "
+                '`fun` be the sum, without any division, and use reduction="ratio" '
+                "with the count as `weight`",
+            )
     found += (
         ": `fun` averages over something of which they hold different amounts, such as "
         "valid tokens"
@@ -320,8 +366,8 @@ def _constant_term(seen: Comparison) -> Cause | None:
     problem = seen.problem
     if problem.settings.reduction == "mean":
         return None
-    twice = problem.map_batch(lambda x, axis: jnp.concatenate([x, x], axis))
-    term = 2 * seen.gradient(problem).sample() - seen.gradient(twice).sample()
+    twice = seen.gradient(problem.repeated())
+    term = 2 * seen.gradient(problem).sample() - twice.sample()
     whole = seen.whole.sample()
     difference = seen.parts.sample() - whole
     factor = float(term @ difference / (term @ term)) if term @ term else 0.0
@@ -336,11 +382,70 @@ def _constant_term(seen: Comparison) -> Cause | None:
     )
 
 
+def _order(seen: Comparison) -> Cause | None:
+    """Whether examples depend on their neighbours: the order of the batch matters."""
+    problem = seen.problem
+    moved = seen.moved(seen.whole, problem.shuffled().whole())
+    if not moved:
+        return None
+    examples = problem.split.examples
+    for size in range(2, examples):
+        if examples % size or not _agrees(seen, size):
+            continue
+        groups = examples // size
+        return Cause(
+            "groups",
+            f"cut between every {size} neighbouring examples, the batch gives the same "
+            f"as at once: `fun` takes groups of {size} together, and micro-batches "
+            "pull them apart. Let the batch axis count groups: along axis "
+            f"{problem.batch_axis} reshape every leaf from {examples} to ({groups}, "
+            f"{size}), and merge the two axes again inside `fun`. The number of "
+            f"micro-batches then divides {groups}",
+        )
+    return Cause(
+        "order",
+        "the order of the examples matters: shuffled, the global batch gives something "
+        f"else, {moved:.1e} away. Does `fun` take some of them together, such as "
+        "neighbours, or one half and the other? Give these an axis of their own, "
+        "beside the batch axis. Or does it draw from a key that is not among its "
+        "arguments, for its dropout? Make it one, and name it in `rng_argnums`",
+    )
+
+
+def _agrees(seen: Comparison, size: int) -> bool:
+    """Whether micro-batches of `size` neighbours do, and shifted by one do not.
+
+    If they did, the examples would only be evenly mixed, and in no groups.
+    """
+    problem, examples = seen.problem, seen.problem.split.examples
+    try:
+        in_runs = problem.in_runs_of(size).in_parts()
+    except (TypeError, ValueError):  # Groups of another size do not fit.
+        return False
+    if seen.moved(seen.whole, in_runs):
+        return False
+    order = (jnp.arange(examples) + 1) % examples
+    shifted = problem.reordered(order).in_runs_of(size)
+    return bool(seen.moved(seen.whole, shifted.in_parts()))
+
+
+def _denominators(seen: Comparison) -> Cause | None:
+    """Whether micro-batches agree once all of them have the masks of the first."""
+    alike = seen.problem.with_masks_alike()
+    if alike is None or seen.moved(alike.whole(), alike.in_parts()):
+        return None
+    return Cause(
+        "denominators",
+        "with the same masks in every micro-batch they agree, and no single weight "
+        "makes them: `fun` adds losses, each divided by a count of its own. Count on "
+        "the global batch first, pass the totals to `fun` as an argument that is not "
+        'split, divide by them, and use reduction="sum": that is exact',
+    )
+
+
 def _dependence(seen: Comparison) -> Cause | None:
     problem = seen.problem
-    order = np.random.default_rng(0).permutation(problem.split.examples)
-    exchanged = problem.map_batch(lambda x, axis: jnp.take(x, order, axis))
-    moved = seen.moved(seen.parts, exchanged.in_parts())
+    moved = seen.moved(seen.parts, problem.shuffled().in_parts())
     if moved:
         how = (
             f"exchanging examples between micro-batches moves the result by {moved:.1e}"
@@ -351,10 +456,9 @@ def _dependence(seen: Comparison) -> Cause | None:
         return None
     return Cause(
         "dependence",
-        f"examples depend on each other: {how}, and no weights make up for it. "
-        "BatchNorm and losses that compare examples see one micro-batch at a time, and "
-        "no accumulation makes that the global batch. Larger micro-batches come "
-        "nearer; LayerNorm, GroupNorm or fixed statistics have no such bond. Or `fun` "
-        "draws from a key that is not among its arguments, for its dropout: make it "
-        "one, and name it in `rng_argnums`",
+        f"examples depend on each other: {how}. Several denominators, or statistics of "
+        "the data: compute them on the global batch first, pass them to `fun`, and use "
+        'reduction="sum". A contrastive or Dice loss: encode in micro-batches, then '
+        "take the loss of all outputs. BatchNorm: LayerNorm, GroupNorm or fixed "
+        "statistics do not depend on the batch. Larger micro-batches come nearer",
     )

@@ -210,10 +210,60 @@ class Problem:
         )
         return self.with_batch(batch)
 
+    def reordered(self, order: ArrayLike) -> "Problem":
+        """With the examples at these indices, as many as the batch has."""
+        return self.map_batch(lambda x, axis: jnp.take(x, order, axis))
+
+    def shuffled(self) -> "Problem":
+        """With its examples in a random order."""
+        return self.reordered(np.random.default_rng(0).permutation(self.split.examples))
+
+    def repeated(self) -> "Problem":
+        """With every example twice."""
+        return self.map_batch(lambda x, axis: jnp.concatenate([x, x], axis))
+
     def with_settings(self, **changes: Any) -> "Problem":
         """With other settings."""
         settings = dataclasses.replace(self.settings, **changes)
         return Problem.of(settings, self.args, self.kwargs)
+
+    def in_runs_of(self, size: int) -> "Problem":
+        """In micro-batches of `size` neighbouring examples, on one device."""
+        number = self.split.examples // size
+        # A split without a remainder is strided, and this order undoes that.
+        order = np.arange(self.split.examples).reshape(number, size).T.ravel()
+        return self.reordered(order).with_settings(
+            num_microbatches=number,
+            microbatch_size=None,
+            skip=None,
+            devices=DataParallel(),
+        )
+
+    def with_masks_alike(self) -> "Problem | None":
+        """With the first micro-batch's masks in all, for a mean on one device.
+
+        ``None`` where no leaf is a mask, or every one, so that nothing else differs.
+        Examples that make no whole micro-batch are left out.
+        """
+        masks = [_is_mask(x) for x in jax.tree.leaves(self.call.batch)]
+        if all(masks) or not any(masks):
+            return None
+        own, number = self.split.size, self.split.whole
+        # A split without a remainder is strided: its first part is every K-th example.
+        first = np.repeat(np.arange(own) * number, number)
+
+        def alike(x: jax.Array, axis: int) -> jax.Array:
+            order = first if _is_mask(x) else np.arange(own * number)
+            return jnp.take(x, order, axis)
+
+        return self.map_batch(alike).with_settings(
+            num_microbatches=number,
+            microbatch_size=None,
+            reduction="mean",
+            weight=None,
+            skip=None,
+            devices=DataParallel(),
+        )
 
     def with_one_carry(self) -> "Problem":
         """With the first carry for every micro-batch."""
@@ -349,6 +399,15 @@ class Problem:
             return settings.run(tuple(args), kwargs)
 
         return arrays, of_arrays
+
+
+def _is_mask(x: jax.Array) -> bool:
+    """Whether it is all 0 and 1, or integers of which negative ones are ignored."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return False
+    if jnp.issubdtype(x.dtype, jnp.integer) and bool((x < 0).any()):
+        return True
+    return bool((x == x.astype(bool).astype(x.dtype)).all())
 
 
 def _error(a: ArrayLike, b: ArrayLike, least: float) -> float:
