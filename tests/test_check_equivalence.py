@@ -7,6 +7,7 @@ import pytest
 
 import optax_accum as oa
 from tests.support.devices import COUNT, mesh
+from tests.support.errors import saying
 from tests.support.training import slow
 
 B, K = 24, 4
@@ -882,3 +883,18 @@ def test_asserting_a_failed_report_raises_with_its_text():
 def test_wrong_arguments_are_refused(fun, options, error, words):
     with pytest.raises(error, match=words):
         check(fun, **options)
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ((X[:, 0],), {"num_microbatches": K}),
+        ((X[:, 0], K), {}),
+        (({"y": X[:, 0]},), {}),
+    ],
+    ids=["keyword", "position", "neither"],
+)
+def test_a_second_batch_by_position_is_told_where_it_goes(more, options):
+    words = saying("arguments by position", "x, 4, args=(y,), batch_argnums=(1, 2)")
+    with pytest.raises(TypeError, match=words):
+        oa.diagnose.check_equivalence(mean, PARAMS, X, *more, **options)

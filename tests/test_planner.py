@@ -447,6 +447,17 @@ def test_arguments_beside_a_lowered_step_are_refused():
         plan(lambda k: make_step(k).lower(*SHAPES))
 
 
+def test_a_step_in_place_of_the_function_that_makes_it_is_refused():
+    with pytest.raises(TypeError, match="with num_microbatches=k") as error:
+        plan(make_step(2))
+    assert "`make_step` must be a function of the number" in str(error.value)
+
+
+def test_the_result_of_a_step_in_its_place_is_refused():
+    with pytest.raises(TypeError, match="must return the training step.*ArrayImpl"):
+        plan(lambda k: jnp.ones(k))
+
+
 def test_one_candidate_is_compiled_if_the_arguments_alone_do_not_fit():
     made = []
 

@@ -1,11 +1,13 @@
 """Whether k micro-batches give what the global batch gives, for one's own loss."""
 
 import dataclasses
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +15,9 @@ from optax_accum import _validate
 from optax_accum._types import Tree
 from optax_accum._value_and_grad import settings_of, value_and_grad
 from optax_accum.diagnose import _probes, _problem
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _MOST_LEAVES = 12  # that are printed
 _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
@@ -32,9 +37,25 @@ class EquivalenceReport:
       leaves: For every leaf of the gradient its ``path`` and relative ``error``.
       tolerance: The largest relative error that counts as equal.
       cause: Where they differ, what the probes suggest: a named tuple of a ``name``
-        (one of ``"skipped"``, ``"not finite"``, ``"hidden state"``, ``"randomness"``,
-        ``"carry"``, ``"unsplit argument"``, ``"factor"``, ``"weights"``,
-        ``"constant term"``, ``"dependence"`` and ``"unknown"``) and a ``message``.
+        and a ``message``, which says what to do. The names, in the order in which the
+        probes ask:
+
+        - ``"skipped"``: `skip` rejected micro-batches.
+        - ``"not finite"``: there is a NaN or an infinity.
+        - ``"hidden state"``: the same call twice gives two results.
+        - ``"randomness"``: another random key gives another result.
+        - ``"carry"``: the loss depends on what micro-batches hand on.
+        - ``"unsplit argument"``: one that looks like a batch is not split.
+        - ``"factor"``: the results differ by one number; `reduction` is wrong.
+        - ``"floor"``: what is divided by counts more than there is, such as
+          ``jnp.maximum(count, 1)``.
+        - ``"weights"``: micro-batches are to be weighted otherwise.
+        - ``"constant term"``: a term is added once per micro-batch.
+        - ``"groups"``: neighbouring examples belong together and are cut apart.
+        - ``"order"``: the order of the examples matters, and these are no such groups.
+        - ``"denominators"``: several losses, each divided by a count of its own.
+        - ``"dependence"``: examples depend on each other in some other way.
+        - ``"unknown"``: none of these.
     """
 
     num_microbatches: int
@@ -98,6 +119,26 @@ class EquivalenceReport:
         return "\n".join(lines)
 
 
+def _with_one_batch(check: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Says what to do with a second batch argument that was passed by position."""
+
+    @functools.wraps(check)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        too_many = len(args) + ("num_microbatches" in kwargs) > 4
+        if too_many or any(np.ndim(x) for x in jax.tree.leaves(args[3:4])):
+            raise TypeError(
+                "`check_equivalence` takes `fun`, `params`, `batch` and "
+                f"`num_microbatches`; got {len(args)} arguments by position, and more "
+                "of them belong to `fun`. Pass these in `args`, and name the positions "
+                "of all that are split: check_equivalence(loss, params, x, 4, "
+                "args=(y,), batch_argnums=(1, 2))"
+            )
+        return check(*args, **kwargs)
+
+    return checked
+
+
+@_with_one_batch
 def check_equivalence(
     fun: Callable[..., Tree],
     params: Tree,
@@ -143,7 +184,8 @@ def check_equivalence(
 
     Raises:
       TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; an
-        option that it does not have; `args` that are not several.
+        option that it does not have; `args` that are not several; a second batch that
+        is passed by position and not in `args`.
       ValueError: As `value_and_grad`; a `tolerance` not in [0, 1); a batch of weight 0.
 
     Examples:
@@ -199,16 +241,18 @@ def check_equivalence(
     try:
         parts = problem.in_parts()
     except (TypeError, ValueError) as error:
-        error.add_note(
-            f"`fun` takes the {problem.split.examples} examples of the batch, but not "
-            f"the {problem.split.size} of a micro-batch. If it takes pairs or groups of "
-            "them together, give these an axis of their own, and let the batch axis "
-            "count groups"
-        )
-        for _, name, _ in problem.unsplit():
+        unsplit = list(problem.unsplit())
+        for _, name, _ in unsplit:
             error.add_note(
                 f"`{name}` has as many entries as the batch has examples. If it "
                 "belongs to the batch, name it in `batch_argnums` or `batch_argnames`"
+            )
+        if not unsplit:
+            error.add_note(
+                f"`fun` takes the {problem.split.examples} examples of the batch, but "
+                f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
+                "groups of them together, give these an axis of their own, and let the "
+                "batch axis count groups"
             )
         raise
     if whole.weight == 0:

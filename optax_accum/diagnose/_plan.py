@@ -5,6 +5,7 @@ some numbers of micro-batches, as few as it can, and runs none of them.
 """
 
 import dataclasses
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -121,8 +122,9 @@ def plan_microbatches(
       A `MicrobatchPlan`: the number, the compiled step, and all that was tried.
 
     Raises:
-      TypeError: A size or a number of another type; `args` beside a step that is
-        lowered already.
+      TypeError: A size or a number of another type; a `make_step` that takes more than
+        a number, or does not return a function; `args` beside a step that is lowered
+        already.
       ValueError: Neither `batch_size` nor `candidates`; candidates that are < 1 or do
         not divide `batch_size`; a `memory_limit` that is needed, or below 1024;
         `headroom` not in [0, 1); nothing fits: then the message has the table.
@@ -153,6 +155,7 @@ def plan_microbatches(
       Where memory does not fall with the number of micro-batches, the plan is one that
       fits, while the next smaller number that was tried does not.
     """
+    _check_makes_steps(make_step)
     numbers = _numbers(batch_size, candidates)
     _validate.fraction("headroom", headroom, "the part of the memory to leave free")
     limit = _memory.agreed(_limit(memory_limit, args))
@@ -185,6 +188,22 @@ def plan_microbatches(
             f"{_table(tried, limit, headroom)}"
         )
     return MicrobatchPlan(fewest, fitting, tuple(tried), limit, headroom)
+
+
+def _check_makes_steps(make_step: Callable[[int], Step]) -> None:
+    """Raises for what takes more than a number, such as the step itself."""
+    try:
+        signature = inspect.signature(make_step)
+    except (TypeError, ValueError):  # Not every callable tells.
+        return
+    try:
+        signature.bind(1)
+    except TypeError as error:
+        raise TypeError(
+            "`make_step` must be a function of the number of micro-batches alone, "
+            f"which returns the training step; got one with the arguments {signature}. "
+            "Write a function of k that returns such a step, with num_microbatches=k"
+        ) from error
 
 
 def _numbers(batch_size: int | None, candidates: Iterable[int] | None) -> list[int]:
@@ -273,6 +292,11 @@ def _compile(step: Step, args: tuple[Argument, ...]) -> Step | None:
     if hasattr(step, "memory_analysis"):
         return step
     if not _has_arguments(step):
+        if not callable(step):
+            raise TypeError(
+                "`make_step` must return the training step, a function of `args`, and "
+                f"not what a call of it returns; got {type(step).__name__}"
+            )
         step = step if hasattr(step, "lower") else jax.jit(step)
         step = step.lower(*args)
     try:
