@@ -31,7 +31,7 @@ class Case(NamedTuple):
     args: tuple[Any, ...] = ()
     k: int = MICRO_BATCHES
     remedy: str = ""
-    mended: Mapping[str, Any] = MappingProxyType({})
+    mended: Mapping[str, Any] = MappingProxyType({})  # options, `fun`, `batch`, `args`
 
 
 class Row(NamedTuple):
@@ -54,7 +54,10 @@ BATCH = {
     "x": jnp.asarray(RANDOM.normal(size=(EXAMPLES, 8)), jnp.float32),
     "tokens": jnp.asarray(RANDOM.normal(size=(EXAMPLES, 8, 8)), jnp.float32),
     "valid": jnp.asarray(np.arange(8) < LENGTHS[:, None], jnp.float32),
+    "other": jnp.asarray(np.arange(8) >= LENGTHS[::-1, None] / 2, jnp.float32),
 }
+# One micro-batch has no token of these: every fourth example.
+BATCH["few"] = BATCH["valid"] * (np.arange(EXAMPLES) % MICRO_BATCHES > 0)[:, None]
 NOISE = np.random.default_rng(1)  # the hidden state of `numpy_noise`
 LABELS = jnp.asarray(RANDOM.normal(size=EXAMPLES), jnp.float32)
 
@@ -88,8 +91,7 @@ def batch_norm(params, batch):
 
 
 def contrastive(params, batch):
-    z = jnp.tanh(batch["x"] @ params["w"])
-    return -jnp.diagonal(jax.nn.log_softmax(z @ z.T)).mean()
+    return of_outputs(encode(params, batch))
 
 
 def dropout(params, batch, key):
@@ -110,8 +112,60 @@ def with_penalty(params, batch):
     return total(params, batch) + sum((p**2).sum() for p in params.values())
 
 
+def two_losses(params, batch, of_tokens, of_others):
+    """Over tokens, and over others that have a count of their own."""
+    errors = (score(params, batch["tokens"]) - 1) ** 2
+    by_tokens = (batch["valid"] * errors).sum() / of_tokens
+    return by_tokens + 0.5 * (batch["other"] * errors**2).sum() / of_others
+
+
+def two_means(params, batch):
+    return two_losses(params, batch, *totals(batch))
+
+
+def totals(batch):
+    return batch["valid"].sum(), batch["other"].sum()
+
+
+def pairs(params, batch):
+    z = score(params, batch["x"])
+    return ((z[::2] - z[1::2] - 0.5) ** 2).mean()
+
+
+def of_pairs(params, batch):
+    return pairs(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
+
+
+def floored(params, batch):
+    errors = batch["few"] * (score(params, batch["tokens"]) - 1) ** 2
+    return errors.sum() / jnp.maximum(batch["few"].sum(), 1)
+
+
+def count_few(params, batch):
+    del params
+    return batch["few"].sum()
+
+
+def count_few_floored(params, batch):
+    return jnp.maximum(count_few(params, batch), 1)
+
+
+def encode(params, batch):
+    return jnp.tanh(batch["x"] @ params["w"])
+
+
+def of_outputs(z):
+    return -jnp.diagonal(jax.nn.log_softmax(z @ z.T)).mean()
+
+
+def backward(params, batch, cotangents):
+    """Its gradient is the second pass."""
+    return (encode(params, batch) * cotangents).sum()
+
+
 def cases() -> list[Case]:
     key = jax.random.key(0)
+    cotangents = jax.grad(of_outputs)(encode(PARAMS, BATCH))
     return [
         Case("a mean over examples", mean, ""),
         Case(
@@ -137,7 +191,49 @@ def cases() -> list[Case]:
             mended={"reduction": "mean"},
         ),
         Case("BatchNorm", batch_norm, "dependence", remedy="another normalisation"),
-        Case("a contrastive loss", contrastive, "dependence", remedy="none"),
+        Case(
+            "a contrastive loss",
+            contrastive,
+            "dependence",
+            remedy="two passes",
+            mended={
+                "fun": backward,
+                "args": (cotangents,),
+                "batch_argnums": (1, 2),
+                "reduction": "sum",
+            },
+        ),
+        Case(
+            "two means over different tokens",
+            two_means,
+            "denominators",
+            remedy='totals as an argument, `reduction="sum"`',
+            mended={"fun": two_losses, "args": totals(BATCH), "reduction": "sum"},
+        ),
+        Case(
+            "pairs of neighbours",
+            pairs,
+            "groups",
+            remedy="an axis of pairs",
+            mended={
+                "fun": of_pairs,
+                "batch": jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), BATCH),
+            },
+        ),
+        Case(
+            "`weight=` of at least 1, and a micro-batch of padding",
+            floored,
+            "floor",
+            {"weight": count_few_floored},
+            remedy="`weight=` without the floor",
+            mended={"weight": count_few},
+        ),
+        Case(
+            "dropout with a key of its own",
+            lambda params, batch: dropout(params, batch, key),
+            "order",
+            remedy="the key as an argument",
+        ),
         Case(
             "dropout, one key for all",
             dropout,
@@ -183,9 +279,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def measure_one(case: Case) -> Row:
-    def check(**options):
+    def check(fun=case.fun, batch=BATCH, args=case.args, **options):
         return oa.diagnose.check_equivalence(
-            case.fun, PARAMS, BATCH, case.k, args=case.args, **options
+            fun, PARAMS, batch, case.k, args=args, **options
         )
 
     report = check(**case.options)

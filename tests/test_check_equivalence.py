@@ -341,6 +341,8 @@ def test_a_micro_batch_of_padding_is_named():
     report = check(fun, batch)
     assert_differs(report, "not finite", "jnp.maximum(count, 1)")
     assert "nan" in str(report)
+    report = check(fun, batch, reduction="sum")
+    assert_differs(report, "not finite", "let `fun` be a sum", 'reduction="ratio"')
 
 
 def test_a_nan_in_the_global_batch_is_named():
@@ -567,7 +569,7 @@ def test_two_denominators_are_named_and_totals_mend_them(options):
         return actor_and_critic(params, batch, *count_both(batch))
 
     report = check(fun, TOKENS, **options)
-    assert_differs(report, "denominators", "pass the totals", 'reduction="sum"')
+    assert_differs(report, "denominators", "['actor']`", "pass the totals")
     totals = count_both(TOKENS)
     mended = check(actor_and_critic, TOKENS, args=totals, reduction="sum")
     assert_exact(mended)
@@ -599,6 +601,7 @@ def test_an_auxiliary_loss_over_other_tokens_is_named_and_totals_mend_it():
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_denominators_without_a_mask_are_answered_with_totals():
     """The counts are weights of the examples, which no probe tells from their data."""
     batch = {"x": X, "y": jnp.abs(X[:, 0]) + 0.1}
@@ -692,6 +695,7 @@ def test_groups_of_which_a_micro_batch_has_a_part_are_noted():
     assert "an axis of their own" in note
 
 
+@pytest.mark.slow
 def test_halves_compared_with_each_other_are_named_and_an_axis_mends_them():
     """Real and generated ones, say: each example with the one half a batch on."""
 
@@ -717,6 +721,7 @@ def test_dropout_with_a_key_of_its_own_is_answered_with_rng_argnums():
     assert_differs(check(fun), "order", "a key that is not", "`rng_argnums`")
 
 
+@pytest.mark.slow
 def test_evenly_mixed_counts_are_not_taken_for_groups():
     """Any 4 neighbours have the same tokens, so that runs of 4 agree by chance."""
     batch = {"x": X, "count": jnp.asarray([1.0, 2, 3, 5] * (B // 4))}

@@ -454,8 +454,9 @@ def test_a_step_in_place_of_the_function_that_makes_it_is_refused():
 
 
 def test_the_result_of_a_step_in_its_place_is_refused():
-    with pytest.raises(TypeError, match="must return the training step.*ArrayImpl"):
-        plan(lambda k: jnp.ones(k))
+    with pytest.raises(TypeError, match="must return the training step") as error:
+        plan(jnp.ones)
+    assert "got ArrayImpl" in str(error.value)
 
 
 def test_one_candidate_is_compiled_if_the_arguments_alone_do_not_fit():

@@ -405,10 +405,10 @@ def _order(seen: Comparison) -> Cause | None:
     return Cause(
         "order",
         "the order of the examples matters: shuffled, the global batch gives something "
-        f"else, {moved:.1e} away. Does `fun` take some of them together, such as "
-        "neighbours, or one half and the other? Give these an axis of their own, "
-        "beside the batch axis. Or does it draw from a key that is not among its "
-        "arguments, for its dropout? Make it one, and name it in `rng_argnums`",
+        f"else, {moved:.1e} away. Does `fun` draw from a key that is not among its "
+        "arguments, for its dropout? Make it one, and name it in `rng_argnums`. Or "
+        "does it take some examples together, such as neighbours, or one half and the "
+        "other? Give these an axis of their own, and let the batch axis count them",
     )
 
 
@@ -431,15 +431,20 @@ def _agrees(seen: Comparison, size: int) -> bool:
 
 def _denominators(seen: Comparison) -> Cause | None:
     """Whether micro-batches agree once all of them have the masks of the first."""
-    alike = seen.problem.with_masks_alike()
-    if alike is None or seen.moved(alike.whole(), alike.in_parts()):
+    masks = seen.problem.masks()
+    if not masks:
         return None
+    alike = seen.problem.with_masks_alike()
+    if seen.moved(alike.whole(), alike.in_parts()):
+        return None
+    shown = ", ".join(masks[:3]) + ", ..." * (len(masks) > 3)
     return Cause(
         "denominators",
-        "with the same masks in every micro-batch they agree, and no single weight "
-        "makes them: `fun` adds losses, each divided by a count of its own. Count on "
-        "the global batch first, pass the totals to `fun` as an argument that is not "
-        'split, divide by them, and use reduction="sum": that is exact',
+        f"with the same {shown} in every micro-batch they agree: `fun` seems to add "
+        "losses that are each divided by a count of their own, and one `weight` cannot "
+        "be all of them. Count on the global batch first, pass the totals to `fun` as "
+        'an argument that is not split, divide by them, and use reduction="sum": that '
+        "is exact",
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from optax_accum import _arguments, _split, _tree
+from optax_accum import _arguments, _split, _tree, _validate
 from optax_accum._types import Tree
 from optax_accum._value_and_grad import Settings
 from optax_accum.sharding._data_parallel import DataParallel
@@ -239,15 +239,26 @@ class Problem:
             devices=DataParallel(),
         )
 
-    def with_masks_alike(self) -> "Problem | None":
+    def masks(self) -> list[str]:
+        """The names of all leaves of the batch that look like a mask.
+
+        It is empty if all of them do, so that there is no data.
+        """
+        leaves = [
+            (_validate.named(argument, path), leaf)
+            for argument, tree in zip(
+                self.call.batch_names, self.call.batch, strict=True
+            )
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        found = [name for name, leaf in leaves if _is_mask(leaf)]
+        return found if len(found) < len(leaves) else []
+
+    def with_masks_alike(self) -> "Problem":
         """With the first micro-batch's masks in all, for a mean on one device.
 
-        ``None`` where no leaf is a mask, or every one, so that nothing else differs.
         Examples that make no whole micro-batch are left out.
         """
-        masks = [_is_mask(x) for x in jax.tree.leaves(self.call.batch)]
-        if all(masks) or not any(masks):
-            return None
         own, number = self.split.size, self.split.whole
         # A split without a remainder is strided: its first part is every K-th example.
         first = np.repeat(np.arange(own) * number, number)
