@@ -278,6 +278,11 @@ def test_a_sum_under_reduction_mean_with_a_remainder_is_named():
     assert_differs(report, "factor", "is the sum of its parts'")
 
 
+def test_a_sum_under_reduction_mean_is_named_although_the_weight_has_a_floor():
+    report = check(total, weight=lambda _, x: len(x) + 1.0)
+    assert_differs(report, "factor", "is 0.25 times", 'Use reduction="sum"')
+
+
 def test_a_mean_under_reduction_sum_is_named():
     report = check(mean, reduction="sum")
     assert_differs(report, "factor", "is 4 times", 'Use reduction="mean"')
@@ -631,6 +636,12 @@ def test_masks_do_not_hide_batch_norm():
     assert_differs(check(fun, TOKENS), "dependence", "BatchNorm")
 
 
+@pytest.mark.slow
+def test_binary_data_is_not_taken_for_a_mask():
+    x = (X > 0).astype(jnp.float32)
+    assert_differs(check(normalised, x), "dependence", "BatchNorm")
+
+
 def merged(fun):
     """`fun` of a batch in groups."""
 
@@ -719,19 +730,6 @@ def test_dropout_with_a_key_of_its_own_is_answered_with_rng_argnums():
         return dropout(params, x, jax.random.key(0))
 
     assert_differs(check(fun), "order", "a key that is not", "`rng_argnums`")
-
-
-@pytest.mark.slow
-def test_evenly_mixed_counts_are_not_taken_for_groups():
-    """Any 4 neighbours have the same tokens, so that runs of 4 agree by chance."""
-    batch = {"x": X, "count": jnp.asarray([1.0, 2, 3, 5] * (B // 4))}
-
-    def fun(params, batch):
-        first = batch["x"][:1] @ params["w"]  # which makes the order matter
-        wrong = errors(params, batch["x"]) * batch["count"] + 0.1 * (first**2).sum()
-        return wrong.sum() / batch["count"].sum()
-
-    assert check(fun, batch).cause.name not in ("groups", "weights")
 
 
 # The first micro-batch has a token and the second none.

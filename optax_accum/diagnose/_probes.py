@@ -413,20 +413,12 @@ def _order(seen: Comparison) -> Cause | None:
 
 
 def _agrees(seen: Comparison, size: int) -> bool:
-    """Whether micro-batches of `size` neighbours do, and shifted by one do not.
-
-    If they did, the examples would only be evenly mixed, and in no groups.
-    """
-    problem, examples = seen.problem, seen.problem.split.examples
+    """Whether micro-batches of `size` neighbouring examples do."""
     try:
-        in_runs = problem.in_runs_of(size).in_parts()
-    except (TypeError, ValueError):  # Groups of another size do not fit.
+        parts = seen.problem.in_runs_of(size).in_parts()
+    except (TypeError, ValueError):  # Groups of a different size do not fit.
         return False
-    if seen.moved(seen.whole, in_runs):
-        return False
-    order = (jnp.arange(examples) + 1) % examples
-    shifted = problem.reordered(order).in_runs_of(size)
-    return bool(seen.moved(seen.whole, shifted.in_parts()))
+    return not seen.moved(seen.whole, parts)
 
 
 def _denominators(seen: Comparison) -> Cause | None:
