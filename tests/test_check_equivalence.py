@@ -793,12 +793,13 @@ def test_a_floor_in_the_loss_is_named_and_ratio_needs_none(fun):
             lambda z, _: -jnp.diagonal(jax.nn.log_softmax(z @ z.T, -1)).mean(),
             X,
         ),
-        (
+        pytest.param(
             lambda params, b: jax.nn.sigmoid(jnp.tanh(b["x"] @ params["w"]).sum(-1)),
             lambda z, b: (
                 1 - 2 * (z * b["critic"]).sum() / (z.sum() + b["critic"].sum())
             ),
             TOKENS,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["contrastive", "Dice"],
