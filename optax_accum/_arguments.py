@@ -13,6 +13,7 @@ from optax_accum import _tree, _validate
 from optax_accum._types import (
     Args,
     Batch,
+    BatchAxis,
     Function,
     Kwargs,
     Leaf,
@@ -24,21 +25,39 @@ from optax_accum._types import (
 Place = int | str  # a position or a keyword
 
 
+class BatchArgument(NamedTuple):
+    """How a batch argument is taken apart into its leaves.
+
+    Attributes:
+      place: Where it stands.
+      structure: That of its tree.
+      leaf_names: What to call each leaf in a message.
+      axes: The axis of the examples in each leaf, or ``None`` if it is not split.
+    """
+
+    place: Place
+    structure: Any
+    leaf_names: list[str]
+    axes: list[int | None]
+
+
 class Call(NamedTuple):
     """One call's arguments, taken apart by their roles.
 
-    Parameters that have a position are among `args`, however they were passed.
+    Parameters that have a position are among `args`, however they were passed. In the
+    place of a batch argument stands the list of its leaves, with ``None`` for those
+    that are split.
 
     Attributes:
-      args: The arguments with a position, with ``None`` for the batch arguments.
-      kwargs: All others but the batch arguments.
+      args: The arguments with a position.
+      kwargs: All others.
       names: The name of each of `args`.
       num_positional: How many of `args` were passed by position.
       argnums: What to differentiate with respect to, counted from the front.
-      batch: The batch arguments, all leaves arrays.
-      places: Where each of them stands.
+      batch: The leaves that are split, of all batch arguments.
+      batch_arguments: How to build these arguments from them.
       carry_place: The position of the carried argument, or ``None``.
-      key_places: The positions of the random keys.
+      key_places: Where the random keys stand.
     """
 
     args: list[Any]
@@ -46,15 +65,36 @@ class Call(NamedTuple):
     names: list[str]
     num_positional: int
     argnums: int | tuple[int, ...]
-    batch: list[Batch]
-    places: list[Place]
+    batch: Batch
+    batch_arguments: list[BatchArgument]
     carry_place: int | None
-    key_places: tuple[int, ...]
+    key_places: tuple[Place, ...]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the batch arguments stand."""
+        return [argument.place for argument in self.batch_arguments]
+
+    @property
+    def axes(self) -> list[int | None]:
+        """The axis of the examples, or ``None``, of every leaf of a batch argument."""
+        return [axis for argument in self.batch_arguments for axis in argument.axes]
+
+    @property
+    def axis(self) -> int:
+        """The axis of the examples, or 0 if it is not the same in all leaves."""
+        axes = {axis for axis in self.axes if axis is not None}
+        return axes.pop() if len(axes) == 1 else 0
 
     @property
     def batch_names(self) -> list[str]:
-        """The names of the batch arguments, for messages."""
-        return [p if isinstance(p, str) else self.names[p] for p in self.places]
+        """What to call each leaf of `batch` in a message."""
+        return [
+            name
+            for argument in self.batch_arguments
+            for name, axis in zip(argument.leaf_names, argument.axes, strict=True)
+            if axis is not None
+        ]
 
     @property
     def carry(self) -> Tree:
@@ -71,27 +111,46 @@ class Call(NamedTuple):
         """The arguments in `argnums`: one, or a tuple of them."""
         return jax.tree.map(lambda i: self.args[i], self.argnums)
 
+    def name_of(self, place: Place) -> str:
+        """The name of the argument there."""
+        return place if isinstance(place, str) else self.names[place]
+
+    def by_place(self) -> dict[Place, Any]:
+        """All arguments."""
+        return dict([*enumerate(self.args), *self.kwargs.items()])
+
     def named(self) -> list[tuple[str, Any]]:
-        """All arguments but the batch arguments, with their names."""
-        return [*zip(self.names, self.args, strict=True), *self.kwargs.items()]
+        """All that reaches every micro-batch whole, with its name."""
+        values = self.by_place()
+        whole: list[tuple[str, Any]] = []
+        for argument in self.batch_arguments:
+            leaves = values.pop(argument.place)
+            whole += zip(argument.leaf_names, leaves, strict=True)
+        return [(self.name_of(place), x) for place, x in values.items()] + whole
+
+    def build_batch(self, part: Batch) -> list[tuple[Place, Tree]]:
+        """Place and value of each batch argument, with `part` for what is split."""
+        values, parts = self.by_place(), iter(part)
+        built = []
+        for place, structure, _, axes in self.batch_arguments:
+            pairs = zip(values[place], axes, strict=True)
+            leaves = [x if axis is None else next(parts) for x, axis in pairs]
+            built.append((place, jax.tree.unflatten(structure, leaves)))
+        return built
 
     def for_microbatch(
-        self, part: list[Batch], carry: Tree, number: Scalar
+        self, part: Batch, carry: Tree, number: Scalar
     ) -> tuple[list[Any], Kwargs]:
         """The arguments with which the micro-batch with this `number` is run."""
-        args, kwargs = list(self.args), dict(self.kwargs)
-        for place, argument in zip(self.places, part, strict=True):
-            if isinstance(place, str):
-                kwargs[place] = argument
-            else:
-                args[place] = argument
+        values = self.by_place() | dict(self.build_batch(part))
         if self.carry_place is not None:
-            args[self.carry_place] = carry
+            values[self.carry_place] = carry
         for place in self.key_places:
-            args[place] = jax.tree.map(
-                lambda key: jax.random.fold_in(key, number), args[place]
+            values[place] = jax.tree.map(
+                lambda key: jax.random.fold_in(key, number), values[place]
             )
-        return args, kwargs
+        args = [values[i] for i in range(len(self.args))]
+        return args, {name: values[name] for name in self.kwargs}
 
     def with_carry(self, name: str, carry: Tree) -> "Call":
         """With one argument more, `carry`, that is passed by `name`."""
@@ -105,6 +164,19 @@ class Call(NamedTuple):
             del by_name[name]
         return function(*args[: self.num_positional], **by_name, **kwargs)
 
+    def shown_axes(self, axes: list[int | None]) -> str:
+        """The `batch_axis` that gives the leaves of the batch arguments these axes."""
+        if len(set(axes)) == 1:
+            return f"batch_axis={axes[0]}"
+        rest, entries = iter(axes), []
+        for argument in self.batch_arguments:
+            own = [next(rest) for _ in argument.axes]
+            is_tree = len(set(own)) != 1
+            entries.append(
+                jax.tree.unflatten(argument.structure, own) if is_tree else own[0]
+            )
+        return f"batch_axis={tuple(entries)!r}"
+
 
 class Roles(NamedTuple):
     """The roles that `value_and_grad` was told, to be found in each call."""
@@ -112,6 +184,7 @@ class Roles(NamedTuple):
     argnums: int | tuple[int, ...]
     batch_argnums: tuple[int, ...]
     batch_argnames: tuple[str, ...]
+    batch_axis: BatchAxis
     carry_argnum: int | None
     rng_argnums: tuple[int, ...]
 
@@ -121,23 +194,27 @@ class Roles(NamedTuple):
         argnums: int | Sequence[int],
         batch_argnums: int | Sequence[int],
         batch_argnames: str | Sequence[str],
+        batch_axis: BatchAxis,
         carry_argnum: int | None,
         rng_argnums: int | Sequence[int],
     ) -> "Roles":
         """Checks their types.
 
         Raises:
-          TypeError: A position that is not an int, or a name that is not a str.
+          TypeError: A position or an axis that is not an int, or a name that is not a
+            str.
+          ValueError: A `batch_axis` with more or fewer entries than batch arguments.
         """
         several = as_positions("argnums", argnums)
         if carry_argnum is not None:
             (carry_argnum,) = as_positions("carry_argnum", [carry_argnum])
+        batch_argnums = as_positions("batch_argnums", batch_argnums)
+        batch_argnames = as_names(batch_argnames)
         return cls(
             argnums=several if isinstance(argnums, Iterable) else several[0],
-            batch_argnums=as_positions("batch_argnums", batch_argnums),
-            batch_argnames=tuple(
-                (batch_argnames,) if isinstance(batch_argnames, str) else batch_argnames
-            ),
+            batch_argnums=batch_argnums,
+            batch_argnames=batch_argnames,
+            batch_axis=_check_axis(batch_axis, batch_argnums, batch_argnames),
             carry_argnum=carry_argnum,
             rng_argnums=as_positions("rng_argnums", rng_argnums),
         )
@@ -164,24 +241,40 @@ class Roles(NamedTuple):
         places: list[Place] = [*positions["batch_argnums"]]
         for name in self.batch_argnames:
             place = _place_of(name, names, others)
-            # To name the default position as well is no mistake.
             if place not in positions["batch_argnums"]:
                 places.append(place)
+            elif not isinstance(self.batch_axis, int):
+                raise ValueError(
+                    f"`batch_argnums` and `batch_argnames` both name `{name}`, so that "
+                    f"it has two entries in `batch_axis={self.batch_axis!r}`. Name it "
+                    "once; for names alone pass batch_argnums=()"
+                )
+            # Else to name the default position as well is no mistake.
         _check_disjoint({**positions, "batch_argnums": places}, names)
         argnums = positions["argnums"]
         for i in positions["rng_argnums"]:
             _check_keys(names[i], in_place[i])
         for i in argnums:
             _check_no_nnx_module(names[i], in_place[i])
-        batch = [others[p] if isinstance(p, str) else in_place[p] for p in places]
+        values = dict[Place, Any]([*enumerate(in_place), *others.items()])
+        axes = self.batch_axis
+        entries = (axes,) * len(places) if isinstance(axes, int) else axes
+        batch, batch_arguments = [], []
+        for place, entry in zip(places, entries, strict=True):
+            name = place if isinstance(place, str) else names[place]
+            argument, leaves = _take_apart(place, name, values[place], entry)
+            pairs = list(zip(leaves, argument.axes, strict=True))
+            batch += [jnp.asarray(x) for x, axis in pairs if axis is not None]
+            values[place] = [x if axis is None else None for x, axis in pairs]
+            batch_arguments.append(argument)
         return Call(
-            args=[None if i in places else x for i, x in enumerate(in_place)],
-            kwargs={name: x for name, x in others.items() if name not in places},
+            args=[values[i] for i in range(len(in_place))],
+            kwargs={name: values[name] for name in others},
             names=names,
             num_positional=len(args),
             argnums=argnums[0] if isinstance(self.argnums, int) else argnums,
-            batch=jax.tree.map(jnp.asarray, batch),
-            places=places,
+            batch=batch,
+            batch_arguments=batch_arguments,
             carry_place=next(iter(positions["carry_argnum"]), None),
             key_places=positions["rng_argnums"],
         )
@@ -238,6 +331,66 @@ def as_positions(role: str, value: Any) -> tuple[int, ...]:
             f"`{role}` must be an int or several ints, positions of arguments; got "
             f"{value!r}"
         ) from None
+
+
+def as_names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_axis(value: Any, argnums: Sequence[int], argnames: Sequence[str]) -> Any:
+    """An int, or a tuple of an entry for each batch argument."""
+    axis = _validate.as_int(value)
+    if axis is not None:
+        return axis
+    if not isinstance(value, tuple | list):
+        raise TypeError(
+            "`batch_axis` must be an int, or a tuple with one entry per batch "
+            "argument: an int, None if the argument is not split, or a tree of these "
+            f"that is a prefix of it; got {value!r}. For one argument that is a dict: "
+            "batch_axis=({...},)"
+        )
+    for leaf in jax.tree.leaves(value):
+        if _validate.as_int(leaf) is None:
+            raise TypeError(
+                f"`batch_axis` must hold ints, and None for what is not split; got "
+                f"{leaf!r} in {value!r}"
+            )
+    if len(value) != len(argnums) + len(argnames):
+        raise ValueError(
+            f"`batch_axis={value!r}` has {len(value)} entries, and needs one per batch "
+            f"argument, first those of `batch_argnums={tuple(argnums)}`, then those of "
+            f"`batch_argnames={tuple(argnames)}`. The axes of a tree are one entry: "
+            "batch_axis=((0, 1),) for one argument that is a pair"
+        )
+    if not jax.tree.leaves(value):
+        raise ValueError(
+            f"`batch_axis={value!r}` leaves nothing to split. Give the axis of the "
+            "examples for at least one array"
+        )
+    return tuple(value)
+
+
+def _take_apart(
+    place: Place, name: str, value: Tree, entry: Tree
+) -> tuple[BatchArgument, list[Any]]:
+    """A batch argument whose entry in `batch_axis` is `entry`, and its leaves."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(value)
+    axes: list[int | None] = []
+
+    def extend(axis: int | None, part: Tree) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
+    try:
+        jax.tree.map(extend, entry, value, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        raise ValueError(
+            f"`batch_axis` has {entry!r} for `{name}`, which is no prefix of it: it "
+            f"is a {structure}"
+        ) from error
+    leaf_names = [name + jax.tree_util.keystr(path) for path, _ in pairs]
+    leaves = [leaf for _, leaf in pairs]
+    return BatchArgument(place, structure, leaf_names, axes), leaves
 
 
 def from_the_front(

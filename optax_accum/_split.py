@@ -13,22 +13,32 @@ a copy of it.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from optax_accum import _tree, _validate
+from optax_accum import _tree
+from optax_accum._arguments import Call
 from optax_accum._types import Batch, Scalar
 
 
 class Split(NamedTuple):
-    """A batch of ``B = whole * size + remainder`` examples, along `axis`."""
+    """A batch of ``B = whole * size + remainder`` examples.
 
-    whole: int  # K, without the remainder
-    size: int  # M
+    Attributes:
+      whole: K, without the remainder.
+      size: M.
+      remainder: How many examples the last, smaller micro-batch has, or 0.
+      axes: The axis of the examples in each leaf of the batch, from 0 on.
+    """
+
+    whole: int
+    size: int
     remainder: int
-    axis: int
+    axes: tuple[int, ...]
 
     @property
     def num_microbatches(self) -> int:
@@ -43,8 +53,7 @@ class Split(NamedTuple):
     def take(self, batch: Batch, index: Scalar) -> Batch:
         """The whole micro-batch at `index`: arrays ``[B, ...]`` become ``[M, ...]``."""
 
-        def take_leaf(x: jax.Array) -> jax.Array:
-            axis = self.axis % x.ndim
+        def take_leaf(x: jax.Array, axis: int) -> jax.Array:
             if self.remainder:
                 start = index * self.size
                 return lax.dynamic_slice_in_dim(x, start, self.size, axis)
@@ -53,46 +62,39 @@ class Split(NamedTuple):
                 x.reshape(shape), index, axis + 1, keepdims=False
             )
 
-        return jax.tree.map(take_leaf, batch)
+        return self.map(take_leaf, batch)
 
     def take_remainder(self, batch: Batch) -> Batch:
         """The examples after the last whole micro-batch."""
+        start = self.whole * self.size
+        return self.map(
+            lambda x, axis: lax.slice_in_dim(x, start, None, axis=axis), batch
+        )
 
-        def take_leaf(x: jax.Array) -> jax.Array:
-            axis = self.axis % x.ndim
-            return lax.slice_in_dim(x, self.whole * self.size, None, axis=axis)
-
-        return jax.tree.map(take_leaf, batch)
+    def map(
+        self, function: Callable[[jax.Array, int], jax.Array], batch: Batch
+    ) -> Batch:
+        """``function(leaf, axis)`` of every leaf."""
+        return [function(x, axis) for x, axis in zip(batch, self.axes, strict=True)]
 
 
 def plan(
-    batch: list[Batch],
-    names: list[str],
-    axis: int,
+    call: Call,
     num_microbatches: int | None,
     microbatch_size: int | None,
     shards: int = 1,
 ) -> Split:
-    """How to split the trees of arrays in `batch`, arguments called `names`.
+    """How to split the batch of `call`.
 
-    With several `shards`, how each of as many devices splits its part of them.
+    With several `shards`, how each of as many devices splits its part of it.
 
     Raises:
       ValueError: leaves without examples or with different numbers of them, or a size
         that does not go with their number.
     """
-    leaves = [
-        (_validate.named(argument, path), leaf)
-        for argument, tree in zip(names, batch, strict=True)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    if not leaves:
-        raise ValueError(
-            "the batch arguments hold no array to split; `batch_argnums` and "
-            f"`batch_argnames` lead to {', '.join(f'`{n}`' for n in names) or 'none'}"
-        )
-    examples = _count_examples(leaves, axis)
-    holds = f"{leaves[0][0]} holds {_examples(examples)} along axis {axis}"
+    examples = _count_examples(call)
+    axes = [axis for axis in call.axes if axis is not None]
+    holds = f"`{call.batch_names[0]}` holds {_examples(examples)} along axis {axes[0]}"
     if examples % shards:
         near = [examples // shards * shards, (examples // shards + 1) * shards]
         raise ValueError(
@@ -106,8 +108,9 @@ def plan(
     else:
         assert num_microbatches is not None
         sizes = _by_number(num_microbatches, own, shards, holds)
-    split = Split(*sizes, axis)
-    _check_sharding(leaves, split, shards)
+    pairs = zip(call.batch, axes, strict=True)
+    split = Split(*sizes, tuple(axis % x.ndim for x, axis in pairs))
+    _check_sharding(call, split, shards)
     return split
 
 
@@ -143,38 +146,61 @@ def _by_number(number: int, own: int, shards: int, holds: str) -> tuple[int, int
     return number, own // number, 0
 
 
-def _count_examples(leaves: list[tuple[str, Any]], axis: int) -> int:
+def _count_examples(call: Call) -> int:
     """How many examples all leaves have."""
-    for name, leaf in leaves:
+    if not call.batch:
+        names = [f"`{call.name_of(place)}`" for place in call.places]
+        raise ValueError(
+            "the batch arguments hold no array to split; `batch_argnums` and "
+            f"`batch_argnames` lead to {', '.join(names) or 'none'}"
+        )
+    axes = [axis for axis in call.axes if axis is not None]
+    leaves = list(zip(call.batch_names, call.batch, axes, strict=True))
+    for name, leaf, axis in leaves:
         if not -leaf.ndim <= axis < leaf.ndim:
-            what = "is a scalar" if leaf.ndim == 0 else f"has shape {leaf.shape}"
-            raise ValueError(
-                f"{name} {what}, but every leaf of a batch argument needs its examples "
-                f"along `batch_axis={axis}`. Pass what all examples share in an "
-                "argument that is not in `batch_argnums` or `batch_argnames`"
-            )
-        first, other = leaves[0][1].shape[axis], leaf.shape[axis]
-        if other != first:
-            raise ValueError(
-                "all leaves of the batch arguments must have the same number of "
-                f"examples along `batch_axis={axis}`; {leaves[0][0]} has {first}, but "
-                f"{name} has {other}"
-            )
+            raise ValueError(_lacks_axis(call, name, leaf, axis))
+    first_name, first_leaf, first_axis = leaves[0]
+    first = first_leaf.shape[first_axis]
+    for name, leaf, axis in leaves:
+        if leaf.shape[axis] == first:
+            continue
+        raise ValueError(
+            "all leaves of the batch arguments must have the same number of "
+            f"examples along `batch_axis={axis}`; `{first_name}` has {first}, but "
+            f"`{name}` has {leaf.shape[axis]}"
+        )
     if not first:
-        raise ValueError(f"the batch is empty: {leaves[0][0]} has 0 examples")
+        raise ValueError(f"the batch is empty: `{first_name}` has 0 examples")
     return first
 
 
-def _check_sharding(leaves: list[tuple[str, Any]], split: Split, devices: int) -> None:
+def _lacks_axis(call: Call, name: str, leaf: jax.Array, axis: int) -> str:
+    """What to say of a leaf that does not have the axis of the examples."""
+    what = "is a scalar" if leaf.ndim == 0 else f"has shape {leaf.shape}"
+    needs = f"`{name}` {what}, but needs its examples along `batch_axis={axis}`"
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return (
+            f"{needs}. Pass a random key in an argument of its own: each micro-batch "
+            "then draws from another one"
+        )
+    places = iter(call.batch_names)
+    shared = [None if a is None or next(places) == name else a for a in call.axes]
+    remedy = "pass it in an argument that is not in `batch_argnums` or `batch_argnames`"
+    if any(a is not None for a in shared):
+        remedy = f"give it None: {call.shown_axes(shared)}. Or {remedy}"
+    return f"{needs}. If all examples share it, {remedy}"
+
+
+def _check_sharding(call: Call, split: Split, devices: int) -> None:
     """Raises where an explicit mesh cannot hold a micro-batch."""
-    for name, leaf in leaves:
-        axes = _tree.axes_of(_tree.spec(leaf)[split.axis % leaf.ndim])
+    for name, leaf, axis in zip(call.batch_names, call.batch, split.axes, strict=True):
+        axes = _tree.axes_of(_tree.spec(leaf)[axis])
         shards = math.prod(jax.typeof(leaf).sharding.mesh.shape[a] for a in axes)
         for size in (split.size * devices, split.remainder * devices):
             if size % shards:
                 raise ValueError(
-                    f"{name} is sharded over {shards} devices "
-                    f"along axis {split.axis}, and a micro-batch of {size} examples "
+                    f"`{name}` is sharded over {shards} devices "
+                    f"along axis {axis}, and a micro-batch of {size} examples "
                     "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
                     f"every micro-batch is a multiple of {shards}"
                 )

@@ -10,7 +10,8 @@ Tree = Any  # a pytree
 Params = Tree
 Grads = Tree  # built like the parameters
 Updates = Tree  # built like the parameters
-Batch = Tree  # of arrays that share one axis: the examples
+Batch = list[jax.Array]  # the leaves that are split, each with an axis of examples
+BatchAxis = Any  # an int, or a tuple of an int, ``None`` or tree of these per argument
 Specs = Tree  # of `jax.sharding.PartitionSpec`
 
 Leaf = Any  # an array, a number, or the shape of an array

@@ -31,6 +31,7 @@ from optax_accum._types import (
     Args,
     AxisName,
     Batch,
+    BatchAxis,
     DType,
     Function,
     Grads,
@@ -74,7 +75,7 @@ def value_and_grad(
     microbatch_size: int | None = None,
     batch_argnums: int | Sequence[int] = 1,
     batch_argnames: str | Sequence[str] = (),
-    batch_axis: int = 0,
+    batch_axis: BatchAxis = 0,
     # how it counts
     reduction: Reduction = "mean",
     weight: Function | None = None,
@@ -120,7 +121,11 @@ def value_and_grad(
         argument is passed whole to every micro-batch, and if it happens to broadcast,
         the result is silently wrong.
       batch_argnames: Batch arguments by name; the two add up.
-      batch_axis: The axis of the examples in every leaf of the batch arguments.
+      batch_axis: The axis of the examples in the leaves of the batch arguments: an int
+        for all, or a tuple with one entry per batch argument (those of `batch_argnums`,
+        then those of `batch_argnames`), as `in_axes` of `jax.vmap`: an int, ``None``,
+        or a tree of these that is a prefix of the argument. What has ``None`` is not
+        split and reaches every micro-batch whole.
       reduction: ``"mean"`` if `fun` is a mean over the weight; ``"ratio"`` if it is a
         sum to be divided by the total weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` if it is
         not to be divided (Σ gᵢ).
@@ -246,7 +251,7 @@ def value_and_grad(
             "is False. Pass has_aux=True, or leave `aux` out"
         )
     roles = _arguments.Roles.of(
-        argnums, batch_argnums, batch_argnames, carry_argnum, rng_argnums
+        argnums, batch_argnums, batch_argnames, batch_axis, carry_argnum, rng_argnums
     )
     sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     for name, size in sizes.items():
@@ -257,7 +262,6 @@ def value_and_grad(
         roles=roles,
         has_aux=has_aux,
         **sizes,
-        batch_axis=batch_axis,
         reduction=reduction,
         weight=weight,
         skip=skip,
@@ -336,7 +340,6 @@ class Settings:
     has_aux: bool
     num_microbatches: int | None
     microbatch_size: int | None
-    batch_axis: int
     reduction: Reduction
     weight: Function | None
     skip: Skip | None
@@ -364,9 +367,7 @@ class Settings:
     def split(self, call: _arguments.Call) -> _split.Split:
         """How the batch of a call is split."""
         return _split.plan(
-            call.batch,
-            call.batch_names,
-            self.batch_axis,
+            call,
             self.num_microbatches,
             self.microbatch_size,
             self.devices.num_shards,
@@ -394,7 +395,7 @@ class Settings:
             grads_specs = self.devices.gradient_specs(call.params, self.overwritten)
             result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
             return self.devices.on_each_device(
-                loop, batch, arrays, self.batch_axis, (result_specs, P())
+                loop, batch, arrays, split.axes, (result_specs, P())
             )
 
         return run(call.batch, arrays)
@@ -471,7 +472,7 @@ class _Loop:
         return self.split.size if is_counted else 1
 
     def _microbatch(
-        self, part: list[Batch], carry: Tree, index: int | Scalar, size: int
+        self, part: Batch, carry: Tree, index: int | Scalar, size: int
     ) -> _Microbatch:
         """Value and gradient on one micro-batch of `size` examples."""
         call, settings = self.call, self.settings

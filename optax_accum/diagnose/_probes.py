@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from optax_accum import _arguments
-from optax_accum._types import Tree
-from optax_accum.diagnose._problem import Batches, Problem, Result, Sizes, compare
+from optax_accum._types import Batch, Tree
+from optax_accum.diagnose._problem import Problem, Result, Sizes, compare
 
 Equations = list[tuple[np.ndarray, np.ndarray]]  # matrix and right-hand side, each
 
@@ -267,7 +267,7 @@ def _weights(seen: Comparison) -> Cause | None:
     points = [problem, *map(problem.elsewhere, range(1, 4))]
     wholes = [seen.gradient(point).sample() for point in points]
 
-    def equations(parts: list[Batches]) -> Equations:
+    def equations(parts: list[Batch]) -> Equations:
         """For every point the parts as columns, and what they are to add up to."""
         found = []
         for point, whole in zip(points, wholes, strict=True):

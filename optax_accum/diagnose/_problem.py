@@ -12,11 +12,9 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from optax_accum import _arguments, _split, _tree, _validate
-from optax_accum._types import Tree
+from optax_accum._types import Batch, Tree
 from optax_accum._value_and_grad import Settings
 from optax_accum.sharding._data_parallel import DataParallel
-
-Batches = list[Tree]  # the arguments that are split, in the order of `Call.places`
 
 _SAMPLES = 16384  # entries of a leaf that are enough to tell one gradient from another
 _SMALL = 0.01  # of a leaf's usual size, below which it is judged as if it had this
@@ -158,8 +156,8 @@ class Problem:
 
     @property
     def batch_axis(self) -> int:
-        """The axis of the examples."""
-        return self.settings.batch_axis
+        """The axis of the examples, or 0 if it is not the same in all leaves."""
+        return self.call.axis
 
     def others(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
         """Place, name and value of all arguments that are not a batch."""
@@ -196,19 +194,16 @@ class Problem:
             args[place] = argument
         return dataclasses.replace(self, args=tuple(args), kwargs=kwargs)
 
-    def with_batch(self, batch: Batches) -> "Problem":
+    def with_batch(self, batch: Batch) -> "Problem":
         """On another batch."""
         problem = self
-        for place, argument in zip(self.call.places, batch, strict=True):
+        for place, argument in self.call.build_batch(batch):
             problem = problem.with_argument(place, argument)
         return dataclasses.replace(problem, call=self.call._replace(batch=batch))
 
     def map_batch(self, function: Callable[[jax.Array, int], jax.Array]) -> "Problem":
         """With ``function(leaf, axis)`` of every leaf of the batch."""
-        batch = jax.tree.map(
-            lambda x: function(x, self.batch_axis % x.ndim), self.call.batch
-        )
-        return self.with_batch(batch)
+        return self.with_batch(self.split.map(function, self.call.batch))
 
     def reordered(self, order: ArrayLike) -> "Problem":
         """With the examples at these indices, as many as the batch has."""
@@ -307,7 +302,7 @@ class Problem:
 
     # --- Parts of the batch, for `with_batch` ---
 
-    def microbatches(self) -> list[Batches]:
+    def microbatches(self) -> list[Batch]:
         """Each micro-batch, the smaller remainder last."""
         indices = jnp.arange(self.split.whole)
         parts = [self.split.take(self.call.batch, i) for i in indices]
@@ -315,14 +310,15 @@ class Problem:
             parts.append(self.split.take_remainder(self.call.batch))
         return parts
 
-    def halves(self) -> list[Batches]:
+    def halves(self) -> list[Batch]:
         """The first half of the micro-batches together, and the other ones."""
         parts = self.microbatches()
         middle = len(parts) // 2
         return [
-            jax.tree.map(
-                lambda *x: jnp.concatenate(x, self.batch_axis % x[0].ndim), *group
-            )
+            [
+                jnp.concatenate(pieces, axis)
+                for *pieces, axis in zip(*group, self.split.axes, strict=True)
+            ]
             for group in (parts[:middle], parts[middle:])
         ]
 

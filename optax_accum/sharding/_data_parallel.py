@@ -7,7 +7,7 @@ auxiliary outputs do what their accumulators say.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -91,18 +91,16 @@ class DataParallel(NamedTuple):
         function: Callable[[Batch, Tree], Any],
         batch: Batch,
         arrays: Tree,
-        batch_axis: int,
+        axes: Sequence[int],
         out_specs: Specs,
     ) -> Any:
         """``function(batch, arrays)`` on each device's part of `batch`.
 
-        Without a mesh the call is on one device already, or inside the axis.
+        Without a mesh the call is on one device already, or inside the axis. With it
+        each leaf of `batch` is cut along its axis in `axes`.
         """
         if self.mesh is None:
             return function(batch, arrays)
-
-        def batch_spec(x: jax.Array) -> P:
-            return P(*[None] * (batch_axis % x.ndim), self.axis_name)
 
         # Without `check_vma`, which asks for a cast wherever a model starts a scan from
         # zeros.
@@ -110,10 +108,10 @@ class DataParallel(NamedTuple):
             function,
             mesh=self.mesh,
             axis_names=set(self.axes),
-            in_specs=(jax.tree.map(batch_spec, batch), P()),
+            in_specs=([P(*[None] * axis, self.axis_name) for axis in axes], P()),
             out_specs=out_specs,
             check_vma=False,
-        )(jax.tree.map(lambda x: self._spread(x, batch_axis % x.ndim), batch), arrays)
+        )(list(map(self._spread, batch, axes)), arrays)
 
     def _spread(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` with `axis` over the devices; on an Auto mesh the compiler does that."""
