@@ -59,7 +59,6 @@ BATCH = {
 # One micro-batch has no token of these: every fourth example.
 BATCH["few"] = BATCH["valid"] * (np.arange(EXAMPLES) % MICRO_BATCHES > 0)[:, None]
 NOISE = np.random.default_rng(1)  # the hidden state of `numpy_noise`
-LABELS = jnp.asarray(RANDOM.normal(size=EXAMPLES), jnp.float32)
 
 
 def score(params, x):
@@ -102,10 +101,6 @@ def dropout(params, batch, key):
 def numpy_noise(params, batch):
     noise = NOISE.normal(size=batch["x"].shape)
     return mean(params, {"x": batch["x"] + jnp.asarray(noise, jnp.float32)})
-
-
-def to_labels(params, batch, labels):
-    return ((score(params, batch["x"]) - labels) ** 2).mean()
 
 
 def with_penalty(params, batch):
@@ -250,15 +245,6 @@ def cases() -> list[Case]:
             remedy="none needed: equal on average",
         ),
         Case("noise from NumPy", numpy_noise, "hidden state", remedy="a random key"),
-        Case(
-            "labels that are not split, micro-batches of 1",
-            to_labels,
-            "unsplit argument",
-            args=(LABELS,),
-            k=EXAMPLES,
-            remedy="`batch_argnums=(1, 2)`",
-            mended={"batch_argnums": (1, 2)},
-        ),
         Case(
             "a sum and a penalty on the weights",
             with_penalty,

@@ -76,6 +76,13 @@ class Call(NamedTuple):
         return [argument.place for argument in self.batch_arguments]
 
     @property
+    def rest(self) -> list[Place]:
+        """Where the arguments stand that have no role."""
+        taken = {*jax.tree.leaves(self.argnums), self.carry_place}
+        taken |= {*self.places, *self.key_places}
+        return [place for place in self.by_place() if place not in taken]
+
+    @property
     def axes(self) -> list[int | None]:
         """The axis of the examples, or ``None``, of every leaf of a batch argument."""
         return [axis for argument in self.batch_arguments for axis in argument.axes]
@@ -411,8 +418,10 @@ def from_the_front(
             hint = ""
             if role == "batch_argnums":
                 hint = (
-                    "; for a batch that is passed by keyword use "
-                    "`batch_argnums=()` and `batch_argnames`"
+                    ". A loss that closes over its batch cannot be split: make the "
+                    "batch an argument, loss(params, x, y) with batch_argnums=(1, 2), "
+                    "and call with (params, x, y). For a batch that is passed by "
+                    "keyword use `batch_argnums=()` and `batch_argnames`"
                 )
             raise ValueError(
                 f"`{role}` names the positional argument {i}, but the function was "

@@ -152,7 +152,8 @@ def _count_examples(call: Call) -> int:
         names = [f"`{call.name_of(place)}`" for place in call.places]
         raise ValueError(
             "the batch arguments hold no array to split; `batch_argnums` and "
-            f"`batch_argnames` lead to {', '.join(names) or 'none'}"
+            f"`batch_argnames` lead to {', '.join(names) or 'none'}. A loss that "
+            "closes over its batch cannot be split: make the batch an argument of it"
         )
     axes = [axis for axis in call.axes if axis is not None]
     leaves = list(zip(call.batch_names, call.batch, axes, strict=True))

@@ -23,6 +23,7 @@ from optax_accum import (
     _split,
     _tree,
     _validate,
+    _whole,
     _window,
 )
 from optax_accum._overwrite import Overwrite, Overwritten
@@ -117,9 +118,8 @@ def value_and_grad(
       microbatch_size: How many examples make a micro-batch. If it does not divide the
         batch, the rest runs as one smaller micro-batch.
       batch_argnums: The positions, in the signature of `fun`, of the batch arguments:
-        trees of arrays with the same number of examples. List them all: any other
-        argument is passed whole to every micro-batch, and if it happens to broadcast,
-        the result is silently wrong.
+        trees of arrays with the same number of examples. Any other argument is passed
+        whole to every micro-batch; one with as many entries as examples is refused.
       batch_argnames: Batch arguments by name; the two add up.
       batch_axis: The axis of the examples in the leaves of the batch arguments: an int
         for all, or a tuple with one entry per batch argument (those of `batch_argnums`,
@@ -160,7 +160,9 @@ def value_and_grad(
         scalar, or a carry of another type than it took.
       ValueError: Options that do not fit each other. At the call: a size that does not
         fit the batch; leaves with different numbers of examples; an argument with two
-        roles, or none of that position or name; an `aux` that is not a prefix.
+        roles, or none of that position or name; an argument that looks like a batch
+        and is not named as one, or a closure over such a thing; an `aux` that is not a
+        prefix.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -271,6 +273,7 @@ def value_and_grad(
         returns_info=return_info or noise_scale,
         noise_scale=noise_scale,
         devices=DataParallel.of(axis_name, mesh, scatter),
+        functions={"the loss": fun} | ({"`weight`": weight} if weight else {}),
     )
 
     @functools.wraps(fun)
@@ -349,6 +352,7 @@ class Settings:
     returns_info: bool
     noise_scale: bool
     devices: DataParallel
+    functions: dict[str, Function]  # the user's, by what to call them in a message
 
     @property
     def has_extra(self) -> bool:
@@ -377,6 +381,9 @@ class Settings:
         """As `run`, of arguments that are bound to their roles."""
         self.devices.check_place()
         split = self.split(call)
+        shards = self.devices.num_shards
+        if split.num_microbatches * shards > 1:
+            _whole.check(call, self.roles, self.functions, split.examples * shards)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name)

@@ -165,8 +165,8 @@ def test_axes_are_those_inside_of_vmap():
 @devices.parametrized([*devices.OUTSIDE], usual=("auto", "explicit"))
 def test_axes_are_those_of_the_whole_batch_on_a_mesh(way):
     count = devices.COUNT
-    x, y = np.tile(X, (1, count, 1)), np.tile(Y, (count, 1))
-    y = y + np.arange(len(y), dtype=np.float32)[:, None] / 10
+    x = np.tile(X, (1, count, 1))
+    y = RANDOM.normal(size=(count * B, 5)).astype(np.float32)
     batch = BATCH | {"x": x, "y": y, "positions": np.ones((3, B * count), np.float32)}
     options = {"batch_axis": (AXES,), "num_microbatches": 4}
     wanted = jax.value_and_grad(rotary)(W, batch)
@@ -231,14 +231,14 @@ def test_a_check_of_equivalence_follows_the_axes(cause):
         errors = jnp.where(mask, ((jnp.tanh(x @ w) - 1) ** 2).sum(-1), 0)
         return batch["scale"] * errors.sum() / mask.sum().astype(errors.dtype)
 
-    batch = {"x": X, "mask": np.tile(np.arange(B) % 4 != 1, (4, 1))}
-    batch["scale"] = 2.0
+    mask = np.tile(np.arange(B) % 4 != 1, (4, 1))
+    batch = {"x": X, "mask": mask, "scale": 2.0}
     axes = {"x": 1, "mask": 1, "scale": None}
     report = oa.diagnose.check_equivalence(
         fun, jnp.asarray(W), batch, 2, batch_axis=(axes,)
     )
     assert bool(report) == (cause is None), str(report)
-    assert cause is None or report.cause.name == cause
+    assert getattr(report.cause, "name", None) == cause
 
 
 # --- What is refused ---

@@ -45,7 +45,6 @@ class EquivalenceReport:
         - ``"hidden state"``: the same call twice gives two results.
         - ``"randomness"``: another random key gives another result.
         - ``"carry"``: the loss depends on what micro-batches hand on.
-        - ``"unsplit argument"``: one that looks like a batch is not split.
         - ``"factor"``: the results differ by one number; `reduction` is wrong.
         - ``"floor"``: what is divided by counts more than there is, such as
           ``jnp.maximum(count, 1)``.
@@ -241,19 +240,12 @@ def check_equivalence(
     try:
         parts = problem.in_parts()
     except (TypeError, ValueError) as error:
-        unsplit = list(problem.unsplit())
-        for _, name, _ in unsplit:
-            error.add_note(
-                f"`{name}` has as many entries as the batch has examples. If it "
-                "belongs to the batch, name it in `batch_argnums` or `batch_argnames`"
-            )
-        if not unsplit:
-            error.add_note(
-                f"`fun` takes the {problem.split.examples} examples of the batch, but "
-                f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
-                "groups of them together, give these an axis of their own, and let the "
-                "batch axis count groups"
-            )
+        error.add_note(
+            f"`fun` takes the {problem.split.examples} examples of the batch, but "
+            f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
+            "groups of them together, give these an axis of their own, and let the "
+            "batch axis count groups"
+        )
         raise
     if whole.weight == 0:
         raise ValueError(

@@ -64,7 +64,6 @@ def find_cause(seen: Comparison) -> Cause:
         _hidden_state,
         _randomness,
         _carry,
-        _unsplit_argument,
         _factor,
         _weights,
         _constant_term,
@@ -175,32 +174,6 @@ def _carry(seen: Comparison) -> Cause | None:
         f"the loss depends on `{name}`, its carry, which every micro-batch takes from "
         "the one before. With the first one for all of them, they would agree",
     )
-
-
-def _unsplit_argument(seen: Comparison) -> Cause | None:
-    """Whether an argument that looks like a batch is one, and was not named."""
-    problem = seen.problem
-    roles, call = problem.settings.roles, problem.call
-    for place, name, _ in problem.unsplit():
-        if isinstance(place, str) or place >= call.num_positional:
-            role, names = "batch_argnames", (*roles.batch_argnames, name)
-            changed, advice = roles._replace(batch_argnames=names), repr(names)
-        else:
-            role, positions = "batch_argnums", (*roles.batch_argnums, place)
-            changed, advice = roles._replace(batch_argnums=positions), repr(positions)
-        try:
-            mended = problem.with_settings(roles=changed).in_parts()
-        except (TypeError, ValueError):  # Then it is not a batch.
-            continue
-        if not seen.moved(seen.whole, mended):
-            return Cause(
-                "unsplit argument",
-                f"`{name}` has {problem.split.examples} entries along axis "
-                f"{problem.batch_axis}, as many as the batch has examples, but reaches "
-                "every micro-batch whole. Split it as well, and the results agree: "
-                f"{role}={advice}",
-            )
-    return None
 
 
 def _factor(seen: Comparison) -> Cause | None:

@@ -154,11 +154,6 @@ class Problem:
         """K, a smaller last micro-batch counted, on each device."""
         return self.split.num_microbatches
 
-    @property
-    def batch_axis(self) -> int:
-        """The axis of the examples, or 0 if it is not the same in all leaves."""
-        return self.call.axis
-
     def others(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
         """Place, name and value of all arguments that are not a batch."""
         args, kwargs, names = _arguments.bind_positions(
@@ -169,17 +164,6 @@ class Problem:
         ]
         places += [(name, name, x) for name, x in kwargs.items()]
         return (other for other in places if other[0] not in self.call.places)
-
-    def unsplit(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
-        """Those of them that look like a batch, as `others` gives them."""
-        axis, examples = self.batch_axis, self.split.examples
-        special = {*self.call.key_places, self.call.carry_place}
-        special |= set(jax.tree.leaves(self.call.argnums))
-        for place, name, argument in self.others():
-            shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(argument)]
-            fits = [-len(s) <= axis < len(s) and s[axis] == examples for s in shapes]
-            if fits and all(fits) and place not in special:
-                yield place, name, argument
 
     # --- The same, but for something ---
 

@@ -1,0 +1,174 @@
+"""What reaches every micro-batch whole, and looks as if it should not.
+
+An argument with as many entries as the batch has examples looks like a batch that was
+not named: if it broadcasts against a micro-batch, the result is silently wrong. The
+same holds for what the loss closes over. Both are refused, and the message says how to
+write what is meant.
+"""
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_accum import _validate
+from optax_accum._arguments import Call, Place, Roles
+from optax_accum._types import Function
+
+Named = list[tuple[str, Any]]  # leaves, and what to call them
+
+
+def check(
+    call: Call, roles: Roles, functions: dict[str, Function], examples: int
+) -> None:
+    """Raises for what looks like a batch, in a call whose batch is split.
+
+    Args:
+      call: The call.
+      roles: The roles to which it was bound.
+      functions: Whose closures to look at, by what to call them in a message.
+      examples: B, of the whole call.
+
+    Raises:
+      ValueError: An argument, or something that a function closes over, has an entry
+        for each example.
+    """
+    values = call.by_place()
+    for place in call.rest:
+        pairs = jax.tree_util.tree_leaves_with_path(values[place])
+        name = call.name_of(place)
+        leaves = [(name + jax.tree_util.keystr(path), x) for path, x in pairs]
+        found = _looks_like_a_batch(leaves, call.axis, examples)
+        if found:
+            raise ValueError(
+                f"{found}, but is not named as a batch argument, so every micro-batch "
+                "would get all of it. If it belongs to the batch, pass "
+                f"{_option(call, roles, place, call.axis)}. If every micro-batch needs "
+                f"all of it, {_option(call, roles, place, None)}"
+            )
+    for who, function in functions.items():
+        for how, leaves in _held_by(function, call):
+            found = _looks_like_a_batch(leaves, 0, examples)
+            if found:
+                raise ValueError(
+                    f"{who} {how} {found}, so every micro-batch would get all of it. "
+                    f"{_MAKE_IT_AN_ARGUMENT}: in `batch_argnums` or `batch_argnames`; "
+                    "and with None in `batch_axis`, if every micro-batch needs all of "
+                    "it"
+                )
+
+
+_MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in loss(params, x, y), and name it"
+
+
+def _looks_like_a_batch(leaves: Named, axis: int, examples: int) -> str | None:
+    """What to say if all arrays among `leaves` have an entry for each example."""
+    arrays = [(name, x) for name, x in leaves if _is_array(x) and x.ndim]
+    fits = [-x.ndim <= axis < x.ndim and x.shape[axis] == examples for _, x in arrays]
+    if not fits or not all(fits):
+        return None
+    name, x = arrays[0]
+    return (
+        f"`{name}`, {_validate.shown_type(x)}, which has {examples} entries along axis "
+        f"{axis}, as many as the batch has examples"
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _option(call: Call, roles: Roles, place: Place, axis: int | None) -> str:
+    """The options with which the argument there is a batch argument as well."""
+    axes = roles.batch_axis
+    is_one = isinstance(axes, int)
+    entries = [axes] * len(call.batch_arguments) if is_one else list(axes)
+    if isinstance(place, int) and place < call.num_positional:
+        option = f"batch_argnums={(*roles.batch_argnums, place)}"
+        entries.insert(len(roles.batch_argnums), axis)
+    else:
+        option = f"batch_argnames={(*roles.batch_argnames, call.name_of(place))}"
+        entries.append(axis)
+    return option if is_one and axis == axes else f"{option}, batch_axis={(*entries,)}"
+
+
+# --- What a function brings along ---
+
+
+def _held_by(function: Function, call: Call) -> Iterator[tuple[str, Named]]:
+    """The arrays that `function` uses and that are no arguments of `call`, and how."""
+    for name, value in _defaults(function, call).items():
+        yield "has by default", _arrays_in(name, value)
+    layer: Any = function
+    while layer is not None:
+        if isinstance(layer, functools.partial):
+            for i, value in enumerate(layer.args):
+                yield "is a functools.partial of", _arrays_in(f"args[{i}]", value)
+            layer = layer.func
+            continue
+        layer = getattr(layer, "__func__", layer)  # of a method
+        if isinstance(layer, types.FunctionType):
+            for name, value in _closure(layer).items():
+                yield "closes over", _arrays_in(name, value)
+        layer = getattr(layer, "__wrapped__", None)
+
+
+def _defaults(function: Function, call: Call) -> dict[str, Any]:
+    """The arguments that `call` leaves to `function`, a partial's keywords included."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Not every callable tells.
+        return {}
+    given = {*call.names, *call.kwargs}
+    return {
+        p.name: p.default
+        for p in signature.parameters.values()
+        if p.default is not p.empty and p.name not in given
+    }
+
+
+def _closure(function: types.FunctionType) -> dict[str, Any]:
+    """What a function reads from around it, by name.
+
+    Unlike `inspect.getclosurevars` it does not take the ``x`` in ``batch.x`` for a
+    global variable, and sees what functions inside of it read.
+    """
+    found = {}
+    for name in _globals_read(function.__code__):
+        if name in function.__globals__:
+            found[name] = function.__globals__[name]
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # A name that has no value yet.
+            continue
+    return found
+
+
+def _globals_read(code: types.CodeType) -> set[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names.union(*map(_globals_read, inner))
+
+
+def _arrays_in(name: str, value: Any) -> Named:
+    """The arrays in dicts, lists and tuples; modules and other objects are left alone.
+
+    Not by `jax.tree`, which does not take every dict that a program may hold.
+    """
+    found, seen, stack = [], set(), [(name, value)]
+    while stack:
+        name, x = stack.pop()
+        if _is_array(x):
+            found.append((name, x))
+        elif isinstance(x, dict | list | tuple) and id(x) not in seen:
+            seen.add(id(x))
+            items = x.items() if isinstance(x, dict) else enumerate(x)
+            stack += [(f"{name}[{key!r}]", part) for key, part in items]
+    return found
