@@ -230,17 +230,9 @@ def cases() -> list[Case]:
             remedy="the key as an argument",
         ),
         Case(
-            "dropout, one key for all",
+            "dropout",
             dropout,
             "randomness",
-            args=(key,),
-            remedy="`rng_argnums=2`: equal on average",
-        ),
-        Case(
-            "dropout, `rng_argnums=2`",
-            dropout,
-            "randomness",
-            {"rng_argnums": 2},
             args=(key,),
             remedy="none needed: equal on average",
         ),

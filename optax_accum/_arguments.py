@@ -57,7 +57,7 @@ class Call(NamedTuple):
       batch: The leaves that are split, of all batch arguments.
       batch_arguments: How to build these arguments from them.
       carry_place: The position of the carried argument, or ``None``.
-      key_places: Where the random keys stand.
+      key_places: Where the arguments stand that are named as random keys.
     """
 
     args: list[Any]
@@ -68,7 +68,7 @@ class Call(NamedTuple):
     batch: Batch
     batch_arguments: list[BatchArgument]
     carry_place: int | None
-    key_places: tuple[Place, ...]
+    key_places: list[Place]
 
     @property
     def places(self) -> list[Place]:
@@ -154,7 +154,11 @@ class Call(NamedTuple):
             values[self.carry_place] = carry
         for place in self.key_places:
             values[place] = jax.tree.map(
-                lambda key: jax.random.fold_in(key, number), values[place]
+                lambda key: fold_in(key, number), values[place]
+            )
+        for place in self.rest:
+            values[place] = jax.tree.map(
+                lambda x: fold_in(x, number) if is_typed_key(x) else x, values[place]
             )
         args = [values[i] for i in range(len(self.args))]
         return args, {name: values[name] for name in self.kwargs}
@@ -194,6 +198,7 @@ class Roles(NamedTuple):
     batch_axis: BatchAxis
     carry_argnum: int | None
     rng_argnums: tuple[int, ...]
+    rng_argnames: tuple[str, ...]
 
     @classmethod
     def of(
@@ -204,6 +209,7 @@ class Roles(NamedTuple):
         batch_axis: BatchAxis,
         carry_argnum: int | None,
         rng_argnums: int | Sequence[int],
+        rng_argnames: str | Sequence[str],
     ) -> "Roles":
         """Checks their types.
 
@@ -224,6 +230,7 @@ class Roles(NamedTuple):
             batch_axis=_check_axis(batch_axis, batch_argnums, batch_argnames),
             carry_argnum=carry_argnum,
             rng_argnums=as_positions("rng_argnums", rng_argnums),
+            rng_argnames=as_names(rng_argnames),
         )
 
     def bind(self, fun: Function, args: Args, kwargs: Kwargs) -> Call:
@@ -247,7 +254,7 @@ class Roles(NamedTuple):
         }
         places: list[Place] = [*positions["batch_argnums"]]
         for name in self.batch_argnames:
-            place = _place_of(name, names, others)
+            place = _place_of("batch_argnames", name, names, others)
             if place not in positions["batch_argnums"]:
                 places.append(place)
             elif not isinstance(self.batch_axis, int):
@@ -257,13 +264,19 @@ class Roles(NamedTuple):
                     "once; for names alone pass batch_argnums=()"
                 )
             # Else to name the default position as well is no mistake.
-        _check_disjoint({**positions, "batch_argnums": places}, names)
+        named_keys = [
+            _place_of("rng_argnames", name, names, others) for name in self.rng_argnames
+        ]
+        roles = {**positions, "batch_argnums": places, "rng_argnames": named_keys}
+        _check_disjoint(roles, names)
         argnums = positions["argnums"]
-        for i in positions["rng_argnums"]:
-            _check_keys(names[i], in_place[i])
+        key_places = [*positions["rng_argnums"], *named_keys]
         for i in argnums:
             _check_no_nnx_module(names[i], in_place[i])
         values = dict[Place, Any]([*enumerate(in_place), *others.items()])
+        for place in key_places:
+            name = place if isinstance(place, str) else names[place]
+            _check_keys(name, values[place])
         axes = self.batch_axis
         entries = (axes,) * len(places) if isinstance(axes, int) else axes
         batch, batch_arguments = [], []
@@ -283,7 +296,7 @@ class Roles(NamedTuple):
             batch=batch,
             batch_arguments=batch_arguments,
             carry_place=next(iter(positions["carry_argnum"]), None),
-            key_places=positions["rng_argnums"],
+            key_places=key_places,
         )
 
 
@@ -431,16 +444,16 @@ def from_the_front(
     return tuple(found)
 
 
-def _place_of(name: str, names: list[str], kwargs: Kwargs) -> Place:
+def _place_of(role: str, name: str, names: list[str], kwargs: Kwargs) -> Place:
     """Where the argument called `name` stands."""
     if name in kwargs:
         return name
     if name in names:
         return names.index(name)
     raise ValueError(
-        f"`batch_argnames` names the argument {name!r}, but the function was called "
+        f"`{role}` names the argument {name!r}, but the function was called "
         f"with {', '.join([*names, *kwargs])}. Give its name in the signature of "
-        "`fun`, or its position in `batch_argnums`"
+        f"`fun`, or its position in `{role.removesuffix('names')}nums`"
     )
 
 
@@ -454,32 +467,51 @@ def _check_disjoint(places: dict[str, Sequence[Any]], names: list[str]) -> None:
                 if seen[i] == role:
                     who = f"`{role}` twice names"
                 raise ValueError(
-                    f"{who} argument {i}, `{names[i]}`; an argument has one role"
+                    f"{who} {_shown_place(i, names)}; an argument has one role"
                 )
             seen[i] = role
 
 
+def _shown_place(place: Place, names: list[str]) -> str:
+    if isinstance(place, str):
+        return f"the argument `{place}`"
+    return f"argument {place}, `{names[place]}`"
+
+
 def is_key(leaf: Leaf) -> bool:
-    """Whether `leaf` is one random key, typed, or looks like one of the raw kind."""
-    if not hasattr(leaf, "dtype"):
+    """Whether `leaf` holds typed random keys, or looks like one of the raw kind."""
+    return is_typed_key(leaf) or is_raw_key(leaf)
+
+
+def is_typed_key(leaf: Leaf) -> bool:
+    """Whether `leaf` is a random key from `jax.random.key`, or an array of them."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def is_raw_key(leaf: Leaf) -> bool:
+    """Whether `leaf` looks like a random key from `jax.random.PRNGKey`."""
+    if not hasattr(leaf, "dtype") or leaf.dtype != jnp.uint32:
         return False
-    dtype, shape = _tree.dtype_of(leaf), jnp.shape(leaf)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return shape == ()
-    if dtype != jnp.uint32:
-        return False
-    raw = jax.eval_shape(jax.random.PRNGKey, 0)
-    return (shape, dtype) == (raw.shape, raw.dtype)
+    return jnp.shape(leaf) == jax.eval_shape(jax.random.PRNGKey, 0).shape
+
+
+def fold_in(key: jax.Array, number: int | Scalar) -> jax.Array:
+    """A raw key, or each of an array of typed ones, folded with `number`."""
+    fold: Function = jax.random.fold_in
+    for _ in range(key.ndim if is_typed_key(key) else 0):
+        fold = jax.vmap(fold, (0, None))
+    return fold(key, number)
 
 
 def _check_keys(name: str, keys: Tree) -> None:
-    """Raises unless every leaf is one random key, typed or raw."""
+    """Raises unless every leaf is a random key: typed ones, or a raw one."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(keys):
         if not is_key(leaf):
             raise TypeError(
-                f"{_validate.named(name, path)} is in `rng_argnums` and must be "
-                "one random key, from jax.random.key or jax.random.PRNGKey; got shape "
-                f"{jnp.shape(leaf)} and dtype {_tree.dtype_of(leaf)}"
+                f"{_validate.named(name, path)} is in `rng_argnums` or `rng_argnames` "
+                "and must be a random key, from jax.random.key or jax.random.PRNGKey; "
+                f"got shape {jnp.shape(leaf)} and dtype {_tree.dtype_of(leaf)}"
             )
 
 

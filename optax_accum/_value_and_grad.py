@@ -87,6 +87,7 @@ def value_and_grad(
     aux: Tree = "stack",
     carry_argnum: int | None = None,
     rng_argnums: int | Sequence[int] = (),
+    rng_argnames: str | Sequence[str] = (),
     return_info: bool = False,
     noise_scale: bool = False,
     # devices that share the batch
@@ -141,8 +142,10 @@ def value_and_grad(
         ``"sum"``, ``"last"``, or a tree of these; see below.
       carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
         BatchNorm's statistics; see below.
-      rng_argnums: Arguments that are random keys, typed or raw, or trees of them.
-        Micro-batch i gets ``jax.random.fold_in(key, i)``.
+      rng_argnums: Arguments that are random keys, or trees of them. Micro-batch i gets
+        ``jax.random.fold_in(key, i)``. Only raw keys, of `jax.random.PRNGKey`, must be
+        named; see below.
+      rng_argnames: Such arguments by name; the two add up.
       return_info: Whether to return ``(result, MicrobatchInfo)``.
       noise_scale: Whether to measure the noise scale, for one norm per micro-batch, and
         return it in the `MicrobatchInfo`.
@@ -161,8 +164,8 @@ def value_and_grad(
       ValueError: Options that do not fit each other. At the call: a size that does not
         fit the batch; leaves with different numbers of examples; an argument with two
         roles, or none of that position or name; an argument that looks like a batch
-        and is not named as one, or a closure over such a thing; an `aux` that is not a
-        prefix.
+        or a raw key and is not named as one, or a closure over such a thing; an `aux`
+        that is not a prefix.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -206,6 +209,13 @@ def value_and_grad(
       With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
       ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the
       last carry.
+
+    Note: Random keys
+      Typed keys (`jax.random.key`) are found wherever they are, in any argument that is
+      not differentiated, carried or a batch argument, and each is folded with the
+      number of the micro-batch. To draw the same in all micro-batches, make the
+      argument a batch argument with ``None`` in `batch_axis`. A key per example is a
+      part of the batch.
 
     Note: Order of the examples
       Equal micro-batches are strided: micro-batch i holds the examples i, i + K,
@@ -253,7 +263,13 @@ def value_and_grad(
             "is False. Pass has_aux=True, or leave `aux` out"
         )
     roles = _arguments.Roles.of(
-        argnums, batch_argnums, batch_argnames, batch_axis, carry_argnum, rng_argnums
+        argnums,
+        batch_argnums,
+        batch_argnames,
+        batch_axis,
+        carry_argnum,
+        rng_argnums,
+        rng_argnames,
     )
     sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     for name, size in sizes.items():

@@ -1,8 +1,9 @@
 """What reaches every micro-batch whole, and looks as if it should not.
 
 An argument with as many entries as the batch has examples looks like a batch that was
-not named: if it broadcasts against a micro-batch, the result is silently wrong. The
-same holds for what the loss closes over. Both are refused, and the message says how to
+not named: if it broadcasts against a micro-batch, the result is silently wrong. A
+random key from which all micro-batches draw the same is another silent mistake. The
+same holds for what the loss closes over. All are refused, and the message says how to
 write what is meant.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_accum import _validate
+from optax_accum import _arguments, _validate
 from optax_accum._arguments import Call, Place, Roles
 from optax_accum._types import Function
 
@@ -26,7 +27,7 @@ Named = list[tuple[str, Any]]  # leaves, and what to call them
 def check(
     call: Call, roles: Roles, functions: dict[str, Function], examples: int
 ) -> None:
-    """Raises for what looks like a batch, in a call whose batch is split.
+    """Raises for what looks like a batch or a key, in a call whose batch is split.
 
     Args:
       call: The call.
@@ -36,13 +37,25 @@ def check(
 
     Raises:
       ValueError: An argument, or something that a function closes over, has an entry
-        for each example.
+        for each example, or is a random key that is the same for all micro-batches.
     """
     values = call.by_place()
     for place in call.rest:
         pairs = jax.tree_util.tree_leaves_with_path(values[place])
         name = call.name_of(place)
         leaves = [(name + jax.tree_util.keystr(path), x) for path, x in pairs]
+        for leaf_name, x in leaves:
+            if _arguments.is_raw_key(x):  # Of typed ones every micro-batch has its own.
+                by = "num" if _has_position(call, place) else "name"
+                value = place if by == "num" else repr(name)
+                raise ValueError(
+                    f"`{leaf_name}` looks like a random key, uint32 of shape "
+                    f"{x.shape}, and every micro-batch would draw the same from it. "
+                    f"Pass rng_arg{by}s={value}, so that each gets a key of its own, "
+                    "or make the key with jax.random.key, which needs no naming. If it "
+                    "is no key, or all are to draw the same, "
+                    f"{_option(call, roles, place, None)}"
+                )
         found = _looks_like_a_batch(leaves, call.axis, examples)
         if found:
             raise ValueError(
@@ -53,6 +66,15 @@ def check(
             )
     for who, function in functions.items():
         for how, leaves in _held_by(function, call):
+            for name, x in leaves:
+                if _arguments.is_key(x):
+                    raise ValueError(
+                        f"{who} {how} `{name}`, which looks like a random key, and "
+                        "every micro-batch would draw the same from it. Pass it as an "
+                        "argument, as in loss(params, batch, key): each micro-batch "
+                        "then gets a key of its own, if it is from jax.random.key or "
+                        "named in `rng_argnums` or `rng_argnames`"
+                    )
             found = _looks_like_a_batch(leaves, 0, examples)
             if found:
                 raise ValueError(
@@ -83,12 +105,17 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
 
 
+def _has_position(call: Call, place: Place) -> bool:
+    """Whether the argument there was passed by position."""
+    return isinstance(place, int) and place < call.num_positional
+
+
 def _option(call: Call, roles: Roles, place: Place, axis: int | None) -> str:
     """The options with which the argument there is a batch argument as well."""
     axes = roles.batch_axis
     is_one = isinstance(axes, int)
     entries = [axes] * len(call.batch_arguments) if is_one else list(axes)
-    if isinstance(place, int) and place < call.num_positional:
+    if _has_position(call, place):
         option = f"batch_argnums={(*roles.batch_argnums, place)}"
         entries.insert(len(roles.batch_argnums), axis)
     else:

@@ -251,10 +251,20 @@ def test_dropout_is_named():
     assert_differs(report, "randomness", "draw their own", "with the dropout off")
 
 
-@pytest.mark.parametrize("make", [jax.random.key, slow(jax.random.PRNGKey)])
-def test_dropout_without_rng_argnums_is_named(make):
-    report = check(dropout, args=(make(0),))
-    assert_differs(report, "randomness", "another `key` moves", "pass rng_argnums=2")
+@pytest.mark.parametrize("way", ["args", slow("kwargs")])
+def test_dropout_is_named_if_its_key_is_not(way):
+    key = jax.random.key(0)
+    given = {"args": (key,)} if way == "args" else {"kwargs": {"key": key}}
+    assert_differs(check(dropout, **given), "randomness", "another `key` moves")
+
+
+@pytest.mark.slow
+def test_dropout_of_several_keys_is_named():
+    def fun(params, x, keys):
+        return dropout(params, x, keys["dropout"][1])
+
+    report = check(fun, args=({"dropout": jax.random.split(jax.random.key(0))},))
+    assert_differs(report, "randomness", "another `keys` moves")
 
 
 def test_randomness_without_a_key_is_named():
@@ -487,12 +497,6 @@ def test_dropout_with_its_key_in_the_carry_is_named():
 
     report = check(fun, args=(jax.random.key(0),), carry_argnum=2)
     assert_differs(report, "randomness", "draw their own")
-
-
-@pytest.mark.slow
-def test_dropout_with_its_key_passed_by_keyword_is_named():
-    report = check(dropout, kwargs={"key": jax.random.key(0)})
-    assert_differs(report, "randomness", "another `key`", "pass rng_argnums=2")
 
 
 @pytest.mark.slow

@@ -593,15 +593,6 @@ def test_each_micro_batch_has_its_own_key(make_key):
     assert jax.jit(f)(1.0, np.ones(10), keys)[0][1].tolist() == noise.tolist()
 
 
-def test_without_rng_argnums_every_micro_batch_has_the_same_key():
-    def loss(w, x, key):
-        return jnp.mean(w * x), jax.random.normal(key)
-
-    f = oa.value_and_grad(loss, has_aux=True, num_microbatches=4)
-    (_, noise), _ = f(1.0, np.ones(8), jax.random.key(0))
-    assert len(set(noise.tolist())) == 1
-
-
 # --- Rejecting micro-batches ---
 
 

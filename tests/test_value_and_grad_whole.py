@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 import optax_accum.flax as oaf
@@ -303,3 +304,197 @@ def test_a_loss_that_closes_over_all_of_its_batch_is_refused():
         run(fun, W)
     with raises("lead to none", "closes over its batch"):
         run(fun, W, options={"batch_argnums": ()})
+
+
+# --- Random keys ---
+
+
+def noisy(w, x, key):
+    return loss(w, x, 0.0), jax.random.uniform(key)
+
+
+def draws(fun, *args, k=3, options=None, **kwargs):
+    """What each micro-batch returned as its aux."""
+    options = {"has_aux": True} | (options or {})
+    return run(fun, *args, k=k, options=options, **kwargs)[0][1]
+
+
+def wanted_draws(key, k=3):
+    return np.array([jax.random.uniform(jax.random.fold_in(key, i)) for i in range(k)])
+
+
+KEYS = {"typed": jax.random.key, "raw": jax.random.PRNGKey}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("way", ["position", "keyword", "keyword only"])
+def test_a_key_passed_any_way_is_folded(kind, way):
+    def keyword_only(w, x, *, key):
+        return noisy(w, x, key)
+
+    key = KEYS[kind](7)
+    fun = keyword_only if way == "keyword only" else noisy
+    args, kwargs = ((key,), {}) if way == "position" else ((), {"key": key})
+    options: list[dict] = [{"rng_argnames": "key"}, {"rng_argnames": ("key",)}]
+    if way != "keyword only":
+        options.append({"rng_argnums": 2})
+    if kind == "typed":
+        options.append({})
+    for named in options:
+        got = draws(fun, W, X, *args, options=named, **kwargs)
+        np.testing.assert_array_equal(got, wanted_draws(key))
+
+
+@pytest.mark.parametrize("size", [{"num_microbatches": 3}, {"microbatch_size": 4}])
+def test_every_typed_key_in_an_argument_is_folded_by_itself(size):
+    """In a tree with other things, and an array of them; the weight sees the same."""
+
+    def fun(w, x, config, *, rngs):
+        assert config["name"] == "a"
+        drawn = jax.vmap(jax.vmap(jax.random.uniform))(rngs["layers"])
+        return loss(w, x, 0.0), (drawn, jax.random.uniform(config["key"]))
+
+    def weight(w, x, config, *, rngs):
+        del w, x, rngs
+        return jax.random.uniform(config["key"])
+
+    layers = jax.random.split(jax.random.key(1), (2, 5))
+    config = {"name": "a", "key": jax.random.key(2), "table": jnp.ones(5)}
+    f = oa.value_and_grad(fun, has_aux=True, **size, weight=weight, return_info=True)
+    ((_, (drawn, alone)), _), info = f(W, X, config, rngs={"layers": layers})
+    k = size.get("num_microbatches", 2)
+    np.testing.assert_array_equal(alone, wanted_draws(config["key"], k))
+    np.testing.assert_allclose(info.weight, alone.sum(), rtol=1e-6)
+    for i in range(2):
+        for j in range(5):
+            np.testing.assert_array_equal(drawn[:, i, j], wanted_draws(layers[i, j], k))
+
+
+def test_a_key_of_none_is_the_same_for_all():
+    for kind in KEYS.values():
+        key = kind(3)
+        axes = {"batch_axis": (0, None)}
+        got = draws(noisy, W, X, key, options=axes | {"batch_argnums": (1, 2)})
+        assert got.tolist() == [jax.random.uniform(key)] * 3
+        got = draws(noisy, W, X, key=key, options=axes | {"batch_argnames": "key"})
+        assert got.tolist() == [jax.random.uniform(key)] * 3
+
+
+def test_keys_of_examples_parameters_and_carries_stay_what_they_are():
+    def fun(w, batch, carry):
+        own = jax.vmap(jax.random.uniform)(batch["key"])
+        assert jnp.issubdtype(carry["key"].dtype, jax.dtypes.prng_key)
+        drawn = jax.random.uniform(carry["key"])
+        carry = {"key": jax.random.split(carry["key"])[0]}
+        return loss(w["w"], batch["x"], 0.0), ((own, drawn), carry)
+
+    keys = jax.random.split(jax.random.key(0), B)
+    carried = {"key": jax.random.key(4)}
+    f = oa.value_and_grad(
+        fun,
+        has_aux=True,
+        num_microbatches=B,
+        carry_argnum=2,
+        aux=("concat", "stack"),
+    )
+    ((_, ((own, drawn), _)), _) = jax.jit(f)({"w": W}, {"x": X, "key": keys}, carried)
+    np.testing.assert_array_equal(own, jax.vmap(jax.random.uniform)(keys))
+    key = carried["key"]
+    for i in range(B):
+        assert drawn[i] == jax.random.uniform(key)
+        key = jax.random.split(key)[0]
+
+
+def test_a_raw_key_that_is_not_named_is_refused():
+    key = jax.random.PRNGKey(0)
+    for given in (key, np.asarray(key)):
+        with raises(
+            "`key` looks like a random key, uint32 of shape (2,)",
+            "every micro-batch would draw the same",
+            "Pass rng_argnums=2,",
+            "jax.random.key",
+            "batch_argnums=(1, 2), batch_axis=(0, None)",
+        ):
+            draws(noisy, W, X, given)
+    with raises("`key`", "Pass rng_argnames='key'", "batch_argnames=('key',)"):
+        draws(noisy, W, X, key=key)
+
+    def fun(w, x, rngs):
+        return noisy(w, x, rngs["dropout"])
+
+    with raises("`rngs['dropout']` looks like", "rng_argnums=2"):
+        draws(fun, W, X, {"dropout": key})
+    with raises("`key` looks like a random key"):  # also of two examples
+        draws(noisy, W, X[:2], key, k=2)
+    assert draws(noisy, W, X, key, k=1) == jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_that_the_loss_closes_over_is_refused(make):
+    key = make(0)
+    rngs = {"dropout": [make(0)]}
+    for fun, name in (
+        (lambda w, x: noisy(w, x, key), "closes over `key`"),
+        (lambda w, x: noisy(w, x, rngs["dropout"][0]), "over `rngs['dropout'][0]`"),
+        (functools.partial(noisy, key=key), "has by default `key`"),
+    ):
+        with raises("the loss", name, "random key", "as in loss(params, batch, key)"):
+            draws(fun, W, X)
+        draws(fun, W, X, k=1)
+
+
+def test_a_key_with_two_roles_is_refused():
+    key = jax.random.key(0)
+    for options, words in (
+        ({"rng_argnums": 2, "rng_argnames": "key"}, "`rng_argnums` and `rng_argnames`"),
+        ({"rng_argnames": ("key", "key")}, "`rng_argnames` twice names"),
+        ({"batch_argnums": (1, 2), "rng_argnames": "key"}, "`batch_argnums` and"),
+    ):
+        with raises(words, "an argument has one role"):
+            draws(noisy, W, X, key, options=options)
+
+    def keyword_only(w, x, *, key):
+        return noisy(w, x, key)
+
+    twice = {"batch_argnames": "key", "rng_argnames": "key"}
+    with raises("both name the argument `key`; an argument has one role"):
+        draws(keyword_only, W, X, options=twice, key=key)
+    with raises("`rng_argnames` names the argument 'rng'", "in `rng_argnums`"):
+        draws(noisy, W, X, key, options={"rng_argnames": "rng"})
+
+
+@pytest.mark.several_devices
+@devices.parametrized([*devices.INSIDE, *devices.OUTSIDE], usual=("checked", "auto"))
+def test_a_key_that_is_not_named_differs_between_devices(way):
+    x = np.ones((2 * devices.COUNT, 3), np.float32)
+    f = devices.in_step(
+        way,
+        noisy,
+        rest=1,
+        has_aux=True,
+        num_microbatches=2,
+        outputs=(((P(), P(devices.AXIS)), P()),),
+    )
+    (_, drawn), _ = f(W, devices.whole(way, x), jax.random.key(5))
+    wanted = wanted_draws(jax.random.key(5), 2 * devices.COUNT)
+    np.testing.assert_array_equal(drawn.ravel(), wanted)
+
+
+def test_a_key_beside_a_module_is_folded():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def fun(model, x, key):
+        return jnp.mean(model(x) ** 2), jax.random.uniform(key)
+
+    f = oaf.value_and_grad(fun, has_aux=True, num_microbatches=3)
+    (_, drawn), _ = nnx.jit(f)(model, X, jax.random.key(6))
+    np.testing.assert_array_equal(drawn, wanted_draws(jax.random.key(6)))
+    with raises("`key` looks like a random key", "rng_argnums=2"):
+        f(model, X, jax.random.PRNGKey(6))
+
+
+def test_keys_under_vmap_are_folded_each():
+    keys = jax.random.split(jax.random.key(0), 2)
+    f = oa.value_and_grad(noisy, has_aux=True, num_microbatches=3)
+    (_, drawn), _ = jax.vmap(f, (None, None, 0))(W, X, keys)
+    np.testing.assert_array_equal(drawn, [wanted_draws(key) for key in keys])

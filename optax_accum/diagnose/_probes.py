@@ -137,20 +137,11 @@ def _randomness(seen: Comparison) -> Cause | None:
         if not moved:
             continue
         found = f"the loss is random: another `{name}` moves it by {moved:.1e}. "
-        if place in (*problem.call.key_places, problem.call.carry_place):
-            advice = (
-                "Micro-batches draw their own, as they should, and so cannot draw what "
-                "the global batch draws; equal they are on average. Check again with "
-                "the dropout off: this hides every other cause"
-            )
-        else:
-            how = f"pass rng_argnums={place}"
-            if isinstance(place, str):
-                how = "pass it by position, and name that position there"
-            advice = (
-                f"And all micro-batches draw the same, because `{name}` is not in "
-                f"`rng_argnums`: {how}"
-            )
+        advice = (
+            "Micro-batches draw their own, as they should, and so cannot draw what "
+            "the global batch draws; equal they are on average. Check again with "
+            "the dropout off: this hides every other cause"
+        )
         return Cause("randomness", found + advice)
     return None
 
@@ -158,7 +149,7 @@ def _randomness(seen: Comparison) -> Cause | None:
 def _other(argument: Tree) -> Tree:
     """The same with other random keys."""
     return jax.tree.map(
-        lambda x: jax.random.fold_in(x, 1) if _arguments.is_key(x) else x, argument
+        lambda x: _arguments.fold_in(x, 1) if _arguments.is_key(x) else x, argument
     )
 
 
