@@ -79,7 +79,8 @@ def pair(value: Any, needed: str) -> tuple[Any, Any]:
     """What `fun` returned, or a part of it, as two things."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
-    what = f"{len(value)} things" if isinstance(value, tuple) else type(value).__name__
+    is_tuple = isinstance(value, tuple)
+    what = f"{len(value)} things" if is_tuple else _validate.shown_kind(value)
     raise TypeError(
         f"`fun` must return {needed} with these `has_aux` and `carry_argnum`; got "
         f"{what} where a pair is needed"

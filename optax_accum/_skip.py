@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _tree
+from optax_accum import _tree, _validate
 from optax_accum._types import Grads, Params, Scalar, Skip, Tree
 
 
@@ -71,7 +71,7 @@ def ask(
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise TypeError(
             "`skip` must return (bool scalar, info), as Optax's predicates do; got "
-            f"{type(result).__name__}"
+            f"{_validate.shown_kind(result)}"
         )
     should_skip, info = jnp.asarray(result[0]), result[1]
     if should_skip.shape != () or should_skip.dtype != bool:

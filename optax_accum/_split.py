@@ -160,19 +160,42 @@ def _count_examples(call: Call) -> int:
     for name, leaf, axis in leaves:
         if not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(_lacks_axis(call, name, leaf, axis))
-    first_name, first_leaf, first_axis = leaves[0]
-    first = first_leaf.shape[first_axis]
-    for name, leaf, axis in leaves:
-        if leaf.shape[axis] == first:
+    counts = [leaf.shape[axis] for _, leaf, axis in leaves]
+    for (name, _, axis), count in zip(leaves, counts, strict=True):
+        if count == counts[0]:
             continue
+        along, at = f" along `batch_axis={axis}`", ["", ""]
+        if len(set(axes)) > 1:
+            along, at = "", [f" along axis {a}" for a in (axes[0], axis)]
         raise ValueError(
             "all leaves of the batch arguments must have the same number of "
-            f"examples along `batch_axis={axis}`; `{first_name}` has {first}, but "
-            f"`{name}` has {leaf.shape[axis]}"
+            f"examples{along}; `{leaves[0][0]}` has {counts[0]}{at[0]}, but `{name}` "
+            f"has {count}{at[1]}. {_other_axes(call, axes, counts)}"
         )
-    if not first:
-        raise ValueError(f"the batch is empty: `{first_name}` has 0 examples")
-    return first
+    if not counts[0]:
+        raise ValueError(f"the batch is empty: `{leaves[0][0]}` has 0 examples")
+    return counts[0]
+
+
+def _other_axes(call: Call, axes: list[int], counts: list[int]) -> str:
+    """Which `batch_axis` fits leaves of which these `counts` along `axes` differ."""
+    everywhere = set.intersection(*(set(x.shape) for x in call.batch)) - {0, 1}
+    likely = [n for n in everywhere if n in counts] or [*everywhere]
+    if len(likely) == 1:
+        (n,) = likely
+        fitting: list[int | None] = [
+            axis if x.shape[axis] == n else x.shape.index(n)
+            for x, axis in zip(call.batch, axes, strict=True)
+        ]
+        found = f"All have {n} entries along some axis; if these are the examples"
+    else:
+        usual = max(counts, key=counts.count)
+        pairs = zip(axes, counts, strict=True)
+        fitting = [axis if count == usual else None for axis, count in pairs]
+        found = "What all examples share, and is not split, gets None"
+    rest = iter(fitting)
+    every = [None if axis is None else next(rest) for axis in call.axes]
+    return f"{found}: {call.shown_axes(every)}"
 
 
 def _lacks_axis(call: Call, name: str, leaf: jax.Array, axis: int) -> str:

@@ -106,7 +106,7 @@ def state(
     if not hasattr(value, "window"):
         raise TypeError(
             f"`state` must be the `AccumulateState` that `init` returned; got "
-            f"{type(value).__name__}. The order is update(grads, state, params), and "
+            f"{shown_kind(value)}. The order is update(grads, state, params), and "
             "update_params(grads, state, params)"
         )
     windows = jnp.shape(value.window.weight)
@@ -166,8 +166,7 @@ def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
     if not is_number or _tree.is_complex(value):
         raise TypeError(
             "`weight` must be a real scalar, the number of units that this "
-            f"micro-batch's mean was taken over; got {value!r} of type "
-            f"{type(value).__name__}"
+            f"micro-batch's mean was taken over; got {shown(value)}"
         )
     if jnp.shape(value) != ():
         raise ValueError(
@@ -208,13 +207,13 @@ def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
         if value.dtype != bool or value.shape != ():
             raise TypeError(
                 "`boundary` must be a bool, a boolean scalar array, or None; got "
-                f"{given!r}, of shape {value.shape} and dtype {value.dtype}"
+                f"{shown(given)}, of shape {value.shape} and dtype {value.dtype}"
             )
     if every_k == 1 and value is not None and value is not True:
         raise ValueError(
             "`boundary` must be True or None with `every_k=1`, which keeps no "
-            f"accumulator and updates on every call; got {value!r}. Use every_k=None "
-            "to close windows yourself"
+            f"accumulator and updates on every call; got {shown(value)}. Use "
+            "every_k=None to close windows yourself"
         )
     return value
 
@@ -225,9 +224,7 @@ def whole_number(
     """An int >= 1."""
     number = as_int(value)
     if number is None:
-        raise TypeError(
-            f"`{name}` must be {needed}; got {value!r} of type {type(value).__name__}"
-        )
+        raise TypeError(f"`{name}` must be {needed}; got {shown(value)}")
     if number < 1:
         raise ValueError(f"`{name}` must be {needed}; got {number}{advice}")
     return number
@@ -343,6 +340,19 @@ def named(tree: str, path: Any) -> str:
 def shown_type(x: Any) -> str:
     """The type of an array for a message, ``float32[8,4]``."""
     return f"{_tree.dtype_of(x)}[{','.join(map(str, jnp.shape(x)))}]"
+
+
+def shown_kind(x: Any) -> str:
+    """The type of an array, traced or not, and the class of anything else."""
+    is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
+    return shown_type(x) if is_array else type(x).__name__
+
+
+def shown(x: Any) -> str:
+    """A value that is not what it must be, with its type; an array by its type."""
+    if isinstance(x, jax.Array):
+        return f"an array, {shown_type(x)}"
+    return f"{x!r} of type {type(x).__name__}"
 
 
 def as_int(value: Any) -> int | None:

@@ -301,3 +301,31 @@ def test_sizes_that_do_not_divide_are_refused_along_any_axis():
         run(
             loss, (W, X, Y), batch_argnums=(1, 2), batch_axis=(1, 0), num_microbatches=3
         )
+
+
+def test_a_time_major_batch_is_refused_with_the_axes_that_fit():
+    words = "`x` has 4, but `y` has 8", "All have 8 entries along some axis"
+    with raises(*words, "batch_axis=(1, 0)"):
+        run(loss, (W, X, Y), batch_argnums=(1, 2))
+    with raises("`batch['x']` has 4, but `batch['y']`", "({'x': 1, 'y': 0},)"):
+        run(args=(W, {"x": X, "y": Y}))
+    with raises("examples along `batch_axis=0`", "the examples: batch_axis=1"):
+        run(loss, (W, X, np.ones((5, B))), batch_argnums=(1, 2))
+    with raises(
+        "number of examples; `x` has 4 along axis 0, but `y` has 5 along axis 1",
+        "gets None",
+    ):
+        run(loss, (W, X[:, :7], Y), batch_argnums=(1, 2), batch_axis=(0, 1))
+
+
+def test_a_leaf_that_examples_share_is_refused_with_its_none():
+    batch = {"x": Y, "y": 2 * Y, "table": np.ones((11, 3))}
+    with raises(
+        "`batch['table']` has 11, but", "gets None", "({'table': None, 'x': 0,"
+    ):
+        run(args=(W, batch))
+
+
+def test_what_the_refusal_of_a_time_major_batch_advises_is_right():
+    advised = {"batch_argnums": (1, 2), "batch_axis": (1, 0)}
+    same(run(loss, (W, X, Y), **advised), jax.value_and_grad(loss)(W, X, Y))

@@ -239,6 +239,24 @@ def test_a_result_that_is_not_a_pair_is_refused(options, result, words):
         run(lambda params, batch, carry: result, PARAMS, X, 0.0, **options)  # noqa: ARG005
 
 
+def test_a_traced_value_is_shown_by_its_type_and_not_by_its_class():
+    with raises(TypeError, "(value, aux)", "got float32[] where a pair is needed"):
+        run(has_aux=True)
+    with raises(TypeError, "`skip` must return", "predicates do; got bool[]"):
+        run(skip=lambda grads, step, params: grads["w"][0] > 0)  # noqa: ARG005
+    with raises(
+        TypeError, "`weight` must be a real scalar", "got an array, complex64[]"
+    ):
+        run(weight=lambda p, b: jax.lax.complex(p["w"][0], 1.0))  # noqa: ARG005
+
+    @jax.jit
+    def f(k):
+        return oa.value_and_grad(loss, num_microbatches=k)(PARAMS, X)
+
+    with raises(TypeError, "`num_microbatches` must be an int", "an array, int32[]"):
+        f(5)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
