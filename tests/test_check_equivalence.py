@@ -709,11 +709,11 @@ def test_halves_compared_with_each_other_are_named_and_an_axis_mends_them():
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
-def test_dropout_with_a_key_of_its_own_is_answered_with_rng_argnums():
+def test_dropout_with_a_key_of_its_own_is_answered_with_an_argument():
     def fun(params, x):
         return dropout(params, x, jax.random.key(0))
 
-    assert_differs(check(fun), "order", "a key that is not", "`rng_argnums`")
+    assert_differs(check(fun), "order", "a key that is not", "Make it one")
 
 
 # The first micro-batch has a token and the second none.

@@ -169,7 +169,7 @@ def check_equivalence(
       tolerance: The largest relative error that counts as equal. By default the square
         root of the machine epsilon of the narrowest dtype that `fun` and its gradient
         compute in: 3.5e-4 for float32, 0.09 for bfloat16.
-      **options: Those of `value_and_grad`: `weight`, `reduction`, `rng_argnums`, ...
+      **options: Those of `value_and_grad`: `weight`, `reduction`, `batch_argnums`, ...
         Keyword arguments of `fun` are not among them, and go into `kwargs`.
 
     Returns:

@@ -360,18 +360,17 @@ def _order(seen: Comparison) -> Cause | None:
             "groups",
             f"cut between every {size} neighbouring examples, the batch gives the same "
             f"as at once: `fun` takes groups of {size} together, and micro-batches "
-            "pull them apart. Let the batch axis count groups: along axis "
-            f"{problem.batch_axis} reshape every leaf from {examples} to ({groups}, "
-            f"{size}), and merge the two axes again inside `fun`. The number of "
-            f"micro-batches then divides {groups}",
+            "pull them apart. Let the batch axis count groups: reshape it in every "
+            f"leaf from {examples} to ({groups}, {size}), and merge the two axes again "
+            f"inside `fun`. The number of micro-batches then divides {groups}",
         )
     return Cause(
         "order",
         "the order of the examples matters: shuffled, the global batch gives something "
         f"else, {moved:.1e} away. Does `fun` draw from a key that is not among its "
-        "arguments, for its dropout? Make it one, and name it in `rng_argnums`. Or "
-        "does it take some examples together, such as neighbours, or one half and the "
-        "other? Give these an axis of their own, and let the batch axis count them",
+        "arguments, for its dropout? Make it one. Or does it take some examples "
+        "together, such as neighbours, or one half and the other? Give these an axis "
+        "of their own, and let the batch axis count them",
     )
 
 
