@@ -15,17 +15,19 @@ class Outputs(NamedTuple):
     Attributes:
       has_aux: Whether there is auxiliary output.
       carry_name: The name of the carried argument, if there is one.
+      holomorphic: Whether the value is complex.
     """
 
     has_aux: bool
     carry_name: str | None
+    holomorphic: bool = False
 
     def unpack(self, result: Any, carry: Tree) -> tuple[Scalar, Tree, Tree]:
         """``(value, aux, carry)`` from what `fun` returned for this `carry`.
 
         Raises:
-          TypeError: The result has another structure, its value is not a real scalar,
-            or its carry has another type than `carry`.
+          TypeError: The result has another structure, its value is not a scalar
+            of the right kind, or its carry has another type than `carry`.
           ValueError: The carry has another structure.
         """
         has_carry = self.carry_name is not None
@@ -38,7 +40,7 @@ class Outputs(NamedTuple):
             result, aux = pair(result, "(value, aux)")
         elif has_carry:
             result, new_carry = pair(result, "(value, carry)")
-        value = _real_scalar(result)
+        value = self._scalar(result)
         if self.carry_name is not None:
             _check_carry(self.carry_name, carry, new_carry)
         return value, _tree.as_arrays(aux), _tree.cast_like(new_carry, carry)
@@ -49,30 +51,31 @@ class Outputs(NamedTuple):
             return (value, aux) if self.has_aux else value
         return value, (aux, carry) if self.has_aux else carry
 
-
-def _real_scalar(value: Any) -> Scalar:
-    """What `fun` returned as its value."""
-    if isinstance(value, tuple | list):
-        raise TypeError(
-            "`fun` must return a real floating scalar to differentiate; got "
-            f"a {type(value).__name__} of {len(value)}. If it returns (value, aux), "
-            "pass has_aux=True"
-        )
-    try:
-        value = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(
-            "`fun` must return a real floating scalar to differentiate; got "
-            f"{type(value).__name__}. If it returns auxiliary output as well, pass "
-            "has_aux=True"
-        ) from None
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            "`fun` must return a real floating scalar to differentiate; got shape "
-            f"{value.shape} and dtype {value.dtype}. Reduce it over the micro-batch, "
-            "with jnp.mean, say"
-        )
-    return value
+    def _scalar(self, value: Any) -> Scalar:
+        """What `fun` returned as its value."""
+        needed = "`fun` must return a real floating scalar to differentiate"
+        kind = jnp.floating
+        if self.holomorphic:
+            needed = "`fun` must return a complex scalar with `holomorphic=True`"
+            kind = jnp.complexfloating
+        if isinstance(value, tuple | list):
+            raise TypeError(
+                f"{needed}; got a {type(value).__name__} of {len(value)}. If it "
+                "returns (value, aux), pass has_aux=True"
+            )
+        try:
+            value = jnp.asarray(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{needed}; got {type(value).__name__}. If it returns auxiliary output "
+                "as well, pass has_aux=True"
+            ) from None
+        if value.shape != () or not jnp.issubdtype(value.dtype, kind):
+            raise TypeError(
+                f"{needed}; got shape {value.shape} and dtype {value.dtype}. Reduce it "
+                "over the micro-batch, with jnp.mean, say"
+            )
+        return value
 
 
 def pair(value: Any, needed: str) -> tuple[Any, Any]:

@@ -92,6 +92,15 @@ def fill_inexact(tree: Tree, inexact: Tree) -> Tree:
     return jax.tree.map(lambda x: next(leaves) if is_inexact(x) else x, tree)
 
 
+def fill_float0(grads: Tree, params: Tree) -> Tree:
+    """`grads` with float0 for ``None`` where `params` has a leaf, as JAX has it."""
+
+    def fill(param: Leaf, grad: Leaf) -> Leaf:
+        return np.zeros(jnp.shape(param), dtypes.float0) if grad is None else grad
+
+    return jax.tree.map(fill, params, grads)
+
+
 def as_arrays(tree: Tree) -> Tree:
     """`tree` with its Python scalars as arrays."""
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)

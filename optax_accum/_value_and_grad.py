@@ -71,6 +71,8 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
+    holomorphic: bool = False,
+    allow_int: bool = False,
     # the batch
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
@@ -114,6 +116,10 @@ def value_and_grad(
         micro-batch at a time.
       argnums: As in `jax.value_and_grad`.
       has_aux: As in `jax.value_and_grad`.
+      holomorphic: As in `jax.value_and_grad`: value and gradient are complex. Weights
+        are real all the same.
+      allow_int: As in `jax.value_and_grad`: integers and random keys among what is
+        differentiated get a gradient of dtype float0.
       num_microbatches: K, which must divide the number of examples. Exactly one of
         this and `microbatch_size` is needed.
       microbatch_size: How many examples make a micro-batch. If it does not divide the
@@ -279,6 +285,8 @@ def value_and_grad(
         fun=fun,
         roles=roles,
         has_aux=has_aux,
+        holomorphic=holomorphic,
+        allow_int=allow_int,
         **sizes,
         reduction=reduction,
         weight=weight,
@@ -357,6 +365,8 @@ class Settings:
     fun: Function
     roles: _arguments.Roles
     has_aux: bool
+    holomorphic: bool
+    allow_int: bool
     num_microbatches: int | None
     microbatch_size: int | None
     reduction: Reduction
@@ -402,7 +412,7 @@ class Settings:
             _whole.check(call, self.roles, self.functions, split.examples * shards)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
-        outputs = _outputs.Outputs(self.has_aux, call.carry_name)
+        outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
         arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs))
 
         def loop(batch: Batch, arrays: list[Any]) -> Any:
@@ -421,14 +431,15 @@ class Settings:
                 loop, batch, arrays, split.axes, (result_specs, P())
             )
 
-        return run(call.batch, arrays)
+        (value, grads), info = run(call.batch, arrays)
+        return (value, _tree.fill_float0(grads, call.params)), info
 
 
 class _Microbatch(NamedTuple):
     """What one micro-batch gives."""
 
     value: Scalar
-    grads: Grads
+    grads: Grads  # ``None`` for what has no gradient
     aux: Tree
     carry: Tree
     weight: Scalar  # 0 if it was rejected
@@ -511,15 +522,20 @@ class _Loop:
             return value, rest
 
         (value, (aux, new_carry)), grads = jax.value_and_grad(
-            unpacked, call.argnums, has_aux=True
+            unpacked,
+            call.argnums,
+            has_aux=True,
+            holomorphic=settings.holomorphic,
+            allow_int=settings.allow_int,
         )(*args, **kwargs)
+        grads = _tree.keep_inexact(grads)
 
         given = size / self._unit
         if settings.weight is not None:
             given = call.apply(settings.weight, args, kwargs)
         dtype = _tree.scalar_dtype((value, grads, aux))
         weight, is_positive = _validate.weight(given, dtype)
-        params = jax.tree.map(lambda i: args[i], call.argnums)
+        params = _tree.keep_inexact(jax.tree.map(lambda i: args[i], call.argnums))
         weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
         counted: bool | Scalar = True
         if not is_positive or settings.skip is not None:

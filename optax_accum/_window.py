@@ -298,7 +298,9 @@ class Window(NamedTuple):
         """The windows of all devices as one, in one exchange for each dtype of S."""
         # In one dtype, so that everything is exchanged at once.
         rest = self._replace(grads=())
-        in_one_dtype = jax.tree.map(lambda x: x.astype(self.weight.dtype), rest)
+        in_one_dtype = jax.tree.map(
+            lambda x: x if _tree.is_complex(x) else x.astype(self.weight.dtype), rest
+        )
         grads, total = devices.sum(overwritten.gradients(self.grads), in_one_dtype)
         others = overwritten.over_devices(self.grads, devices, self.weight)
         grads = _overwrite.merge(grads, others)

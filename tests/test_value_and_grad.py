@@ -98,6 +98,63 @@ def test_several_argnums_and_batches_equal_the_whole_batch(argnums):
     same(jax.jit(got)(*args), wanted)
 
 
+@pytest.mark.parametrize(
+    ("argnums", "options"),
+    [(0, {}), ((0, 2), {"skip": oa.skip_not_finite, "noise_scale": True})],
+)
+def test_integers_and_keys_get_the_gradient_that_jax_gives_them(argnums, options):
+    def loss(params, x, step):
+        key = jax.random.fold_in(params["key"], params["seen"] + step)
+        noise = jax.random.normal(key) * params["on"].astype(float)
+        return jnp.mean((x @ params["w"] + noise) ** 2)
+
+    params = {"key": jax.random.key(0), "on": np.array([True]), "seen": jnp.int32(3)}
+    args = params | {"w": jnp.asarray(normal(3))}, normal(B, 3), jnp.int32(1)
+    wanted = jax.value_and_grad(loss, argnums, allow_int=True)(*args)
+    f = oa.value_and_grad(loss, argnums, microbatch_size=5, allow_int=True, **options)
+    got = jax.jit(f)(*args)
+    got = got[0] if options else got
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    numbers = [
+        [x for x in jax.tree.leaves(tree) if x.dtype == np.float64]
+        for tree in (got, wanted)
+    ]
+    same(*numbers)
+    with pytest.raises(TypeError, match="real- or complex-valued"):
+        oa.value_and_grad(loss, argnums, microbatch_size=5)(*args)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_holomorphic_loss_has_the_gradient_that_jax_gives_it(size):
+    def loss(params, x):
+        return jnp.mean(jnp.sin(x @ params["w"]) * params["b"][None]), x.real.sum()
+
+    w, b = normal(3, 2) + 1j * normal(3, 2, seed=1), jnp.array([1 + 2j, 0.5])
+    params, x = {"w": w, "b": b}, normal(B, 3) + 1j * normal(B, 3, seed=1)
+    wanted = whole(loss, has_aux=True, holomorphic=True)(params, x)
+    f = oa.value_and_grad(
+        loss,
+        has_aux=True,
+        holomorphic=True,
+        microbatch_size=size,
+        aux="sum",
+        weight=lambda params, x: jnp.float64(len(x)),  # noqa: ARG005
+    )
+    same(jax.jit(f)(params, x), wanted)
+
+
+def test_a_holomorphic_loss_over_devices_keeps_its_imaginary_part():
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    w, x = normal(3) + 1j * normal(3, seed=1), normal(16, 3) + 1j
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    f = oa.value_and_grad(
+        loss, num_microbatches=2, holomorphic=True, axis_name="data", mesh=mesh
+    )
+    same(jax.jit(f)(w, x), whole(loss, holomorphic=True)(w, x))
+
+
 @pytest.mark.parametrize("names", ["y", ["y"], ("y", "x")])
 def test_batches_may_be_passed_by_keyword(names):
     def loss(w, x, *, y, scale):

@@ -221,6 +221,13 @@ def test_a_value_that_cannot_be_differentiated_is_refused(result, words):
         run(fun)
 
 
+def test_a_real_value_is_refused_with_holomorphic():
+    params = {"w": jnp.ones(3, jnp.complex64)}
+    words = "complex scalar with `holomorphic=True`", "got shape () and dtype float32"
+    with raises(TypeError, *words):
+        run(lambda p, b: jnp.sum(b) * p["w"][0].real, params, X, holomorphic=True)
+
+
 @pytest.mark.parametrize(
     ("options", "result", "words"),
     [

@@ -122,7 +122,7 @@ def _hidden_state(seen: Comparison) -> Cause | None:
         "hidden state",
         "the same call twice, on the global batch, gives two results, "
         f"{moved:.1e} apart: `fun` depends on something that is not among its "
-        "arguments, such as numpy.random. Pass a random key, and name it in "
+        "arguments, such as numpy.random. Pass a random key",
         "`rng_argnums`",
     )
 

@@ -377,7 +377,8 @@ class Problem:
         (value, grads), info = output
         value = value[0] if self.settings.has_extra else value
         value, grads, info = jax.device_get((value, grads, info))
-        return Result(float(value), grads, float(info.weight), int(info.skipped))
+        # A complex value stays complex.
+        return Result(value.item(), grads, float(info.weight), int(info.skipped))
 
     def _traceable(
         self, settings: Settings
