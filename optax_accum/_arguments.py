@@ -114,9 +114,9 @@ class Call(NamedTuple):
         return None if self.carry_place is None else self.names[self.carry_place]
 
     @property
-    def params(self) -> Params:
-        """The arguments in `argnums`: one, or a tuple of them."""
-        return jax.tree.map(lambda i: self.args[i], self.argnums)
+    def differentiated(self) -> Params:
+        """What is differentiated of the arguments in `argnums`: one, or a tuple."""
+        return jax.tree.map(lambda i: _tree.differentiated(self.args[i]), self.argnums)
 
     def name_of(self, place: Place) -> str:
         """The name of the argument there."""

@@ -53,11 +53,11 @@ class Outputs(NamedTuple):
 
     def _scalar(self, value: Any) -> Scalar:
         """What `fun` returned as its value."""
+        kind: Any = jnp.floating
         needed = "`fun` must return a real floating scalar to differentiate"
-        kind = jnp.floating
         if self.holomorphic:
-            needed = "`fun` must return a complex scalar with `holomorphic=True`"
             kind = jnp.complexfloating
+            needed = "`fun` must return a complex scalar with `holomorphic=True`"
         if isinstance(value, tuple | list):
             raise TypeError(
                 f"{needed}; got a {type(value).__name__} of {len(value)}. If it "

@@ -9,6 +9,7 @@ between devices.
 """
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import jax
@@ -73,6 +74,12 @@ def scalar_dtype(tree: Tree) -> np.dtype:
     return jnp.dtype("float64" if 64 in bits else "float32")
 
 
+def is_array(leaf: Leaf) -> bool:
+    """Whether `leaf` is an array, or the shape of one, and no Python number."""
+    # Of `jnp.float32`, the class, only the one is true.
+    return isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
+
+
 # --- Trees ---
 
 
@@ -90,6 +97,28 @@ def fill_inexact(tree: Tree, inexact: Tree) -> Tree:
     """`tree` with its inexact leaves replaced, in order, by those of `inexact`."""
     leaves = iter(jax.tree.leaves(inexact))
     return jax.tree.map(lambda x: next(leaves) if is_inexact(x) else x, tree)
+
+
+def differentiated(tree: Tree) -> Tree:
+    """What of an argument is differentiated; the rest of its leaves are ``None``.
+
+    Nothing is left out unless there is a leaf that JAX does not take, such as a
+    function. Then it is a model as Equinox's are, and its inexact arrays are taken.
+    """
+    leaves = jax.tree.leaves(tree)
+    if all(is_array(x) or _is_number(x) for x in leaves):
+        return tree
+    return jax.tree.map(lambda x: x if is_array(x) and is_inexact(x) else None, tree)
+
+
+def _is_number(leaf: Leaf) -> bool:
+    """Whether JAX takes `leaf` for an array although it is none."""
+    return isinstance(leaf, Number) or hasattr(leaf, "__jax_array__")
+
+
+def fill(tree: Tree, part: Tree) -> Tree:
+    """`tree` with the leaves of `part` where these are not ``None``."""
+    return jax.tree.map(lambda x, new: x if new is None else new, tree, part)
 
 
 def fill_float0(grads: Tree, params: Tree) -> Tree:

@@ -114,7 +114,10 @@ def value_and_grad(
     Args:
       fun: The function to differentiate, returning a real scalar. It sees one
         micro-batch at a time.
-      argnums: As in `jax.value_and_grad`.
+      argnums: As in `jax.value_and_grad`. A tree with leaves that JAX does not take,
+        such as a whole Equinox model, is differentiated as by
+        `equinox.filter_value_and_grad`: the gradient is ``None`` for all leaves but
+        floating and complex arrays.
       has_aux: As in `jax.value_and_grad`.
       holomorphic: As in `jax.value_and_grad`: value and gradient are complex. Weights
         are real all the same.
@@ -425,14 +428,16 @@ class Settings:
         @jax.jit
         def run(batch: Batch, arrays: list[Any]) -> Any:
             aux_specs = _accumulators.specs(self.aux, self.devices.axis_name)
-            grads_specs = self.devices.gradient_specs(call.params, self.overwritten)
+            grads_specs = self.devices.gradient_specs(
+                _tree.keep_inexact(call.differentiated), self.overwritten
+            )
             result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
             return self.devices.on_each_device(
                 loop, batch, arrays, split.axes, (result_specs, P())
             )
 
         (value, grads), info = run(call.batch, arrays)
-        return (value, _tree.fill_float0(grads, call.params)), info
+        return (value, _tree.fill_float0(grads, call.differentiated)), info
 
 
 class _Microbatch(NamedTuple):
@@ -512,12 +517,18 @@ class _Loop:
         call, settings = self.call, self.settings
         number = settings.devices.global_index(index, self.split.num_microbatches)
         args, kwargs = call.for_microbatch(part, carry, number)
+        parts = list(args)
         for i in jax.tree.leaves(call.argnums):
             # So that `jax.grad` gives this device's gradient, and not the sum of all.
-            args[i] = _collectives.vary(settings.devices.axis_name, args[i])
+            own = _tree.differentiated(args[i])
+            parts[i] = _collectives.vary(settings.devices.axis_name, own)
+            args[i] = _tree.fill(args[i], parts[i])
 
-        def unpacked(*args: Any, **kwargs: Any) -> tuple[Scalar, Any]:
-            result = call.apply(settings.fun, args, kwargs)
+        def unpacked(*parts: Any, **kwargs: Any) -> tuple[Scalar, Any]:
+            whole = list(parts)
+            for i in jax.tree.leaves(call.argnums):
+                whole[i] = _tree.fill(args[i], parts[i])
+            result = call.apply(settings.fun, whole, kwargs)
             value, *rest = self.outputs.unpack(result, carry)
             return value, rest
 
@@ -527,7 +538,7 @@ class _Loop:
             has_aux=True,
             holomorphic=settings.holomorphic,
             allow_int=settings.allow_int,
-        )(*args, **kwargs)
+        )(*parts, **kwargs)
         grads = _tree.keep_inexact(grads)
 
         given = size / self._unit
@@ -535,7 +546,7 @@ class _Loop:
             given = call.apply(settings.weight, args, kwargs)
         dtype = _tree.scalar_dtype((value, grads, aux))
         weight, is_positive = _validate.weight(given, dtype)
-        params = _tree.keep_inexact(jax.tree.map(lambda i: args[i], call.argnums))
+        params = _tree.keep_inexact(jax.tree.map(lambda i: parts[i], call.argnums))
         weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
         counted: bool | Scalar = True
         if not is_positive or settings.skip is not None:

@@ -169,6 +169,77 @@ def test_in_one_step_training_equals_global_batches(model, options):
         chex.assert_trees_all_close(trained(model), trained(expected), rtol=2e-5)
 
 
+def named_loss(model, batch):
+    """Of a model with names among its leaves, and with Python's numbers."""
+    named, _ = model
+    return loss_fn(named, batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_microbatches": 8},
+        {"microbatch_size": 3, "skip": oa.skip_not_finite, "noise_scale": True},
+        {"num_microbatches": 2, "mesh": True},
+        slow({"num_microbatches": 2, "mesh": True, "scatter": True}),
+    ],
+)
+def test_a_whole_model_is_differentiated_as_by_equinox(options):
+    model = Network(jax.random.key(0)), {"name": "net", "on": True, "rate": 0.1}
+    batch = batch_of(16, 0)
+    if options.get("mesh"):
+        mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        options = options | {"mesh": mesh, "axis_name": "data"}
+    wanted = eqx.filter_jit(eqx.filter_value_and_grad(named_loss))(model, batch)
+    got = eqx.filter_jit(oa.value_and_grad(named_loss, **options))(model, batch)
+    got = got[0] if "skip" in options else got
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert got[1][0].scale is None
+    assert got[1][1]["rate"] is None
+
+
+def test_a_model_of_which_all_leaves_are_arrays_is_differentiated_as_by_jax(model):
+    """Without a leaf that JAX refuses, integers raise and numbers have a gradient."""
+
+    def loss(model, batch):
+        return jnp.mean(model["layer"](batch[0][0]) ** 2) * model["scale"]
+
+    layer = {"layer": model.layers[1], "scale": 2.0}
+    batch = (jnp.ones((4, 8)),)
+    wanted = jax.value_and_grad(loss)(layer, batch)
+    got = jax.jit(oa.value_and_grad(loss, num_microbatches=2))(layer, batch)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-6)
+    with pytest.raises(TypeError, match="real- or complex-valued inputs"):
+        oa.value_and_grad(loss, num_microbatches=2)(layer | {"scale": 2}, batch)
+
+
+def test_windows_take_the_gradient_of_a_whole_model(model):
+    """Each micro-step runs micro-batches of its own; together they are one batch."""
+    gradient = oa.value_and_grad(loss_fn, microbatch_size=1, return_info=True)
+
+    @eqx.filter_jit
+    def step(batch, model, state):
+        (loss, grads), info = gradient(model, batch)
+        params, static = eqx.partition(model, is_trained)
+        params, state = COUNTED.update_params(
+            grads, state, params, weight=info.weight, value=loss
+        )
+        return eqx.combine(params, static), state
+
+    state = COUNTED.init(trained(model))
+    for part in parts(WINDOWS[0]):
+        model, state = step(part, model, state)
+    chex.assert_trees_all_close(
+        trained(model), trained(in_global_batches()[0]), rtol=2e-5
+    )
+
+
+def test_a_whole_model_is_checked_for_equivalence(model):
+    report = oa.diagnose.check_equivalence(loss_fn, model, batch_of(8, 0), 4)
+    assert report, str(report)
+
+
 def test_static_leaves_have_neither_accumulator_nor_gradient(model):
     grads = eqx.filter_jit(eqx.filter_grad(loss_fn))(model, WINDOWS[0])
     assert grads.activation is None

@@ -123,7 +123,6 @@ def _hidden_state(seen: Comparison) -> Cause | None:
         "the same call twice, on the global batch, gives two results, "
         f"{moved:.1e} apart: `fun` depends on something that is not among its "
         "arguments, such as numpy.random. Pass a random key",
-        "`rng_argnums`",
     )
 
 

@@ -145,8 +145,9 @@ class Problem:
         problem = cls(settings, args, kwargs, call, split)
         # As arrays, so that other parameters are passed in the same way.
         for position in jax.tree.leaves(call.argnums):
-            own = jax.tree.map(jnp.asarray, call.args[position])
-            problem = problem.with_argument(position, own)
+            argument = call.args[position]
+            own = jax.tree.map(jnp.asarray, _tree.differentiated(argument))
+            problem = problem.with_argument(position, _tree.fill(argument, own))
         return problem.with_batch(call.batch)
 
     @property
@@ -280,8 +281,9 @@ class Problem:
 
         moved = self
         for position in jax.tree.leaves(self.call.argnums):
-            argument = jax.tree.map(move, self.call.args[position])
-            moved = moved.with_argument(position, argument)
+            argument = self.call.args[position]
+            part = jax.tree.map(move, _tree.differentiated(argument))
+            moved = moved.with_argument(position, _tree.fill(argument, part))
         return moved
 
     # --- Parts of the batch, for `with_batch` ---
