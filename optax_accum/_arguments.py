@@ -326,6 +326,15 @@ def bind_positions(
     return in_place, others, names
 
 
+def takes_more(function: Function, fun: Function, name: str) -> bool:
+    """Whether `function` has a parameter called `name`, and `fun` has not."""
+    try:
+        own, others = (inspect.signature(f).parameters for f in (function, fun))
+    except (TypeError, ValueError):  # Not every callable tells.
+        return False
+    return name in own and name not in others
+
+
 def arrays_in(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
     """The arrays in `tree`, and how to build it from others in their places.
 

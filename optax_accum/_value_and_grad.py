@@ -141,7 +141,9 @@ def value_and_grad(
         not to be divided (Σ gᵢ).
       weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
         how many units (valid tokens, say) this micro-batch's mean was taken over. By
-        default the number of its examples.
+        default the number of its examples. If it has a parameter called ``aux`` that
+        `fun` has not, it is given the auxiliary output of `fun` by that name; the
+        result is a constant to derivatives.
       skip: ``skip(grads, None, params) -> (bool, info)`` rejects a micro-batch:
         `oa.skip_not_finite`, or one of Optax's predicates.
       overwrite: As in `oa.accumulate`: which leaves of the gradient are no gradients.
@@ -271,6 +273,13 @@ def value_and_grad(
             f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
             "is False. Pass has_aux=True, or leave `aux` out"
         )
+    weight_takes_aux = weight is not None and _arguments.takes_more(weight, fun, "aux")
+    if weight_takes_aux and not has_aux:
+        raise ValueError(
+            "`weight` has a parameter called `aux`, for the auxiliary output of `fun`, "
+            "but `has_aux` is False. Return (value, aux) from `fun` and pass "
+            "has_aux=True, or give the parameter another name"
+        )
     roles = _arguments.Roles.of(
         argnums,
         batch_argnums,
@@ -293,6 +302,7 @@ def value_and_grad(
         **sizes,
         reduction=reduction,
         weight=weight,
+        weight_takes_aux=weight_takes_aux,
         skip=skip,
         overwritten=Overwritten(overwrite),
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
@@ -374,6 +384,7 @@ class Settings:
     microbatch_size: int | None
     reduction: Reduction
     weight: Function | None
+    weight_takes_aux: bool
     skip: Skip | None
     overwritten: Overwritten
     accumulator_dtype: DType
@@ -543,7 +554,8 @@ class _Loop:
 
         given = size / self._unit
         if settings.weight is not None:
-            given = call.apply(settings.weight, args, kwargs)
+            more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
+            given = call.apply(settings.weight, args, kwargs | more)
         dtype = _tree.scalar_dtype((value, grads, aux))
         weight, is_positive = _validate.weight(given, dtype)
         params = _tree.keep_inexact(jax.tree.map(lambda i: parts[i], call.argnums))

@@ -205,6 +205,24 @@ def test_missing_weights_are_named():
     np.testing.assert_allclose([float(s) for s in shown], shares, atol=2e-3)
 
 
+def test_a_weight_out_of_the_loss_is_taken_from_there():
+    """In the check itself, and where it looks for a cause."""
+
+    def with_count(params, batch):
+        return masked(params, batch), {"count": count(params, batch)}
+
+    def counted(power):
+        def weight(params, batch, aux):
+            del params, batch
+            return aux["count"] ** power
+
+        return check(with_count, BATCH, has_aux=True, weight=weight)
+
+    report = counted(1)
+    assert report, str(report)
+    assert_differs(counted(2), "weights", "`weight` counts something else")
+
+
 def test_wrong_weights_are_named():
     report = check(masked, BATCH, weight=lambda p, b: count(p, b) ** 2)
     assert_differs(report, "weights", "`weight` counts something else")

@@ -90,6 +90,39 @@ class TestValueAndGrad:
         close(grads, expected_grads)
         chex.assert_trees_all_equal_structs(grads, expected_grads)
 
+    def test_a_weight_may_come_out_of_the_loss(self):
+        """The number of examples that the module itself lets count."""
+
+        def counted(model, x):
+            prediction = model(x)
+            kept = prediction > prediction[0]
+            total = jnp.sum(jnp.where(kept, (prediction - 1) ** 2, 0))
+            return total / jnp.maximum(kept.sum(), 1), kept.sum()
+
+        def weight(model, x, aux):
+            assert isinstance(model, MLP)
+            del x
+            return aux
+
+        def by_hand(model):
+            parts = [counted(model, X[i::4]) for i in range(4)]
+            return sum(v * n for v, n in parts) / sum(n for _, n in parts)
+
+        model = MLP()
+        in_parts = oaf.value_and_grad(
+            counted,
+            has_aux=True,
+            num_microbatches=4,
+            weight=weight,
+            aux="sum",
+            return_info=True,
+        )
+        ((value, count), grads), info = nnx.jit(in_parts)(model, X)
+        expected, expected_grads = nnx.value_and_grad(by_hand)(model)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        close(grads, expected_grads)
+        assert count == info.weight
+
     def test_state_and_outputs_are_those_of_micro_batches_in_sequence(self):
         """In values, gradients, statistics, random streams and auxiliary output."""
 

@@ -453,6 +453,73 @@ def test_a_micro_batch_of_weight_0_counts_in_a_ratio_and_a_sum(reduction, size):
     assert int(examples) == int(seen) == 8
 
 
+@pytest.mark.parametrize("reduction", ["mean", "ratio"])
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_weight_may_come_out_of_the_loss(size, reduction):
+    """Of examples that activations choose; in one micro-batch there is none."""
+
+    def loss(params, batch):
+        kept = (residuals(params, batch) > 2.5) & (jnp.abs(batch["x"][:, 0]) < 1)
+        total = jnp.sum(jnp.where(kept, residuals(params, batch), 0))
+        count = kept.sum().astype(float)
+        aux = {"kept": count, "where": kept}
+        return total / count if reduction == "mean" else total, aux
+
+    def mean(params, batch):
+        value, aux = loss(params, batch)
+        return value if reduction == "mean" else value / aux["kept"]
+
+    def kept(params, batch, *, aux):
+        del params, batch
+        return aux["kept"]
+
+    params, batch = make_params(), make_batch()
+    part = slice(0, None, B // size) if B % size == 0 else slice(0, size)
+    batch["x"][part, 0] = 2
+    policies = {"kept": "sum", "where": "concat"}
+    options = {"has_aux": True, "microbatch_size": size, "aux": policies}
+    f = oa.value_and_grad(
+        loss, weight=kept, reduction=reduction, return_info=True, **options
+    )
+    ((value, aux), grads), info = jax.jit(f)(params, batch)
+    same((value, grads), whole(mean)(params, batch))
+    assert 0 < info.weight == aux["kept"] == aux["where"].sum() < B
+    assert not aux["where"][part].any()
+
+
+def test_a_weight_out_of_the_loss_is_no_weight_where_the_loss_is_rejected():
+    def loss(w, x):
+        return jnp.mean(x * w), x.sum()
+
+    x = jnp.array([1.0, np.nan, 3.0])
+    f = oa.value_and_grad(
+        loss,
+        has_aux=True,
+        num_microbatches=3,
+        weight=lambda w, x, aux: 2 * aux,  # noqa: ARG005
+        skip=oa.skip_not_finite,
+        return_info=True,
+    )
+    ((value, _), grad), info = jax.jit(f)(jnp.ones(()), x)
+    assert (value, grad) == (2.5, 2.5)
+    assert (info.weight, info.skipped) == (8, 1)
+
+
+def test_a_parameter_called_aux_may_be_the_loss_s_own():
+    def loss(w, x, aux):
+        return jnp.mean(x * w) + 0 * aux, aux
+
+    f = oa.value_and_grad(
+        loss,
+        has_aux=True,
+        num_microbatches=3,
+        weight=lambda w, x, aux: x.sum() * aux,  # noqa: ARG005
+        return_info=True,
+    )
+    (_, _), info = jax.jit(f)(jnp.ones(()), jnp.arange(3.0), 2.0)
+    assert info.weight == 6
+
+
 def test_the_weight_sees_the_arguments_of_fun():
     seen = []
 

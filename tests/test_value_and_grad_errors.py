@@ -390,6 +390,11 @@ def test_a_weight_that_is_not_a_non_negative_number_is_refused(weight, error, wo
         run(weight=weight)
 
 
+def test_a_weight_of_auxiliary_output_without_has_aux_is_refused():
+    with raises(ValueError, "`weight` has a parameter called `aux`", "has_aux=True"):
+        run(weight=lambda p, b, aux: aux)  # noqa: ARG005
+
+
 def test_a_skip_that_does_not_return_a_bool_is_refused():
     with raises(TypeError, "`skip` must return (bool scalar, info)", "shape (3,)"):
         run(skip=lambda grads, step, params: (grads["w"] > 0, ()))  # noqa: ARG005

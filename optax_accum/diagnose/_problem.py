@@ -320,10 +320,9 @@ class Problem:
 
     def weight(self) -> float:
         """The weight of this batch."""
-        weight = self.settings.weight
-        if weight is None:
+        if self.settings.weight is None:
             return float(self.split.examples)
-        return float(weight(*self.args, **self.kwargs))
+        return self.whole().weight
 
     def sizes(
         self, gradient: Callable[["Problem"], Result], total_weight: float
