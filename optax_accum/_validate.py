@@ -230,6 +230,23 @@ def whole_number(
     return number
 
 
+def real_microbatches(value: Any, most: int) -> int | Scalar:
+    """An int from 0 to `most`, or a traced integer scalar."""
+    needed = f"`num_real_microbatches` must be an integer from 0 to {most}, how many "
+    needed += "of this batch's micro-batches are to run"
+    number = as_int(value)
+    if number is not None:
+        if not 0 <= number <= most:
+            raise ValueError(f"{needed}; got {number}")
+        return number
+    is_integer = isinstance(value, jax.Array) and value.dtype != bool
+    if not is_integer or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{needed}; got {value!r}")
+    if value.shape != ():
+        raise ValueError(f"{needed}; got an array of shape {value.shape}")
+    return value
+
+
 def fraction(name: str, value: Any, meaning: str) -> float:
     """A number in [0, 1)."""
     is_number = isinstance(value, Real) and not _is_bool(value)

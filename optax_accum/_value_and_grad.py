@@ -7,11 +7,12 @@ runs `fun` and its gradient on one micro-batch after another and adds them to a
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,8 @@ def value_and_grad(
     batch_argnums: int | Sequence[int] = 1,
     batch_argnames: str | Sequence[str] = (),
     batch_axis: BatchAxis = 0,
+    num_real_microbatches: int | Scalar | None = None,
+    unroll: int | bool = 1,
     # how it counts
     reduction: Reduction = "mean",
     weight: Function | None = None,
@@ -136,6 +139,11 @@ def value_and_grad(
         then those of `batch_argnames`), as `in_axes` of `jax.vmap`: an int, ``None``,
         or a tree of these that is a prefix of the argument. What has ``None`` is not
         split and reaches every micro-batch whole.
+      num_real_microbatches: How many micro-batches, the first ones, are to run, if not
+        all: an int, or an integer scalar array that only run time knows; see below.
+      unroll: As in `jax.lax.scan`: how many micro-batches make one round of the loop,
+        or whether to have no loop at all. It is for convolutions on CPUs, which are
+        slow inside a loop; it costs time to compile, and memory.
       reduction: ``"mean"`` if `fun` is a mean over the weight; ``"ratio"`` if it is a
         sum to be divided by the total weight once (Σ gᵢ / Σ wᵢ); ``"sum"`` if it is
         not to be divided (Σ gᵢ).
@@ -234,6 +242,16 @@ def value_and_grad(
       communication, if every micro-batch can be sharded as the batch was. With a
       smaller last micro-batch they are contiguous.
 
+    Note: Micro-batches that do not run
+      With `num_real_microbatches` the micro-batches from that number on are not run at
+      all. W is that of the others; ``"stack"`` and ``"concat"`` have zeros for those
+      that did not run, and ``"last"`` is the last one that did. With 0 everything is
+      zeros, and a carry stays as it is. A number outside of 0 to K is an error, or, if
+      only run time knows it, the nearest of these. What goes through such a loop can
+      not be differentiated in reverse. With `mesh` the number holds for all devices.
+      Inside `jax.pmap` or `jax.shard_map` each device may have its own, unless `fun`
+      exchanges anything with the others, who would wait for it forever.
+
     Note: Across devices
       Inside `jax.pmap` or `jax.shard_map` each device calls this with its own part of
       the batch, of which the sizes speak; with `mesh` the call has the whole batch.
@@ -293,6 +311,8 @@ def value_and_grad(
     for name, size in sizes.items():
         if size is not None:
             sizes[name] = _validate.whole_number(name, size)
+    if not isinstance(unroll, bool):
+        unroll = _validate.whole_number("unroll", unroll, "a bool or an int >= 1")
     settings = Settings(
         fun=fun,
         roles=roles,
@@ -300,6 +320,8 @@ def value_and_grad(
         holomorphic=holomorphic,
         allow_int=allow_int,
         **sizes,
+        num_real_microbatches=num_real_microbatches,
+        unroll=unroll,
         reduction=reduction,
         weight=weight,
         weight_takes_aux=weight_takes_aux,
@@ -382,6 +404,8 @@ class Settings:
     allow_int: bool
     num_microbatches: int | None
     microbatch_size: int | None
+    num_real_microbatches: int | Scalar | None
+    unroll: int | bool
     reduction: Reduction
     weight: Function | None
     weight_takes_aux: bool
@@ -427,12 +451,21 @@ class Settings:
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
-        arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs))
+        number = self.num_real_microbatches
+        if number is not None:
+            number = _validate.real_microbatches(number, split.num_microbatches)
+        if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
+            raise ValueError(
+                f"`unroll={self.unroll}` needs to know the number of micro-batches, "
+                "and `num_real_microbatches` is known to run time only. Leave one of "
+                "the two out"
+            )
+        arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs, number))
 
         def loop(batch: Batch, arrays: list[Any]) -> Any:
-            args, kwargs = rebuild(arrays)
+            args, kwargs, number = rebuild(arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
-            return _Loop(self, mine, split, outputs).run()
+            return _Loop(self, mine, split, outputs, number).run()
 
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
         # function closes over, JAX keeps. What is not an array stays what it is.
@@ -479,6 +512,7 @@ class _Loop:
     call: _arguments.Call
     split: _split.Split
     outputs: _outputs.Outputs
+    number: int | Scalar | None  # of micro-batches to run, or ``None`` for all
 
     def run(self) -> tuple[Any, MicrobatchInfo]:
         """One micro-batch after another, the sum over devices, and the division."""
@@ -496,19 +530,58 @@ class _Loop:
             part = split.take_remainder(call.batch)
             return self._microbatch(part, carry, split.whole, split.remainder)
 
-        indices = jnp.arange(split.whole, dtype=jnp.int32)
-        carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
+        carry, shapes = self._first_carry(microbatch, carry_before, jnp.int32(0))
         accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
 
-        def body(totals: _Totals, index: Scalar) -> tuple[_Totals, None]:
+        def step(totals: _Totals, index: Scalar) -> _Totals:
             new = microbatch(totals.carry, index)
-            return self._add(totals, new, accumulators, index, split.size), None
+            return self._add(totals, new, accumulators, index, split.size)
 
-        totals, _ = lax.scan(body, self._start(shapes, accumulators, carry), indices)
-        if split.remainder:
+        def last_step(totals: _Totals) -> _Totals:
             new = remainder(totals.carry)
-            totals = self._add(totals, new, accumulators, split.whole, split.remainder)
+            return self._add(totals, new, accumulators, split.whole, split.remainder)
+
+        totals = self._start(shapes, accumulators, carry)
+        if isinstance(self.number, jax.Array):
+            totals = self._some(self.number, step, last_step, totals)
+        else:
+            number = split.num_microbatches if self.number is None else self.number
+            indices = jnp.arange(min(number, split.whole), dtype=jnp.int32)
+            totals, _ = lax.scan(
+                lambda totals, index: (step(totals, index), None),
+                totals,
+                indices,
+                unroll=self.settings.unroll,
+            )
+            if number > split.whole:
+                totals = last_step(totals)
         return self._finish(totals, shapes, accumulators, carry_before)
+
+    def _some(
+        self,
+        number: Scalar,
+        step: Callable[[_Totals, Scalar], _Totals],
+        last_step: Callable[[_Totals], _Totals],
+        totals: _Totals,
+    ) -> _Totals:
+        """As many micro-batches as `number` says when it runs."""
+        whole, axis_name = self.split.whole, self.settings.devices.axis_name
+
+        def vary(totals: _Totals) -> _Totals:
+            # Each device may have another number, and then all that it sums up differs.
+            return _tree.vary_like(_collectives.vary(axis_name, totals), number)
+
+        totals = lax.fori_loop(
+            np.int32(0),
+            jnp.minimum(number, whole).astype(jnp.int32),
+            lambda index, totals: vary(step(totals, index)),
+            vary(totals),
+        )
+        if not self.split.remainder:
+            return totals
+        return lax.cond(
+            number > whole, lambda t: vary(last_step(t)), lambda t: t, totals
+        )
 
     @property
     def _unit(self) -> int:
@@ -645,7 +718,7 @@ class _Loop:
     ) -> tuple[Any, MicrobatchInfo]:
         settings, devices = self.settings, self.settings.devices
         own = totals.window
-        if settings.weight is None and settings.skip is None:
+        if settings.weight is None and settings.skip is None and self.number is None:
             # Known before; what nothing asks for, XLA takes out of the loop.
             weight = jnp.full_like(own.weight, self.split.examples / self._unit)
             own = own._replace(weight=_tree.vary_like(weight, own.weight))

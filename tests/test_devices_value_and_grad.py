@@ -248,6 +248,56 @@ def test_the_function_is_traced_once_on_devices(way):
         f(SMALL, devices.whole(way, X))
 
 
+@inside
+@pytest.mark.parametrize("size", [2, 3])  # 2 and 2, or 3 and 1
+def test_each_device_may_run_another_number_of_micro_batches(way, size):
+    """And what the others hold is in no result, nor in a carry."""
+
+    def fun(params, x, carry):
+        value = small(params, x)
+        return value, (value, (carry[0] + 1, jnp.mean(x)))
+
+    def run(params, x):
+        f = oa.value_and_grad(
+            fun,
+            has_aux=True,
+            aux="mean",
+            microbatch_size=size,
+            carry_argnum=2,
+            axis_name=AXIS,
+            num_real_microbatches=jax.lax.axis_index(AXIS) % 3,
+            return_info=True,
+        )
+        return f(params, x, (jnp.int32(0), jnp.float32(0)))
+
+    parts = X.reshape(COUNT, 4, 3)
+    chosen = {2: (0, 2, 1, 3), 3: (0, 1, 2, 3)}[size]  # strided or contiguous
+    counts = [min(size * (i % 3), 4) for i in range(COUNT)]
+    real = [part[jnp.array(chosen[:n], int)] for part, n in zip(parts, counts)]  # noqa: B905
+    wanted = jax.value_and_grad(small)(SMALL, jnp.concatenate(real))
+    f = devices.inside(way, run, (None, 0), (None,))
+    ((value, (aux, carry)), grads), info = devices.result(
+        way, f(SMALL, devices.whole(way, X))
+    )
+    close((value, grads), wanted)
+    close(aux, value)
+    assert info.weight == sum(counts)
+    assert carry[0] == max(i for i in range(COUNT) if i % 3) % 3  # the last that ran
+
+
+@outside
+def test_a_number_of_micro_batches_holds_for_all_devices_of_a_mesh(way):
+    @jax.jit
+    def run(params, x, number):
+        options = {"num_microbatches": 4, "num_real_microbatches": number}
+        return devices.in_step(way, small, return_info=True, **options)(params, x)
+
+    result, info = run(SMALL, X, 3)
+    real = X.reshape(COUNT, 4, 3)[:, :3].reshape(-1, 3)
+    close(result, jax.value_and_grad(small)(SMALL, real))
+    assert info.weight == 3 * COUNT
+
+
 # --- What comes beside value and gradient ---
 
 

@@ -807,3 +807,167 @@ def test_grad_returns_the_info_too():
     same(grads, jax.grad(mean_loss)(make_params(), make_batch()))
     assert isinstance(info, oa.MicrobatchInfo)
     assert info == oa.MicrobatchInfo(B, 0)
+
+
+# --- A number of micro-batches that run time knows ---
+
+
+def which(size, number):
+    """The examples of the first `number` micro-batches, equal or with a remainder."""
+    k = -(-B // size)
+    if B % size:
+        return np.arange(min(size * number, B))
+    return np.sort(np.concatenate([np.arange(i, B, k) for i in range(number)]))
+
+
+def spoilt(batch, real):
+    """`batch` with NaN in all but the `real` examples."""
+
+    def spoil(x):
+        out = np.full_like(x, np.nan)
+        out[real] = x[real]
+        return out
+
+    return jax.tree.map(spoil, batch)
+
+
+NUMBERS = [(4, 1), (4, 3), (5, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize(("size", "number"), NUMBERS)
+def test_micro_batches_behind_the_number_do_not_run(size, number, traced):
+    ran = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda _: ran.append(1), batch["x"])
+        return loss_with_aux(params, batch)
+
+    policies = {"loss": "concat", "sizes": ("stack", "mean"), "correct": "last"}
+
+    @jax.jit
+    def run(params, batch, number):
+        f = oa.value_and_grad(
+            loss,
+            has_aux=True,
+            aux=policies,
+            microbatch_size=size,
+            num_real_microbatches=number if traced else int(number_given),
+            return_info=True,
+        )
+        return f(params, batch)
+
+    number_given, real = number, which(size, number)
+    params, batch = make_params(), make_batch()
+    if B % size:
+        policies["correct"] = "concat"
+    result = run(params, spoilt(batch, real), number)
+    jax.effects_barrier()
+    assert len(ran) == number
+    ((value, aux), grads), info = result
+    part = jax.tree.map(lambda x: x[real], batch)
+    wanted, wanted_grads = whole(loss_with_aux, has_aux=True)(params, part)
+    same((value, grads), (wanted[0], wanted_grads))
+    assert info == oa.MicrobatchInfo(len(real), 0)
+    padded = np.zeros(B)
+    padded[real] = wanted[1]["loss"]
+    same(aux["loss"], jnp.asarray(padded))
+    same(aux["sizes"][1], wanted[1]["sizes"][1])
+    sizes = aux["sizes"][0]
+    assert sizes.sum() == len(real)
+    assert (sizes[number:] == 0).all()
+    if policies["correct"] == "last":
+        last = np.arange(number - 1, B, B // size)
+        wanted = loss_with_aux(params, jax.tree.map(lambda x: x[last], batch))
+        assert aux["correct"].tolist() == wanted[1]["correct"].tolist()
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_without_any_micro_batch_everything_is_zeros_and_a_carry_stays(traced):
+    def loss(w, x, carry):
+        return jnp.mean(x * w), (x.sum(), carry + 1)
+
+    def run(number):
+        f = oa.value_and_grad(
+            loss,
+            has_aux=True,
+            microbatch_size=5,
+            carry_argnum=2,
+            aux="last",
+            num_real_microbatches=number if traced else 0,
+            return_info=True,
+            noise_scale=True,
+        )
+        return f(jnp.ones(()), jnp.full(B, jnp.nan), jnp.float64(7))
+
+    ((value, (aux, carry)), grad), info = jax.jit(run)(0)
+    assert (value, grad, aux, carry) == (0, 0, 0, 7)
+    assert (info.weight, info.skipped, info.noise_scale.count) == (0, 0, 0)
+
+
+def test_the_number_goes_with_weights_skip_carry_and_keys():
+    """As the same call on a batch of which the rest was cut away."""
+
+    def loss(w, x, carry, key):
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return jnp.mean((x + noise) * w) ** 2, carry + jnp.sum(x)
+
+    def call(x, **options):
+        f = oa.value_and_grad(
+            loss,
+            carry_argnum=2,
+            rng_argnums=3,
+            microbatch_size=4,
+            weight=lambda w, x, carry, key: jnp.abs(x).sum(),  # noqa: ARG005
+            skip=oa.skip_not_finite,
+            noise_scale=True,
+            **options,
+        )
+        return f(jnp.ones(()), x, jnp.zeros(()), jax.random.key(0))
+
+    x = normal(4, 5)  # a micro-batch in each column
+    x[2, 1] = np.nan
+    got = jax.jit(lambda n: call(x.ravel(), num_real_microbatches=n))(3)
+    same(got, jax.jit(lambda: call(x[:, :3].ravel()))())
+    assert got[1].skipped == 1
+
+
+def test_vmap_over_the_number_equals_one_by_one():
+    params = make_params()
+
+    def run(number, batch):
+        f = oa.value_and_grad(
+            mean_loss, microbatch_size=5, num_real_microbatches=number, return_info=True
+        )
+        return f(params, batch)
+
+    numbers = [0, 1, 3, 2]
+    batches = [spoilt(make_batch(), which(5, n)) for n in numbers]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+    got = jax.jit(jax.vmap(run))(jnp.array(numbers), stacked)
+    for i, number in enumerate(numbers):
+        alone = jax.jit(run)(number, batches[i])
+        same(jax.tree.map(lambda x: x[i], got), alone)  # noqa: B023
+        assert alone[1].weight == len(which(5, number))
+
+
+def test_a_number_out_of_range_at_run_time_is_the_nearest():
+    def run(number):
+        f = oa.value_and_grad(
+            mean_loss, microbatch_size=5, num_real_microbatches=number
+        )
+        return f(make_params(), make_batch())
+
+    same(jax.jit(run)(99), jax.jit(run)(3))
+    assert jax.jit(run)(-1)[0] == 0
+
+
+# --- Unrolled ---
+
+
+@pytest.mark.parametrize("unroll", [True, 2, False])
+@pytest.mark.parametrize("size", [2, 5])
+def test_an_unrolled_loop_gives_the_same_result(size, unroll):
+    params, batch = make_params(), make_batch()
+    f = oa.value_and_grad(mean_loss, microbatch_size=size, unroll=unroll)
+    same(jax.jit(f)(params, batch), whole(mean_loss)(params, batch))

@@ -200,3 +200,29 @@ def test_aux_sums_and_means_are_not_stacked():
     statistic = hlo.nbytes(params[0])
     for policy in ("mean", "sum", "last"):
         assert held(policy) < held("stack") - 6 * statistic
+
+
+@pytest.mark.parametrize(("unroll", "loops"), [(1, 1), (4, 1), (8, 0), (True, 0)])
+def test_an_unrolled_program_has_fewer_loops(unroll, loops):
+    f = oa.value_and_grad(loss, num_microbatches=8, unroll=unroll)
+    ours = program(f, make_params(), make_batch())
+    assert len(hlo.operations(ours, "while")) == loops
+    rounds = unroll if loops else 8
+    assert len(hlo.operations(ours, "dot")) == rounds * len(
+        hlo.operations(
+            program(jax.value_and_grad(loss), make_params(), make_batch()), "dot"
+        )
+    )
+
+
+def test_a_number_known_to_run_time_costs_no_temporaries():
+    params = make_params()
+
+    def some(params, batch, number):
+        f = oa.value_and_grad(loss, num_microbatches=8, num_real_microbatches=number)
+        return f(params, batch)
+
+    ours = hlo.compiled(some, params, make_batch(), shape(dtype=jnp.int32), donate=())
+    every = program(oa.value_and_grad(loss, num_microbatches=8), params, make_batch())
+    assert hlo.temporaries(ours) <= hlo.temporaries(every) + SCALARS
+    assert len(hlo.operations(ours, "while")) == 1

@@ -395,6 +395,36 @@ def test_a_weight_of_auxiliary_output_without_has_aux_is_refused():
         run(weight=lambda p, b, aux: aux)  # noqa: ARG005
 
 
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (-1, ValueError, ("from 0 to 5", "got -1")),
+        (6, ValueError, ("from 0 to 5", "got 6")),
+        (np.int32(6), ValueError, ("from 0 to 5", "got 6")),
+        (jnp.int32(6), ValueError, ("from 0 to 5", "got 6")),
+        (1.0, TypeError, ("an integer from 0 to 5", "got 1.0")),
+        (True, TypeError, ("an integer from 0 to 5", "got True")),
+        (jnp.array([1]), ValueError, ("from 0 to 5", "shape (1,)")),
+        (jnp.float32(1), TypeError, ("an integer from 0 to 5", "float32")),
+    ],
+)
+def test_a_number_of_real_micro_batches_that_is_none_is_refused(number, error, words):
+    with raises(error, "`num_real_microbatches`", *words):
+        run(num_real_microbatches=number)
+
+
+def test_a_loop_of_unknown_length_is_not_unrolled():
+    @jax.jit
+    def traced(number):
+        return run(num_real_microbatches=number, unroll=2)
+
+    with raises(ValueError, "`unroll=2`", "`num_real_microbatches`"):
+        traced(1)
+    run(num_real_microbatches=1, unroll=2)
+    with raises(ValueError, "`unroll` must be a bool or an int >= 1; got 0"):
+        run(unroll=0)
+
+
 def test_a_skip_that_does_not_return_a_bool_is_refused():
     with raises(TypeError, "`skip` must return (bool scalar, info)", "shape (3,)"):
         run(skip=lambda grads, step, params: (grads["w"] > 0, ()))  # noqa: ARG005

@@ -134,7 +134,9 @@ class Problem:
         cls, settings: Settings, args: tuple[Tree, ...], kwargs: dict[str, Tree]
     ) -> "Problem":
         """Checks them as `value_and_grad` does."""
-        settings = dataclasses.replace(settings, noise_scale=False)
+        settings = dataclasses.replace(
+            settings, noise_scale=False, num_real_microbatches=None
+        )
         call = settings.roles.bind(settings.fun, args, kwargs)
         split = settings.split(call)
         # The probes cut the whole batch, and not one device's part of it.
