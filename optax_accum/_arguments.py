@@ -349,6 +349,12 @@ def arrays_in(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
     return [x if isinstance(x, jax.Array) else None for x in leaves], rebuild
 
 
+def places_of(tree: Tree) -> Tree:
+    """`tree` with the place of each leaf among its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, range(len(leaves)))
+
+
 def as_positions(role: str, value: Any) -> tuple[int, ...]:
     """One position or several, as a tuple of ints."""
     try:

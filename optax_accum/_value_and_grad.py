@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from optax_accum import (
     _accumulators,
     _arguments,
+    _derivative,
     _outputs,
     _skip,
     _split,
@@ -27,6 +28,7 @@ from optax_accum import (
     _whole,
     _window,
 )
+from optax_accum._derivative import Result
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._types import (
     AnyMesh,
@@ -271,9 +273,14 @@ def value_and_grad(
       weight; its other leaves are those of the last device with any weight.
 
     Note: Differentiating again
-      `jax.grad` of the value goes through the loop, and keeps what every micro-batch
-      needs for its backward pass: right, but without any memory saved. (A NaN in a
-      micro-batch of weight 0 makes that NaN, as it does with `jnp.where`.)
+      `jax.grad` of the value with respect to `argnums` is the gradient that has been
+      computed already, in the same memory. (So weights and carries are constants, as
+      they are to the gradient.) Any other derivative goes through the loop, and keeps
+      what every micro-batch needs for its backward pass: right, but without any memory
+      saved. These are derivatives of the gradient, of auxiliary outputs and of a carry;
+      all those of a call of which something else is differentiated as well, such as the
+      batch or what `fun` closes over; and those of a `fun` with a `jax.Ref`. (There, a
+      NaN in a micro-batch of weight 0 makes a derivative NaN, as with `jnp.where`.)
 
     References:
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
@@ -460,9 +467,11 @@ class Settings:
                 "and `num_real_microbatches` is known to run time only. Leave one of "
                 "the two out"
             )
-        arrays, rebuild = _arguments.arrays_in((call.args, call.kwargs, number))
+        given = call.args, call.kwargs, number
+        arrays, rebuild = _arguments.arrays_in(given)
+        places, *_ = _arguments.places_of(given)
 
-        def loop(batch: Batch, arrays: list[Any]) -> Any:
+        def loop(batch: Batch, arrays: list[Any]) -> Result:
             args, kwargs, number = rebuild(arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
             return _Loop(self, mine, split, outputs, number).run()
@@ -470,18 +479,32 @@ class Settings:
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
         # function closes over, JAX keeps. What is not an array stays what it is.
         @jax.jit
-        def run(batch: Batch, arrays: list[Any]) -> Any:
-            aux_specs = _accumulators.specs(self.aux, self.devices.axis_name)
-            grads_specs = self.devices.gradient_specs(
-                _tree.keep_inexact(call.differentiated), self.overwritten
+        def run(batch: Batch, arrays: list[Any]) -> Result:
+            specs = Result(
+                value=P(),
+                grads=self.devices.gradient_specs(
+                    _tree.keep_inexact(call.differentiated), self.overwritten
+                ),
+                rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
             )
-            result_specs = outputs.pack(P(), aux_specs, P()), grads_specs
             return self.devices.on_each_device(
-                loop, batch, arrays, split.axes, (result_specs, P())
+                loop, batch, arrays, split.axes, specs
             )
 
-        (value, grads), info = run(call.batch, arrays)
-        return (value, _tree.fill_float0(grads, call.differentiated)), info
+        is_a_part = self.devices.scatter and self.devices.mesh is None
+        shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if not is_a_part and not shows_values:
+            result = _derivative.run_with_derivative(
+                run,
+                call.batch,
+                arrays,
+                jax.tree.map(lambda i: places[i], call.argnums),
+            )
+        else:
+            result = run(call.batch, arrays)
+        aux, carry, info = result.rest
+        grads = _tree.fill_float0(result.grads, call.differentiated)
+        return (outputs.pack(result.value, aux, carry), grads), info
 
 
 class _Microbatch(NamedTuple):
@@ -514,7 +537,7 @@ class _Loop:
     outputs: _outputs.Outputs
     number: int | Scalar | None  # of micro-batches to run, or ``None`` for all
 
-    def run(self) -> tuple[Any, MicrobatchInfo]:
+    def run(self) -> Result:
         """One micro-batch after another, the sum over devices, and the division."""
         call, split = self.call, self.split
         carry_before = _tree.strongly_typed(call.carry)
@@ -530,7 +553,8 @@ class _Loop:
             part = split.take_remainder(call.batch)
             return self._microbatch(part, carry, split.whole, split.remainder)
 
-        carry, shapes = self._first_carry(microbatch, carry_before, jnp.int32(0))
+        indices = jnp.arange(split.whole, dtype=jnp.int32)
+        carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
         accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
 
         def step(totals: _Totals, index: Scalar) -> _Totals:
@@ -546,11 +570,10 @@ class _Loop:
             totals = self._some(self.number, step, last_step, totals)
         else:
             number = split.num_microbatches if self.number is None else self.number
-            indices = jnp.arange(min(number, split.whole), dtype=jnp.int32)
             totals, _ = lax.scan(
                 lambda totals, index: (step(totals, index), None),
                 totals,
-                indices,
+                indices[:number],
                 unroll=self.settings.unroll,
             )
             if number > split.whole:
@@ -715,7 +738,7 @@ class _Loop:
         shapes: _Microbatch,
         accumulators: list[_accumulators.Accumulator],
         carry_before: Tree,
-    ) -> tuple[Any, MicrobatchInfo]:
+    ) -> Result:
         settings, devices = self.settings, self.settings.devices
         own = totals.window
         if settings.weight is None and settings.skip is None and self.number is None:
@@ -740,7 +763,7 @@ class _Loop:
         if self._unit != 1:
             weight = jnp.round(weight * self._unit)  # a number of examples
         info = MicrobatchInfo(weight, total.skipped, self._noise_scale(total, shapes))
-        return (self.outputs.pack(value, aux, carry), grads), info
+        return Result(value, grads, (aux, carry, info))
 
     def _noise_scale(self, total: Window, shapes: _Microbatch) -> Any:
         """The noise scale of the batch, if it was asked for."""

@@ -248,6 +248,41 @@ def test_the_function_is_traced_once_on_devices(way):
         f(SMALL, devices.whole(way, X))
 
 
+@everywhere
+def test_the_derivative_of_the_value_is_the_gradient_of_all_devices(way):
+    def value(params, x):
+        options = {"axis_name": AXIS, "num_microbatches": 2}
+        if way in devices.OUTSIDE:
+            kind = AxisType.Auto if way == "auto" else AxisType.Explicit
+            options["mesh"] = devices.mesh(kind)
+        return oa.value_and_grad(small, **options)(params, x)[0]
+
+    f = jax.value_and_grad(value)
+    if way in devices.INSIDE:
+        f = devices.inside(way, f, (None, 0), (None,))
+    got = devices.result(way, jax.jit(f)(SMALL, devices.whole(way, X)))
+    close(got, jax.value_and_grad(small)(SMALL, X))
+
+
+@pytest.mark.parametrize("way", ["checked", "unchecked"])
+def test_the_derivative_of_a_device_s_own_value_is_as_before(way):
+    """Without `axis_name`, as of the loss alone."""
+
+    def run(value_and_grad):
+        def own(params, x):
+            return jax.grad(lambda p: value_and_grad(p, x)[0])(params)
+
+        def kept(params, x):
+            return jax.tree.map(lambda g: g[None], own(params, x))
+
+        out = (0,) if way == "unchecked" else (None,)
+        f = devices.inside(way, kept if out == (0,) else own, (None, 0), out)
+        return f(SMALL, X)
+
+    got = run(oa.value_and_grad(small, num_microbatches=2))
+    close(got, run(jax.value_and_grad(small)))
+
+
 @inside
 @pytest.mark.parametrize("size", [2, 3])  # 2 and 2, or 3 and 1
 def test_each_device_may_run_another_number_of_micro_batches(way, size):

@@ -226,3 +226,17 @@ def test_a_number_known_to_run_time_costs_no_temporaries():
     every = program(oa.value_and_grad(loss, num_microbatches=8), params, make_batch())
     assert hlo.temporaries(ours) <= hlo.temporaries(every) + SCALARS
     assert len(hlo.operations(ours, "while")) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_the_value_costs_no_more_than_the_gradient(dtype):
+    """For frameworks that call `jax.value_and_grad` of a loss themselves."""
+    params, batch = make_params(dtype), make_batch()
+    f = oa.value_and_grad(loss, num_microbatches=8)
+    theirs = program(
+        jax.value_and_grad(lambda params, batch: f(params, batch)[0]), params, batch
+    )
+    ours = program(f, params, batch)
+    assert hlo.temporaries(theirs) <= 1.1 * hlo.temporaries(ours) + SCALARS
+    assert len(hlo.operations(theirs, "while")) == 1
+    assert len(hlo.operations(theirs, "dot")) == len(hlo.operations(ours, "dot"))

@@ -97,6 +97,125 @@ class TestTransformations:
         f = in_parts(microbatch_size=size)
         same(jax.jit(jax.grad(lambda *a: f(*a)[0]))(*args), whole(loss, *args)[1])
 
+    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    def test_the_derivative_of_the_value_is_the_gradient(self, reduction):
+        """Whatever it is of: weights, rejected micro-batches, NaN, a carry."""
+
+        def fun(params, x, y, carry):
+            value = loss(params["w"], x, y) + params["b"].real * params["n"]
+            return value, (jnp.sum(x), carry + value)
+
+        f = in_parts(
+            fun,
+            has_aux=True,
+            carry_argnum=3,
+            weight=lambda params, x, y, carry: jnp.isfinite(x).sum() / 3,  # noqa: ARG005
+            skip=lambda grads, *_: (~(jnp.abs(grads["w"]).max() < 1e3), ()),
+            reduction=reduction,
+            allow_int=True,
+        )
+        w, x, y = arguments()
+        x, y = x.at[-2:].set(jnp.nan), y.at[7].set(1e5)
+        params = {"w": w, "b": jnp.array(1 + 2j), "n": jnp.float64(2), "i": 3}
+
+        @jax.jit
+        def both(params):
+            value = lambda p: f(p, x, y, jnp.zeros(()))[0][0]  # noqa: E731
+            return jax.grad(value, allow_int=True)(params), f(params, x, y, 0.0)[1]
+
+        got, wanted = both(params)
+        assert np.isfinite(wanted["w"]).all()
+        assert (wanted["w"] != 0).any()
+        del got["i"], wanted["i"]  # float0
+        same(got, wanted)
+
+    def test_the_derivative_of_a_holomorphic_value_is_the_gradient(self):
+        f = in_parts(loss, holomorphic=True)
+        w, x, y = (jax.lax.complex(a, a[::-1]) for a in arguments())
+        value = jax.grad(lambda w: f(w, x, y)[0], holomorphic=True)
+        same(jax.jit(value)(w), jax.jit(f)(w, x, y)[1])
+
+    def test_the_derivative_of_narrow_parameters_has_their_dtype(self):
+        def fun(w, x, y):
+            return loss(w.astype(jnp.float32), x, y).astype(jnp.bfloat16)
+
+        args = [a.astype(jnp.float32) for a in arguments()]
+        args[0] = args[0].astype(jnp.bfloat16)
+        f = in_parts(fun)
+        got = jax.jit(jax.grad(lambda *a: f(*a)[0]))(*args)
+        wanted = jax.jit(f)(*args)[1]
+        chex.assert_trees_all_equal_dtypes(got, wanted)
+        np.testing.assert_allclose(got.astype(float), wanted.astype(float), rtol=1e-2)
+
+    def test_several_arguments_at_once_are_differentiated_through_the_loop(self):
+        """Parameters, the batch, and what the loss closes over."""
+
+        def value(value_and_grad):
+            def of(w, x, y, scale):
+                def fun(w, x, y):
+                    return loss(w * scale, x, y) * scale
+
+                value, grads = value_and_grad(fun)(w, x, y)
+                return value + jnp.sum(grads**2)
+
+            return jax.jit(jax.grad(of, argnums=(0, 1, 3)))
+
+        args = *arguments(), jnp.float64(3)
+        same(value(in_parts)(*args), value(jax.value_and_grad)(*args))
+
+    def test_derivatives_of_the_value_compose(self):
+        w, x, y = arguments()
+        tangent, ws = normal(3, 2, seed=1), normal(4, 3, 2)
+
+        def all_of(value_and_grad):
+            def value(w):
+                return value_and_grad(w, x, y)[0]
+
+            def after_three_steps(w):
+                def step(w, _):
+                    value, grads = value_and_grad(w, x, y)
+                    return w - 0.1 * grads, value
+
+                return jax.lax.scan(step, w, length=3)[1].sum()
+
+            return {
+                "forward": jax.jvp(value, (w,), (tangent,)),
+                "hessian": jax.hessian(value)(w),
+                "vmap": jax.vmap(jax.grad(value))(ws),
+                "of vmap": jax.grad(lambda ws: jax.vmap(value)(ws).sum())(ws),
+                "checkpoint": jax.grad(jax.checkpoint(value))(w),
+                "unrolled": jax.grad(after_three_steps)(w),
+            }
+
+        got = jax.jit(lambda: all_of(in_parts()))()
+        same(got, jax.jit(lambda: all_of(jax.value_and_grad(loss)))())
+
+    def test_the_value_of_a_loop_of_unknown_length_can_be_differentiated(self):
+        args = arguments()
+
+        def value(w, number):
+            return in_parts(num_real_microbatches=number)(w, *args[1:])[0]
+
+        got = jax.jit(jax.grad(value))(args[0], 2)
+        same(got, whole(loss, args[0], *(a[:10] for a in args[1:]))[1])
+
+    def test_a_loss_may_count_its_calls_in_a_ref(self):
+        w, x, y = arguments()
+
+        @jax.jit
+        def run(w):
+            calls = jax.new_ref(jnp.int32(0))
+
+            def fun(w, x, y):
+                calls[...] += 1
+                return loss(w, x, y)
+
+            return in_parts(fun)(w, x, y), calls[...]
+
+        got, calls = run(w)
+        same(got, whole(loss, w, x, y))
+        assert calls == 3
+
     def test_the_gradient_can_be_differentiated(self):
         def norm(value_and_grad):
             return lambda *args: jnp.sum(value_and_grad(*args)[1] ** 2)
