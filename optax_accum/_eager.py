@@ -1,33 +1,48 @@
-"""Calls from outside of `jax.jit`."""
+"""Calls outside of `jax.jit`. Those that compile each time are told of, once."""
 
 import warnings
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-
-from optax_accum._types import Tree
 
 _warned: set[str] = set()
 
 
-def is_eager(arguments: Tree) -> bool:
-    """Whether a call with these arguments is traced by nobody."""
-    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+class Calls:
+    """The calls of one function outside of `jax.jit` that compile it each time."""
+
+    def __init__(self, name: str, remedy: str) -> None:
+        """`name` is what was called, `remedy` what to do, as code."""
+        self.name, self.remedy = name, remedy
+        self.count = 0
+
+    def note(self, *arguments: Any) -> None:
+        """Counts a call with these arguments, and warns at the second one."""
+        if self.name in _warned or not is_eager(arguments):
+            return
+        self.count += 1
+        if self.count == 2:
+            _warned.add(self.name)
+            warnings.warn(
+                f"{self.name} was called outside of `jax.jit` for the second time, and "
+                f"is compiled anew at every call there. Compile it once: {self.remedy}"
+                ", or the whole training step. (This is said once.)",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
-def are_arrays(arguments: Tree) -> bool:
+def is_eager(arguments: Any) -> bool:
+    """Whether a `jax.jit` inside of a call with these arguments is compiled at once."""
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return False
+    seen = [*jax.tree.leaves(arguments), jnp.zeros([])]
+    return not any(isinstance(x, jax.core.Tracer) for x in seen)
+
+
+def are_arrays(arguments: Any) -> bool:
     """Whether `arguments` hold nothing but what `jax.jit` takes."""
     array = jax.Array | np.ndarray | np.generic | bool | int | float | complex
     return all(isinstance(x, array) for x in jax.tree.leaves(arguments))
-
-
-def warn_once(name: str, why: str) -> None:
-    """Warns, once in a process, that `name` compiles at every call."""
-    if name not in _warned:
-        _warned.add(name)
-        warnings.warn(
-            f"{name} was called outside of jax.jit, and {why}, so it is compiled again "
-            "at every call. Put the training step under jax.jit (nnx.jit, "
-            "eqx.filter_jit)",
-            stacklevel=4,
-        )

@@ -20,6 +20,7 @@ from optax_accum import (
     _accumulators,
     _arguments,
     _derivative,
+    _eager,
     _outputs,
     _skip,
     _split,
@@ -114,7 +115,8 @@ def value_and_grad(
     with wᵢ the number of examples in micro-batch i, or what `weight` says. If `fun` is
     a mean over the examples, these are the value and the gradient of the whole batch.
 
-    Call it under `jax.jit`; outside of it the loop is compiled again at every call.
+    Call it under `jax.jit`; outside of it the loop is compiled again at every call, and
+    a warning says so once.
 
     Args:
       fun: The function to differentiate, returning a real scalar. It sees one
@@ -342,8 +344,11 @@ def value_and_grad(
         functions={"the loss": fun} | ({"`weight`": weight} if weight else {}),
     )
 
+    calls = _eager.Calls("`value_and_grad`", "jax.jit(oa.value_and_grad(...))")
+
     @functools.wraps(fun)
     def value_and_grad_of_batch(*args: Any, **kwargs: Any) -> Any:
+        calls.note(args, kwargs)
         return settings(args, kwargs)
 
     # For `grad`, `optax_accum.flax` and `check_equivalence`, which vary them.
@@ -386,8 +391,11 @@ def grad(
     """
     settings = settings_of(value_and_grad(fun, argnums, has_aux, **options))
 
+    calls = _eager.Calls("`grad`", "jax.jit(oa.grad(...))")
+
     @functools.wraps(fun)
     def grad_of_batch(*args: Any, **kwargs: Any) -> Any:
+        calls.note(args, kwargs)
         (value, grads), info = settings.run(args, kwargs)
         result = (grads, value[1]) if settings.has_extra else grads
         return (result, info) if settings.returns_info else result

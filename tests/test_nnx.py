@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 import optax_accum.flax as oaf
+from optax_accum import _eager
 from tests.support import hlo
 from tests.support.training import promoting, slow
 from tests.support.xla import optimized
@@ -89,6 +90,14 @@ class TestValueAndGrad:
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         close(grads, expected_grads)
         chex.assert_trees_all_equal_structs(grads, expected_grads)
+
+    def test_a_second_call_without_jit_warns_of_nnx_jit(self, monkeypatch):
+        monkeypatch.setattr(_eager, "_warned", set())
+        model, in_parts = MLP(), oaf.value_and_grad(loss_fn, num_microbatches=4)
+        nnx.jit(in_parts)(model, X)
+        in_parts(model, X)
+        with pytest.warns(UserWarning, match=r"nnx\.jit\(oaf\."):
+            in_parts(model, X)
 
     def test_a_weight_may_come_out_of_the_loss(self):
         """The number of examples that the module itself lets count."""

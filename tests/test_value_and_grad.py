@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import warnings
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import optax_accum as oa
+from optax_accum import _eager
 from tests.support.training import slow
 
 SIZES = [
@@ -309,6 +311,45 @@ def test_a_float64_value_of_float32_parameters_keeps_its_dtype():
     (value, mean), grads = f(w, x)
     same((value, mean), (jnp.mean(x), jnp.mean(x)), rtol=1e-14)
     assert grads.dtype == jnp.float32
+
+
+@pytest.fixture
+def _first_warning(monkeypatch):
+    """As in a process in which nothing was said yet."""
+    monkeypatch.setattr(_eager, "_warned", set())
+
+
+@pytest.mark.usefixtures("_first_warning")
+@pytest.mark.parametrize("function", [oa.value_and_grad, oa.grad])
+def test_a_second_call_without_jit_warns_once(function):
+    f = function(mean_loss, num_microbatches=3)
+    params, batch = make_params(), make_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f(params, batch)
+    with pytest.warns(UserWarning, match=r"jax\.jit\(oa\.") as caught:
+        f(params, batch)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f(params, batch)
+
+
+@pytest.mark.usefixtures("_first_warning")
+def test_calls_that_are_compiled_once_do_not_warn():
+    f = oa.value_and_grad(mean_loss, num_microbatches=3)
+    params, batch = make_params(), make_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda: [f(params, batch) for _ in range(3)])()  # no argument is traced
+        jax.eval_shape(f, params, batch)
+        jax.vmap(lambda w: [f(params | {"w": w}, batch)] * 3)(normal(2, 3, 2))
+        with jax.disable_jit():
+            for _ in range(2):
+                f(params, batch)
+        assert oa.diagnose.check_equivalence(mean_loss, params, batch, 4)
+        for _ in range(2):
+            oa.value_and_grad(mean_loss, num_microbatches=3)(params, batch)
 
 
 def test_no_batch_is_kept_in_memory_without_jit():

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from optax_accum import _outputs, _value_and_grad
+from optax_accum import _eager, _outputs, _value_and_grad
 from optax_accum._types import Function, Params
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
@@ -91,8 +91,11 @@ def value_and_grad(
         _value_and_grad.value_and_grad(loss_fn, 0, has_aux, **options)
     )
 
+    calls = _eager.Calls("`value_and_grad`", "nnx.jit(oaf.value_and_grad(...))")
+
     @functools.wraps(loss_fn)
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.note(args, kwargs)
         graphdef, params, state = _module.split(model, wrt)
         call = settings.roles.bind(loss_fn, (params, *args), kwargs)
         for name, argument in call.named():
