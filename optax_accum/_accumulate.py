@@ -473,13 +473,14 @@ class _Accumulation:
                     return self._compiled(arguments, boundary, applies=applies)
                 return self._compiled_for(arguments, boundary, applies=applies)
             except jax.errors.ConcretizationTypeError:
-                why = (
-                    "its schedule `every_k` asks for values that a trace does not have"
-                )
-        else:
-            why = "its arguments hold functions"
-        _eager.warn_once("oa.accumulate's update", why)
+                pass  # A schedule asks for values, which only this call has.
+        self._compiled_each_time.note()
         return self._micro_step(arguments, boundary, applies=applies)
+
+    @functools.cached_property
+    def _compiled_each_time(self) -> _eager.Calls:
+        """Calls with a function among the arguments, or such a schedule."""
+        return _eager.Calls("`update`", "jax.jit(tx.update)")
 
     @functools.cached_property
     def _compiled(self) -> Any:

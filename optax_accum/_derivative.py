@@ -82,7 +82,8 @@ def run_with_derivative(
             of_moving, [leaves[i] for i in moving], [dots[i] for i in moving]
         )
         front = len(jax.tree.leaves(primals[0].differentiated))
-        if all(i < front for i in moving):
+        is_sum = not any(map(_tree.unreduced, jax.tree.leaves(result.grads)))
+        if is_sum and all(i < front for i in moving):
             tangents_of = tangents[0].differentiated
             value_dot = _inner_product(result, places, tangents_of)
             # Inside a `jax.shard_map` the gradient of this device's own value may have

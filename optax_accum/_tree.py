@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import dtypes, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_accum._types import DType, Leaf, Scalar, Tree
 
@@ -212,6 +213,24 @@ def spec(x: Leaf) -> list[Any]:
     sharding = getattr(jax.typeof(x), "sharding", None)
     given = () if sharding is None else sharding.spec
     return [*given, *[None] * (jnp.ndim(x) - len(given))]
+
+
+def unreduced(x: Leaf) -> Axes:
+    """The axes of an Explicit mesh over which the sum that `x` is has yet to be made.
+
+    The gradient of a parameter that is tagged ``reduced`` comes so.
+    """
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return frozenset() if sharding is None else frozenset(sharding.spec.unreduced)
+
+
+def scaled(x: jax.Array, factor: Scalar) -> jax.Array:
+    """``x * factor``; `x` may be unreduced."""
+    axes = unreduced(x)
+    if axes:
+        spec = PartitionSpec(reduced=axes)
+        factor = jax.reshard(factor, NamedSharding(jax.typeof(x).sharding.mesh, spec))
+    return x * factor
 
 
 # --- Arrays like others ---

@@ -274,6 +274,10 @@ def value_and_grad(
       sharded along axis 0. A carry's floating leaves are averaged over the devices, by
       weight; its other leaves are those of the last device with any weight.
 
+      On an Explicit mesh, parameters that are tagged ``reduced`` get gradients that are
+      ``unreduced``, as from JAX, and `jax.reshard` sums them once; `skip` and
+      `noise_scale`, which read them before, are refused.
+
     Note: Differentiating again
       `jax.grad` of the value with respect to `argnums` is the gradient that has been
       computed already, in the same memory. (So weights and carries are constants, as
@@ -535,6 +539,21 @@ class _Totals(NamedTuple):
     carry: Tree
 
 
+def _check_reads(settings: Settings, grads: Grads) -> None:
+    """Raises where gradients are to be read that are no sum over the devices yet."""
+    asked = {"skip": settings.skip is not None, "noise_scale": settings.noise_scale}
+    for option in (name for name, is_asked in asked.items() if is_asked):
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            if _tree.unreduced(g):
+                raise ValueError(
+                    f"`{option}` reads every micro-batch's gradient, and "
+                    f"{_validate.named('grads', path)} is unreduced, because the "
+                    "parameter is tagged `reduced`: its sum over the devices is made "
+                    "later. Leave the tag out, with jax.reshard(params, P()), or "
+                    f"leave out `{option}`"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """All micro-batches of one call on one device."""
@@ -655,6 +674,7 @@ class _Loop:
             allow_int=settings.allow_int,
         )(*parts, **kwargs)
         grads = _tree.keep_inexact(grads)
+        _check_reads(settings, grads)
 
         given = size / self._unit
         if settings.weight is not None:

@@ -75,8 +75,8 @@ def contributions(
     def contribution(x: Leaf) -> jax.Array:
         x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
         if reduction == "mean":
-            x = x * weight.astype(x.dtype)
-        return x if counted is True else jnp.where(counted, x, jnp.zeros([], x.dtype))
+            x = _tree.scaled(x, weight.astype(x.dtype))
+        return x if counted is True else jnp.where(counted, x, jnp.zeros_like(x))
 
     return jax.tree.map(contribution, tree)
 
@@ -121,9 +121,9 @@ def divide(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
 
     def quotient(s: jax.Array) -> jax.Array:
         wide = _tree.widened(s)
-        result = wide * reciprocal.astype(wide.dtype)
+        result = _tree.scaled(wide, reciprocal.astype(wide.dtype))
         if reduction == "ratio":  # Of no weight S need not be 0, nor finite.
-            result = jnp.where(empty, jnp.zeros([], wide.dtype), result)
+            result = jnp.where(empty, jnp.zeros_like(result), result)
         return result.astype(s.dtype)
 
     return jax.tree.map(quotient, sums)

@@ -209,7 +209,7 @@ class TestWithoutJit:
                 updated.append(bool(oa.has_updated(state)))
             return updated
 
-        with pytest.warns(UserWarning, match="outside of jax.jit") as warned:
+        with pytest.warns(UserWarning, match="outside of `jax.jit`") as warned:
             updated = train()
         assert len(warned) == 1
         assert updated == [True, True, False, False, True]

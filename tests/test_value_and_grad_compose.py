@@ -456,6 +456,89 @@ def test_an_explicit_mesh_too_large_for_a_micro_batch_is_refused():
             g(1.0, x)
 
 
+REDUCED = PartitionSpec(reduced={"data"})
+
+
+def unbiased(w, x):
+    """What JAX differentiates by reduced parameters: no bias, no scale."""
+    return jnp.mean(jnp.tanh(x @ w.astype(jnp.float32)) ** 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, slow(jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_microbatches": 4, "weight": lambda w, x: (x[:, 0] > 0).sum()},  # noqa: ARG005
+        slow({"num_microbatches": 4}),
+        slow({"num_microbatches": 4, "reduction": "sum"}),
+        slow({"num_microbatches": 4, "num_real_microbatches": 3}),
+        {"microbatch_size": 20},
+    ],
+)
+def test_gradients_of_reduced_parameters_stay_unreduced(options, dtype):
+    """As JAX has them; the caller's `jax.reshard` is the one exchange of gradients."""
+    mesh, x = sharded(AxisType.Explicit, normal(32, 6).astype(jnp.float32), "data")
+    w = normal(6, 4).astype(dtype)
+    f = oa.value_and_grad(unbiased, **options)
+
+    def run(w, x):
+        w = jax.reshard(w, REDUCED)
+        value, grads = f(w, x)
+        plain = jax.eval_shape(jax.grad(unbiased), w, x)
+        assert jax.typeof(grads).sharding == plain.sharding
+        return value, jax.reshard(grads, PartitionSpec())
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec()))
+        program = optimized(jax.jit(run).lower(w, x))
+        got, wanted = program(w, x), jax.jit(f)(w, x)
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    chex.assert_trees_all_equal_dtypes(got, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance
+        ),
+        got,
+        wanted,
+    )
+    gradients = [c for c in hlo.collectives(program) if "[6,4]" in c.type]
+    assert [(c.name, c.place) for c in gradients] == [("all-reduce", "entry")]
+
+
+def test_the_value_by_reduced_parameters_can_be_differentiated():
+    mesh, x = sharded(AxisType.Explicit, normal(32, 6).astype(jnp.float32), "data")
+
+    def value(w):
+        f = oa.value_and_grad(unbiased, num_microbatches=4)
+        return f(jax.reshard(w, REDUCED), x)[0]
+
+    with jax.set_mesh(mesh):
+        w = normal(6, 4).astype(jnp.float32)
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec()))
+        got = jax.jit(jax.grad(value))(w)
+        wanted = jax.grad(unbiased)(w, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "option", [{"skip": oa.skip_not_finite}, {"noise_scale": True}]
+)
+def test_what_reads_unreduced_gradients_is_refused(option):
+    mesh, x = sharded(AxisType.Explicit, normal(32, 6).astype(jnp.float32), "data")
+
+    @jax.jit
+    def run(w):
+        f = oa.value_and_grad(unbiased, num_microbatches=4, **option)
+        return f(jax.reshard(w, REDUCED), x)
+
+    (name,) = option
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=rf"`{name}` reads .* `grads` is unreduced"),
+    ):
+        run(jnp.ones((6, 4), jnp.float32))
+
+
 # --- Flax ---
 
 
