@@ -26,7 +26,7 @@ class Result(NamedTuple):
     rest: Tree
 
 
-Run = Callable[[list[Batch], Arrays], Result]
+Run = Callable[[Batch, Arrays], Result]
 
 
 class _Arguments(NamedTuple):
@@ -34,13 +34,11 @@ class _Arguments(NamedTuple):
 
     differentiated: Arrays  # with ``None`` for the other arrays
     others: Arrays
-    batch: list[Batch]
+    batch: Batch
     closed_over: list[jax.Array]
 
 
-def run_with_derivative(
-    run: Run, batch: list[Batch], arrays: Arrays, places: Tree
-) -> Result:
+def run_with_derivative(run: Run, batch: Batch, arrays: Arrays, places: Tree) -> Result:
     """``run(batch, arrays)``, in which the value's derivative is the gradient.
 
     That is so where nothing has a tangent but what is differentiated: elsewhere, and

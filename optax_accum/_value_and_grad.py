@@ -499,9 +499,7 @@ class Settings:
                 ),
                 rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
             )
-            return self.devices.on_each_device(
-                loop, batch, arrays, split.axes, specs
-            )
+            return self.devices.on_each_device(loop, batch, arrays, split.axes, specs)
 
         is_a_part = self.devices.scatter and self.devices.mesh is None
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
@@ -785,7 +783,9 @@ class _Loop:
             total.result(settings.reduction, settings.overwritten),
             (shapes.value, shapes.grads),
         )
-        grads = settings.overwritten.unless_empty(grads, self.call.params, total.weight)
+        grads = settings.overwritten.unless_empty(
+            grads, _tree.keep_inexact(self.call.differentiated), total.weight
+        )
         aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
         weight = total.weight
         if self._unit != 1:
