@@ -131,9 +131,31 @@ def fill_float0(grads: Tree, params: Tree) -> Tree:
     return jax.tree.map(fill, params, grads)
 
 
+def filled(tree: Tree, leaves: list[Any]) -> Tree:
+    """`tree` with its leaves replaced by those of `leaves` that are not ``None``."""
+    old, structure = jax.tree.flatten(tree)
+    pairs = zip(old, leaves, strict=True)
+    return jax.tree.unflatten(structure, [x if y is None else y for x, y in pairs])
+
+
+def kept_like(leaves: list[Any], tree: Tree) -> list[Any]:
+    """The leaves of `tree`, with ``None`` where `leaves` has it."""
+    pairs = zip(leaves, jax.tree.leaves(tree), strict=True)
+    return [None if x is None else y for x, y in pairs]
+
+
 def as_arrays(tree: Tree) -> Tree:
     """`tree` with its Python scalars as arrays."""
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
+def as_jax_arrays(tree: Tree) -> Tree:
+    """`tree` with what is no `jax.Array` as one, and the rest as it is."""
+
+    def convert(x: Leaf) -> jax.Array:
+        return x if isinstance(x, jax.Array) else strongly_typed(jnp.asarray(x))
+
+    return jax.tree.map(convert, tree)
 
 
 def cast_like(tree: Tree, like: Tree) -> Tree:

@@ -21,6 +21,7 @@ from optax_accum import (
     _arguments,
     _derivative,
     _eager,
+    _flow,
     _outputs,
     _skip,
     _split,
@@ -512,7 +513,9 @@ class Settings:
             )
         else:
             result = run(call.batch, arrays)
-        aux, carry, info = result.rest
+        aux, written, info = result.rest
+        # What `fun` has not written is no output, and stays the very same arrays.
+        carry = _tree.filled(_tree.as_jax_arrays(call.carry), written)
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
 
@@ -534,7 +537,7 @@ class _Totals(NamedTuple):
 
     window: Window
     aux: list[Tree]  # what each leaf's accumulator carries
-    carry: Tree
+    carry: list[Any]  # the leaves that `fun` writes, and None for the others
 
 
 def _check_reads(settings: Settings, grads: Grads) -> None:
@@ -565,7 +568,7 @@ class _Loop:
     def run(self) -> Result:
         """One micro-batch after another, the sum over devices, and the division."""
         call, split = self.call, self.split
-        carry_before = _tree.strongly_typed(call.carry)
+        before = _tree.strongly_typed(call.carry)
 
         # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
         @jax.jit
@@ -579,15 +582,19 @@ class _Loop:
             return self._microbatch(part, carry, split.whole, split.remainder)
 
         indices = jnp.arange(split.whole, dtype=jnp.int32)
-        carry, shapes = self._first_carry(microbatch, carry_before, indices[0])
+        is_written = _is_written(microbatch, before, indices[0])
+        if split.remainder:
+            also = _is_written(remainder, before)
+            is_written = [a or b for a, b in zip(is_written, also, strict=True)]
+        carry, shapes = self._first_carry(microbatch, before, is_written, indices[0])
         accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
 
         def step(totals: _Totals, index: Scalar) -> _Totals:
-            new = microbatch(totals.carry, index)
+            new = microbatch(_tree.filled(before, totals.carry), index)
             return self._add(totals, new, accumulators, index, split.size)
 
         def last_step(totals: _Totals) -> _Totals:
-            new = remainder(totals.carry)
+            new = remainder(_tree.filled(before, totals.carry))
             return self._add(totals, new, accumulators, split.whole, split.remainder)
 
         totals = self._start(shapes, accumulators, carry)
@@ -603,7 +610,7 @@ class _Loop:
             )
             if number > split.whole:
                 totals = last_step(totals)
-        return self._finish(totals, shapes, accumulators, carry_before)
+        return self._finish(totals, shapes, accumulators, before)
 
     def _some(
         self,
@@ -700,20 +707,24 @@ class _Loop:
         )
 
     def _first_carry(
-        self, microbatch: Any, carry: Tree, index: Scalar
-    ) -> tuple[Tree, _Microbatch]:
-        """The carry in the type that it comes back in, and what a micro-batch gives."""
+        self, microbatch: Any, before: Tree, is_written: list[bool], index: Scalar
+    ) -> tuple[list[Any], _Microbatch]:
+        """What is written, in the type in which it comes back, and what comes back."""
         axis_name = self.settings.devices.axis_name
+        leaves = jax.tree.leaves(before)
+        carry = [x if is_ else None for x, is_ in zip(leaves, is_written, strict=True)]
         while True:
-            shapes = jax.eval_shape(microbatch, carry, index)
-            cast = jax.tree.map(_tree.vary_like, carry, shapes.carry)
+            whole = _tree.filled(before, carry)
+            shapes = jax.eval_shape(microbatch, whole, index)
+            after = _tree.kept_like(carry, shapes.carry)
+            cast = jax.tree.map(_tree.vary_like, carry, after)
             # By leaves: not every container knows its equals.
             types = [list(map(jax.typeof, jax.tree.leaves(c))) for c in (cast, carry)]
             if types[0] == types[1]:
                 break
             carry = cast
         if axis_name is not None:
-            jaxpr = microbatch.trace(carry, index).jaxpr.jaxpr
+            jaxpr = microbatch.trace(whole, index).jaxpr.jaxpr
             _collectives.check_local_loss(axis_name, shapes.value, jaxpr)
         return carry, shapes
 
@@ -721,7 +732,7 @@ class _Loop:
         self,
         shapes: _Microbatch,
         accumulators: list[_accumulators.Accumulator],
-        carry: Tree,
+        carry: list[Any],
     ) -> _Totals:
         _validate.accumulator_fits(shapes.grads, self.settings.accumulator_dtype)
         window = Window.empty(
@@ -755,7 +766,7 @@ class _Loop:
                 overwritten=self.settings.overwritten,
             ),
             aux=[a.add(carried, output, part) for a, carried, output in rows],
-            carry=new.carry,
+            carry=_tree.kept_like(totals.carry, new.carry),
         )
 
     def _finish(
@@ -763,7 +774,7 @@ class _Loop:
         totals: _Totals,
         shapes: _Microbatch,
         accumulators: list[_accumulators.Accumulator],
-        carry_before: Tree,
+        before: Tree,
     ) -> Result:
         settings, devices = self.settings, self.settings.devices
         own = totals.window
@@ -772,9 +783,8 @@ class _Loop:
             weight = jnp.full_like(own.weight, self.split.examples / self._unit)
             own = own._replace(weight=_tree.vary_like(weight, own.weight))
         total = own.over_devices(devices, settings.overwritten)
-        carry = devices.merge_carry(
-            totals.carry, carry_before, own.weight, total.weight
-        )
+        kept = _tree.kept_like(totals.carry, before)
+        carry = devices.merge_carry(totals.carry, kept, own.weight, total.weight)
         finished = [
             a.finish(a.over_devices(carried, devices.axis_name), total.weight)
             for a, carried in zip(accumulators, totals.aux, strict=True)
@@ -805,3 +815,23 @@ class _Loop:
         )
         scale = _noise_scale.of_window(total, square / total.weight**2)
         return scale._replace(noise=scale.noise * self._unit)
+
+
+def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
+    """For each leaf of `carry`, whether `microbatch` returns anything else for it.
+
+    Of what it does not write, such as a frozen part of a model, nothing need go round
+    the loop or over the devices.
+    """
+    if not jax.tree.leaves(carry):
+        return []
+    jaxpr = microbatch.trace(carry, *args).jaxpr.jaxpr
+    sources = _flow.sources(jaxpr)
+    shapes = jax.eval_shape(microbatch, carry, *args)
+    numbers = jax.tree.unflatten(jax.tree.structure(shapes), range(len(sources)))
+    # Values of functions around it, that it closes over, may come first.
+    first = len(jaxpr.invars) - len(jax.tree.leaves((carry, args)))
+    return [
+        sources[number].same != position
+        for position, number in enumerate(jax.tree.leaves(numbers.carry), first)
+    ]

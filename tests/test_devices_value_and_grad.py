@@ -479,6 +479,33 @@ def test_a_carry_is_unchanged_if_nothing_has_weight(way):
     assert got["count"] == 0
 
 
+@also_in_pmap
+@pytest.mark.parametrize("weighted", [True, slow(False)])
+def test_what_is_not_written_of_a_carry_is_not_exchanged(way, weighted):
+    """And an average over the devices has not rounded it."""
+
+    def loss(params, x, carry):
+        value = small(params, x * carry["frozen"][:3, 0][None])
+        return value, carry | {"mean": carry["mean"] + x.mean(0)}
+
+    def count(params, x, carry):
+        del params, carry
+        return jnp.sum(x[:, 0] > 0)
+
+    frozen = normal(64, 64)
+    carry = {"frozen": frozen, "mean": jnp.zeros(3)}
+    options = {"weight": count} if weighted else {}
+    f = devices.in_step(
+        way, loss, rest=1, num_microbatches=2, carry_argnum=2, **options
+    )
+    (_, got), _ = f(SMALL, devices.whole(way, X), carry)
+    wanted = devices.stacked(frozen) if way == "pmap" else frozen
+    np.testing.assert_array_equal(got["frozen"], wanted)
+    program = optimized(f.lower(SMALL, devices.whole(way, X), carry))
+    sent = sum(operation.nbytes for operation in hlo.collectives(program))
+    assert 0 < sent < frozen.nbytes
+
+
 @everywhere
 def test_random_keys_differ_between_devices(way):
     """Each of all micro-batches has its own, from one key."""

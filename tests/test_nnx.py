@@ -379,6 +379,68 @@ class TestValueAndGrad:
         assert parts < whole / 8
 
 
+class Adapted(nnx.Module):
+    """Low-rank adapters beside what was trained before, and stays as it is."""
+
+    def __init__(self, dtype=jnp.float32, width=4):
+        rngs = nnx.Rngs(0)
+        self.base = nnx.Linear(width, width, rngs=rngs, param_dtype=dtype)
+        self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
+        self.lora = nnx.LoRA(width, 2, width, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros([]))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.lora(x) + self.base(self.norm(x)).astype(x.dtype)
+
+
+def values(model):
+    """The arrays in a module, but for its counter: the very ones."""
+    state = nnx.state(model, nnx.Not(nnx.PathContains("calls")))
+    return jax.tree.leaves(nnx.as_pure(state))
+
+
+def a_copy_of_its_own(model, x):
+    """A copy in the module, which is an average of it, is only read."""
+    return loss_fn(model, x) + jnp.mean((model(x) - model.target(x)) ** 2)
+
+
+class TestWhatIsNotWritten:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            slow({"num_microbatches": None, "microbatch_size": 5}),
+            {"skip": oa.skip_not_finite},
+            slow({"weight": lambda _, x: jnp.sum(x > 0)}),
+        ],
+    )
+    def test_a_frozen_base_stays_the_same_arrays(self, options):
+        model = Adapted(jnp.bfloat16)
+        before = values(model)
+        options = {"num_microbatches": 4, "wrt": nnx.LoRAParam} | options
+        _, grads = oaf.value_and_grad(loss_fn, **options)(model, X)
+        assert all(x is y for x, y in zip(before, values(model), strict=True))
+        assert model.calls[...] == 4
+        assert list(grads) == ["lora"]
+
+    def test_all_that_is_only_read_stays_the_same_arrays(self):
+        """Statistics in evaluation, an average of the module, a frozen encoder."""
+
+        class Averaged(Normalised):
+            def __init__(self):
+                super().__init__()
+                self.target = Normalised()
+
+        model = nnx.view(Averaged(), use_running_average=True, deterministic=True)
+        before = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
+        last = nnx.All(nnx.Param, nnx.PathContains("last"))
+        in_parts = oaf.value_and_grad(a_copy_of_its_own, wrt=last, num_microbatches=4)
+        in_parts(model, X)
+        after = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
+        assert all(x is y for x, y in zip(before, after, strict=True))
+
+
 def step(model, optimizer, x, **kwargs):
     value, grads = nnx.value_and_grad(loss_fn)(model, x)
     optimizer.update(model, grads, weight=len(x), value=value, **kwargs)
@@ -577,6 +639,46 @@ class TestDevices:
                 one(x[i::2])
             each.append(one.norm.mean[...])
         np.testing.assert_allclose(model.norm.mean[...], np.mean(each, 0), rtol=1e-5)
+
+    @pytest.mark.parametrize("way", ["mesh", "shard_map", slow("unchecked"), "pmap"])
+    def test_a_frozen_base_is_not_exchanged(self, way):
+        """It stays as it is to the bit, and what is exchanged is smaller than it."""
+        model = Adapted(width=64)
+        x = jnp.asarray(np.random.default_rng(2).normal(size=(2 * COUNT, 64)))
+        before = jax.tree.map(np.asarray, values(model))
+        options = {"num_microbatches": 2, "axis_name": "data", "wrt": nnx.LoRAParam}
+        if way == "mesh":
+            in_parts = oaf.value_and_grad(loss_fn, mesh=MESH, **options)
+            oaf.value_and_grad(loss_fn, mesh=MESH, **options)(model, x)
+        elif way == "pmap":
+            in_parts = oaf.value_and_grad(loss_fn, **options)
+        else:
+            in_parts = nnx.shard_map(
+                oaf.value_and_grad(loss_fn, **options),
+                mesh=MESH,
+                in_specs=(P(), P("data")),
+                out_specs=P(),
+                check_vma=way == "shard_map",
+            )
+        if way == "pmap":
+            graphdef, state = nnx.split(model)
+
+            def of_device(state, x):
+                model = nnx.merge(graphdef, state, copy=True)
+                return in_parts(model, x), nnx.state(model)
+
+            mapped = jax.pmap(of_device, axis_name="data", in_axes=(None, 0))
+            lowered = mapped.lower(state, x.reshape(COUNT, 2, 64))
+        else:
+            lowered = nnx.jit(in_parts).lower(model, x)
+            nnx.jit(in_parts)(model, x)
+            assert model.calls[...] == 2 + 2 * (way == "mesh")
+            for old, new in zip(before, values(model), strict=True):
+                np.testing.assert_array_equal(old, new)
+        lowered = getattr(lowered, "lowered", lowered)
+        exchanged = hlo.collectives(optimized(lowered))
+        assert exchanged
+        assert sum(operation.nbytes for operation in exchanged) < 64 * 64 * 4
 
     def test_windows_in_pmap_equal_the_global_batch(self):
         tx = oa.accumulate(INNER, 2, axis_name="data")

@@ -739,6 +739,60 @@ def test_the_carry_equals_that_of_a_loop_by_hand():
     assert abs(got - state) < 1e-12
 
 
+def as_it_is(function):
+    return function
+
+
+@pytest.mark.parametrize(
+    "around",
+    [as_it_is, jax.jit, jax.checkpoint, slow(lambda f: jax.checkpoint(jax.jit(f)))],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_microbatches": 4},
+        {"microbatch_size": 5, "skip": oa.skip_not_finite},
+        slow({"num_microbatches": 4, "weight": lambda _, x, __: (x > 0).sum()}),
+    ],
+)
+def test_what_is_not_written_of_a_carry_is_the_same_array_after(options, around):
+    """However deep it was handed on, and if it counts only where there is weight."""
+
+    @around
+    def model(w, x, carry):
+        frozen = jax.lax.stop_gradient(carry["frozen"])
+        prediction = x * w * frozen[0] + carry["mean"]
+        return prediction, carry | {"mean": carry["mean"] + x.mean(), "frozen": frozen}
+
+    def loss(w, x, carry):
+        prediction, carry = model(w, x, carry)
+        swapped = carry["second"], carry["first"]
+        carry = carry | dict(zip(("first", "second"), swapped, strict=True))
+        return jnp.mean(prediction**2), carry
+
+    key = jax.random.key(0)
+    before = {"frozen": jnp.ones(3), "mean": jnp.zeros([]), "key": key, "scale": 2.0}
+    before |= {"first": jnp.ones([]), "second": jnp.zeros([])}
+    x = normal(B)
+    (_, after), _ = oa.value_and_grad(loss, carry_argnum=2, **options)(1.0, x, before)
+    assert after["frozen"] is before["frozen"]
+    assert after["key"] is key
+    assert after["scale"] == 2.0
+    assert after["mean"] != 0
+    calls = options.get("num_microbatches", 3)
+    assert (after["first"], after["second"]) == ((0, 1) if calls % 2 else (1, 0))
+
+
+def test_what_only_the_smaller_last_micro_batch_writes_is_written():
+    def loss(w, x, carry):
+        is_smaller = len(x) == 2
+        return jnp.mean(w * x), carry + 1 if is_smaller else carry
+
+    f = oa.value_and_grad(loss, microbatch_size=5, carry_argnum=2)
+    (_, carry), _ = jax.jit(f)(1.0, normal(B), jnp.zeros([]))
+    assert carry == 1
+
+
 # --- Randomness ---
 
 

@@ -91,6 +91,18 @@ def state_after(
     return after
 
 
+def update(model: nnx.Pytree, before: State, after: State) -> None:
+    """Gives `model` what is in `after` and was not there before."""
+    for old, new in zip(before, after, strict=True):
+        known = dict(nnx.to_flat_state(old))
+        written = {
+            path: variable
+            for path, variable in nnx.to_flat_state(new)
+            if not _is_same(known[path], variable)
+        }
+        nnx.update(model, nnx.from_flat_state(written))
+
+
 def _flat(*states: nnx.State) -> dict[str, Any]:
     """The variables by their paths."""
     return {

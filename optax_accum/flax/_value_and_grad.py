@@ -111,7 +111,7 @@ def value_and_grad(
         if has_aux:
             aux, after = after
             value = value, aux
-        nnx.update(model, *after)
+        _module.update(model, state, after)
         result = value, grads
         return (result, info) if settings.returns_info else result
 

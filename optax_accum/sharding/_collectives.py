@@ -13,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_accum import _tree, _validate
+from optax_accum import _flow, _tree, _validate
 from optax_accum._types import AxisName, Grads, Params, Scalar, Tree
 
 # The primitives that reduce. (Gathering does not: a contrastive loss gathers.)
 _REDUCTIONS = ("psum", "psum_invariant", "pmax", "pmin")
-
-# The primitives that do nothing but call another function.
-_CALLS = ("jit", "pjit", "closed_call", "remat", "checkpoint", "custom_jvp_call")
 
 _CONSTANT, _REDUCED, _LOCAL = range(3)
 
@@ -175,7 +172,7 @@ def _origins(jaxpr: Any, name: Any, inputs: list[int] | None = None) -> list[int
 
     for equation in jaxpr.eqns:
         given = [origin(v) for v in equation.invars]
-        called = _called(equation)
+        called = _flow.called(equation)
         if called is not None:
             made = _origins(called, name, given)
         elif _reduces(equation, name):
@@ -194,11 +191,3 @@ def _reduces(equation: Any, name: Any) -> bool:
         return False
     in_groups = equation.params.get("axis_index_groups") is not None
     return name in equation.params["axes"] and not in_groups
-
-
-def _called(equation: Any) -> Any:
-    """The function that `equation` merely calls, such as a `jax.jit`, or ``None``."""
-    if equation.primitive.name not in _CALLS:
-        return None
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return getattr(inner, "jaxpr", inner)

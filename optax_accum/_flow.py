@@ -1,0 +1,182 @@
+"""Where the outputs of a traced function come from.
+
+After `nnx.remat` or `jax.jit` a value that nobody wrote to is a new tracer. Only the
+traced program tells that it is still the same.
+"""
+
+from typing import Any, NamedTuple
+
+# The primitives that do nothing but call another function.
+_CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
+
+# Those whose outputs have the values of their inputs.
+_IDENTITIES = ("copy", "name", "optimization_barrier", "pvary", "stop_gradient")
+
+
+class Source(NamedTuple):
+    """Where one output comes from.
+
+    Attributes:
+      same: The position of the input that it is, unchanged, or ``None``.
+      needs: The positions of all inputs on which it may depend.
+    """
+
+    same: int | None
+    needs: frozenset[int]
+
+
+_CONSTANT = Source(None, frozenset())
+
+
+def sources(jaxpr: Any, inputs: list[Source] | None = None) -> list[Source]:
+    """For each output of `jaxpr`, its `Source` among the inputs.
+
+    What `jaxpr` closes over is constant. An operation that is not known is taken to
+    make something new of all its operands.
+
+    Args:
+      jaxpr: A traced function.
+      inputs: The sources of its inputs in a function around it, if these are to be
+        found.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    if inputs is None:
+        inputs = [Source(i, frozenset([i])) for i in range(len(jaxpr.invars))]
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def source(atom: Any) -> Source:
+        is_literal = hasattr(atom, "val")
+        return _CONSTANT if is_literal else known.get(atom, _CONSTANT)
+
+    for equation in jaxpr.eqns:
+        made = _made(equation, [source(v) for v in equation.invars])
+        known.update(zip(equation.outvars, made, strict=True))
+    return [source(v) for v in jaxpr.outvars]
+
+
+def called(equation: Any) -> Any:
+    """The function that `equation` merely calls, such as a `jax.jit`, or ``None``."""
+    if equation.primitive.name not in _CALLS:
+        return None
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner)
+
+
+def _made(equation: Any, given: list[Source]) -> list[Source]:
+    """The sources of an equation's results, from those of its operands."""
+    function = called(equation)
+    if function is not None:
+        return sources(function, given)
+    name = equation.primitive.name
+    if name in _IDENTITIES:
+        return given
+    if name in _RULES:
+        return _RULES[name](equation.params, given)
+    return [_made_of(given)] * len(equation.outvars)
+
+
+def _made_of(given: list[Source]) -> Source:
+    """Something new of all that is `given`."""
+    return Source(None, frozenset().union(*(source.needs for source in given)))
+
+
+def _one_of(cases: list[Source], choice: Source) -> Source:
+    """One of the `cases`: if all are the same input, that input."""
+    if cases[0].same is not None and all(c.same == cases[0].same for c in cases):
+        return cases[0]
+    return _made_of([*cases, choice])
+
+
+def _through(inner: list[Source], given: list[Source]) -> list[Source]:
+    """What a function with the sources `inner` makes of `given`."""
+    return [
+        _made_of([given[i] for i in source.needs])
+        if source.same is None
+        else given[source.same]
+        for source in inner
+    ]
+
+
+def _select(params: Any, given: list[Source]) -> list[Source]:
+    del params
+    return [_one_of(given[1:], given[0])]
+
+
+def _cond(params: Any, given: list[Source]) -> list[Source]:
+    branches = [sources(branch, given[1:]) for branch in params["branches"]]
+    return [_one_of(list(each), given[0]) for each in zip(*branches, strict=True)]
+
+
+def _scan(params: Any, given: list[Source]) -> list[Source]:
+    body = sources(params["jaxpr"])
+    return _looped(body, given, params["num_consts"], params["num_carry"])
+
+
+def _looped(
+    body: list[Source], given: list[Source], num_consts: int, num_carry: int
+) -> list[Source]:
+    """What a loop makes of its constants, its first carry, and what it goes through.
+
+    A carry that each iteration returns as it came is the first one. An output that is
+    one of the arrays that the loop goes through, entry by entry, is that array.
+    """
+    end = num_consts + num_carry
+    given = list(given)
+    while True:
+        after = _through(body, given)
+        carry = [
+            old if source.same == i else _made_of([old, new])
+            for i, (old, new, source) in enumerate(
+                zip(given[num_consts:end], after, body[:num_carry], strict=False),
+                num_consts,
+            )
+        ]
+        if carry == given[num_consts:end]:
+            break
+        given[num_consts:end] = carry
+    outputs = [
+        new if source.same is None or source.same >= end else _made_of([new])
+        for new, source in zip(after[num_carry:], body[num_carry:], strict=True)
+    ]
+    return [*carry, *outputs]
+
+
+def _while(params: Any, given: list[Source]) -> list[Source]:
+    cut, end = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    body = sources(params["body_jaxpr"])
+    carry = _looped(body, given[cut:], end - cut, len(given) - end)
+    (goes_on,) = sources(params["cond_jaxpr"], [*given[:cut], *carry])
+    return [
+        source if source.same is not None else _made_of([source, goes_on])
+        for source in carry
+    ]
+
+
+def _shard_map(params: Any, given: list[Source]) -> list[Source]:
+    places, inner = params["in_specs"], sources(params["jaxpr"])
+    moved = [
+        source.same is not None and places[source.same] != place
+        for source, place in zip(inner, params["out_specs"], strict=True)
+    ]
+    return [
+        _made_of([source]) if is_moved else source
+        for source, is_moved in zip(_through(inner, given), moved, strict=True)
+    ]
+
+
+_RULES = {
+    "select_n": _select,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+    "shard_map": _shard_map,
+}
