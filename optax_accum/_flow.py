@@ -6,6 +6,8 @@ traced program tells that it is still the same.
 
 from typing import Any, NamedTuple
 
+import jax
+
 # The primitives that do nothing but call another function.
 _CALLS = (
     "jit",
@@ -61,6 +63,15 @@ def sources(jaxpr: Any, inputs: list[Source] | None = None) -> list[Source]:
         made = _made(equation, [source(v) for v in equation.invars])
         known.update(zip(equation.outvars, made, strict=True))
     return [source(v) for v in jaxpr.outvars]
+
+
+def of_call(function: Any, *args: Any) -> list[Source]:
+    """For each leaf of what a `jax.jit` returns, its `Source` among those of `args`."""
+    jaxpr = function.trace(*args).jaxpr.jaxpr
+    inputs = [Source(i, frozenset([i])) for i in range(len(jax.tree.leaves(args)))]
+    # Tracers that it closes over may come first.
+    closed_over = [_CONSTANT] * (len(jaxpr.invars) - len(inputs))
+    return sources(jaxpr, [*closed_over, *inputs])
 
 
 def called(equation: Any) -> Any:

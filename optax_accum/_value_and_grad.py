@@ -825,13 +825,10 @@ def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
     """
     if not jax.tree.leaves(carry):
         return []
-    jaxpr = microbatch.trace(carry, *args).jaxpr.jaxpr
-    sources = _flow.sources(jaxpr)
+    sources = _flow.of_call(microbatch, carry, *args)
     shapes = jax.eval_shape(microbatch, carry, *args)
     numbers = jax.tree.unflatten(jax.tree.structure(shapes), range(len(sources)))
-    # Values of functions around it, that it closes over, may come first.
-    first = len(jaxpr.invars) - len(jax.tree.leaves((carry, args)))
     return [
         sources[number].same != position
-        for position, number in enumerate(jax.tree.leaves(numbers.carry), first)
+        for position, number in enumerate(jax.tree.leaves(numbers.carry))
     ]

@@ -269,9 +269,15 @@ class TestValueAndGrad:
                 self.calls += count
                 return x * self.w[...]
 
+        @nnx.remat
+        def remat_loss(model, x):
+            return loss_fn(model, x)
+
         in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
-        with pytest.raises(ValueError, match=r"only read .* wrote to code"):
+        with pytest.raises(ValueError, match=r"only read .* wrote to code, .*batch"):
             in_parts(Codebook(nnx.Param), X)
+        with pytest.raises(ValueError, match=r"only read .* wrote to code, .*batch"):
+            oaf.value_and_grad(remat_loss, num_microbatches=2)(Codebook(nnx.Param), X)
         model = Codebook(nnx.Variable)
         in_parts(model, X)
         expected = 0.25 * X[::2].mean(0) + 0.5 * X[1::2].mean(0)
@@ -298,26 +304,6 @@ class TestValueAndGrad:
         in_parts = oa.value_and_grad(loss_fn, num_microbatches=2)
         value, _ = in_parts(MLP(), X)  # of which all is parameters
         np.testing.assert_allclose(value, loss_fn(MLP(), X), rtol=1e-6)
-
-    def test_random_streams_outside_the_module_are_refused(self):
-        def with_streams(model, x, rngs):
-            return jnp.mean(model(x)) + jax.random.normal(rngs.noise())
-
-        in_parts = oaf.value_and_grad(with_streams, num_microbatches=2)
-        with pytest.raises(
-            TypeError, match=r"`rngs` holds random streams.*`rng_argnums`"
-        ):
-            in_parts(MLP(), X, nnx.Rngs(0))
-
-        def with_teacher(model, x, teacher):
-            return jnp.mean((model(x) - teacher(x)) ** 2)
-
-        value, _ = oaf.value_and_grad(with_teacher, num_microbatches=2)(MLP(), X, MLP())
-        assert value < 1e-12
-        teacher = nnx.view(Normalised(), deterministic=True, use_running_average=True)
-        in_parts = oaf.value_and_grad(with_teacher, num_microbatches=2)
-        value, _ = in_parts(MLP(), X, teacher)  # whose dropout is off
-        np.testing.assert_allclose(value, with_teacher(MLP(), X, teacher), rtol=1e-6)
 
     def test_a_variable_may_hold_a_tree_of_arrays(self):
         class Tree(nnx.Module):
@@ -349,6 +335,11 @@ class TestValueAndGrad:
         in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
         with pytest.raises(TypeError, match="must be an NNX module; got a dict"):
             in_parts({"w": X}, X)
+        with pytest.raises(TypeError, match=r"NNX module; got the class MLP itself\."):
+            in_parts(MLP, X)
+        for call in (in_parts, jax.jit(in_parts)):  # in which it is a tracer
+            with pytest.raises(TypeError, match=r"NNX module; got an array\."):
+                call(X, X)
         with pytest.raises(TypeError, match=r"`fun` must return \(value, aux\)"):
             oaf.value_and_grad(loss_fn, has_aux=True, num_microbatches=2)(MLP(), X)
         with pytest.raises(ValueError, match="`batch_argnums` names the positional"):
@@ -415,8 +406,9 @@ class TestWhatIsNotWritten:
             slow({"weight": lambda _, x: jnp.sum(x > 0)}),
         ],
     )
-    def test_a_frozen_base_stays_the_same_arrays(self, options):
-        model = Adapted(jnp.bfloat16)
+    @pytest.mark.parametrize("kind", ["Adapted", "Rematerialised"])
+    def test_a_frozen_base_stays_the_same_arrays(self, options, kind):
+        model = globals()[kind](jnp.bfloat16)
         before = values(model)
         options = {"num_microbatches": 4, "wrt": nnx.LoRAParam} | options
         _, grads = oaf.value_and_grad(loss_fn, **options)(model, X)
@@ -439,6 +431,159 @@ class TestWhatIsNotWritten:
         in_parts(model, X)
         after = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
         assert all(x is y for x, y in zip(before, after, strict=True))
+
+
+class Rematerialised(Adapted):
+    """Whose variables all hold new tracers after each call."""
+
+    @nnx.remat
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class Noisy(nnx.Module):
+    """Whose random streams come from outside."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x, rngs):
+        return self.linear(self.dropout(x, rngs=rngs))
+
+
+def streams():
+    return nnx.Rngs(dropout=1, noise=2)
+
+
+def noise(model, x, rngs):
+    """A loss, and what was drawn for it."""
+    drawn = jax.random.normal(rngs.noise())
+    return jnp.mean((model(x, rngs) - drawn) ** 2), drawn
+
+
+def in_sequence(count, rngs):
+    """What `count` calls one after another draw, on average their gradient as well."""
+    model = Noisy()
+    alone = nnx.value_and_grad(noise, has_aux=True)
+    results = [alone(model, X[i::count], rngs) for i in range(count)]
+    drawn = [float(drawn) for (_, drawn), _ in results]
+    grads = jax.tree.map(lambda *g: sum(g) / count, *(g for _, g in results))
+    return drawn, grads
+
+
+class TestOtherArguments:
+    @pytest.mark.parametrize("place", ["second", "name", slow("in a dict")])
+    @pytest.mark.parametrize("jit", [slow(lambda f: f), nnx.jit])
+    def test_random_streams_are_drawn_from_as_in_successive_calls(self, place, jit):
+        """And have moved on after it, for the caller."""
+
+        def with_dict(model, x, rest):
+            return noise(model, x, rest["all"][0])
+
+        rngs, by_hand = streams(), streams()
+        fun = with_dict if place == "in a dict" else noise
+        in_parts = jit(oaf.value_and_grad(fun, has_aux=True, num_microbatches=4))
+        if place == "second":
+            (_, drawn), grads = in_parts(Noisy(), X, rngs)
+        elif place == "name":
+            (_, drawn), grads = in_parts(Noisy(), X, rngs=rngs)
+        else:
+            (_, drawn), grads = in_parts(Noisy(), X, {"all": [rngs], "factor": 2.0})
+        wanted, expected = in_sequence(4, by_hand)
+        assert drawn.tolist() == wanted
+        close(grads, expected)
+        assert rngs.noise.count[...] == rngs.dropout.count[...] == 4
+        again, _ = in_sequence(4, by_hand)
+        (_, drawn), _ = oaf.value_and_grad(noise, has_aux=True, num_microbatches=4)(
+            Noisy(), X, rngs
+        )
+        assert drawn.tolist() == again
+
+    def test_a_single_stream_or_variable_moves_on(self):
+        def loss(model, x, stream, count):
+            count[...] += x.sum()
+            return jnp.mean(model(x)) + jax.random.normal(stream()), count[...]
+
+        rngs, count = streams(), nnx.Variable(jnp.zeros([]))
+        in_parts = oaf.value_and_grad(loss, has_aux=True, microbatch_size=5)
+        (_, counts), _ = in_parts(MLP(), X, rngs.noise, count)
+        assert rngs.noise.count[...] == 4
+        np.testing.assert_allclose(count[...], X.sum(), rtol=1e-5)
+        assert counts[-1] == count[...]
+
+    def test_streams_that_the_module_has_too_are_one(self):
+        class Owner(MLP):
+            def __init__(self, rngs):
+                super().__init__()
+                self.rngs = rngs
+
+        def loss(model, x, rngs):
+            drawn = jnp.stack(
+                [jax.random.normal(r.noise()) for r in (model.rngs, rngs)]
+            )
+            return jnp.mean(model(x)), drawn
+
+        rngs, by_hand = streams(), streams()
+        in_parts = oaf.value_and_grad(loss, has_aux=True, num_microbatches=2)
+        (_, drawn), _ = nnx.jit(lambda m, x: in_parts(m, x, m.rngs))(Owner(rngs), X)
+        wanted = [float(jax.random.normal(by_hand.noise())) for _ in range(4)]
+        assert drawn.ravel().tolist() == wanted
+        assert rngs.noise.count[...] == 4
+
+    def test_another_module_goes_on_as_it_would_in_successive_calls(self):
+        def loss(model, x, teacher, average):
+            value = jnp.mean((model(x) - teacher(x)) ** 2)
+            average.update(loss=value)
+            return value
+
+        teacher, by_hand = Normalised(), Normalised()
+        average = nnx.metrics.Average("loss")
+        fixed = jax.tree.leaves(nnx.as_pure(nnx.state(teacher, nnx.Param)))
+        value, grads = oaf.value_and_grad(loss, num_microbatches=4)(
+            MLP(), X, teacher, average
+        )
+        other = nnx.metrics.Average("loss")
+        results = [
+            nnx.value_and_grad(loss)(MLP(), X[i::4], by_hand, other) for i in range(4)
+        ]
+        np.testing.assert_allclose(value, np.mean([v for v, _ in results]), rtol=1e-6)
+        close(grads, jax.tree.map(lambda *g: sum(g) / 4, *(g for _, g in results)))
+        close(teacher, by_hand)
+        np.testing.assert_allclose(average.compute(), other.compute(), rtol=1e-6)
+        after = jax.tree.leaves(nnx.as_pure(nnx.state(teacher, nnx.Param)))
+        assert all(x is y for x, y in zip(fixed, after, strict=True))
+
+    def test_weight_is_called_with_the_same_arguments(self):
+        def count(model, x, rngs):
+            assert isinstance(model, Noisy)
+            assert isinstance(rngs, nnx.Rngs)
+            return jnp.sum(x[:, 0] > 0)
+
+        rngs = streams()
+        in_parts = oaf.value_and_grad(
+            noise, has_aux=True, num_microbatches=2, weight=count, return_info=True
+        )
+        _, info = in_parts(Noisy(), X, rngs)
+        assert info.weight == jnp.sum(X[:, 0] > 0)
+        assert rngs.noise.count[...] == 2
+
+    def test_parameters_that_two_arguments_share_are_refused(self):
+        """Whether the gradient goes both ways cannot be known."""
+
+        def loss(model, x, last):
+            return jnp.mean(last(jnp.tanh(model.first(x))))
+
+        model = MLP()
+        in_parts = oaf.value_and_grad(loss, num_microbatches=2)
+        with pytest.raises(
+            ValueError, match=r"`last` must not hold.*last\.bias.*nnx\.clone"
+        ):
+            in_parts(model, X, model.last)
+        in_parts(model, X, nnx.clone(model.last))
+        first = nnx.All(nnx.Param, nnx.PathContains("first"))
+        in_parts = oaf.value_and_grad(loss, wrt=first, num_microbatches=2)
+        in_parts(model, X, model.last)  # which is not differentiated
 
 
 def step(model, optimizer, x, **kwargs):
@@ -639,6 +784,15 @@ class TestDevices:
                 one(x[i::2])
             each.append(one.norm.mean[...])
         np.testing.assert_allclose(model.norm.mean[...], np.mean(each, 0), rtol=1e-5)
+
+    def test_devices_draw_their_own_from_streams_among_the_arguments(self):
+        rngs = streams()
+        options = {"num_microbatches": 2, "axis_name": "data", "mesh": MESH}
+        in_parts = oaf.value_and_grad(noise, has_aux=True, **options)
+        (_, drawn), _ = nnx.jit(in_parts)(Noisy(), BATCH, rngs)
+        assert len(set(np.ravel(drawn).tolist())) == 2 * COUNT
+        assert rngs.noise.count[...] == 2
+        same(nnx.state(rngs, nnx.RngKey), nnx.state(streams(), nnx.RngKey))
 
     @pytest.mark.parametrize("way", ["mesh", "shard_map", slow("unchecked"), "pmap"])
     def test_a_frozen_base_is_not_exchanged(self, way):

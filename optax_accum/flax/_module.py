@@ -1,18 +1,49 @@
 """A module taken apart: what is differentiated, and what goes on beside it."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from flax.nnx.filterlib import Filter
+from flax.nnx.filterlib import Filter, to_predicate
 from jax import lax
 from jax.tree_util import KeyPath
 
 from optax_accum import _validate
 from optax_accum._types import AxisName, Tree
 
-State = tuple[nnx.State, nnx.State]  # of a module: its random keys, and the rest
+Path = tuple[Any, ...]  # of a variable in `Nodes`
+
+
+class Nodes(NamedTuple):
+    """The module, and what else among the arguments can change where it stands.
+
+    They are taken apart together, because they may share variables.
+
+    Attributes:
+      model: The module.
+      others: Other modules, random streams and variables, by their names.
+    """
+
+    model: Any
+    others: dict[str, Any]
+
+
+class State(NamedTuple):
+    """What the loss may change.
+
+    Attributes:
+      keys: Random keys.
+      rest: All else that is no parameter.
+      params: The parameters as the last micro-batch left them. Every micro-batch
+        starts from those of the first.
+    """
+
+    keys: nnx.State
+    rest: nnx.State
+    params: nnx.State
 
 
 def names_of(path: KeyPath) -> tuple[str, ...]:
@@ -20,52 +51,104 @@ def names_of(path: KeyPath) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def split(model: Any, wrt: Filter) -> tuple[nnx.GraphDef, nnx.State, State]:
-    """How `model` is built, its parameters, and its state: its keys, and the rest."""
-    if not isinstance(model, nnx.Pytree):
-        raise TypeError(
-            "the first argument must be an NNX module; got a "
-            f"{type(model).__name__}. For a tree of parameters there is "
-            "optax_accum.value_and_grad; several modules go into one"
-        )
-    graphdef, *states = nnx.split(model, wrt, nnx.Any(nnx.RngKey, _is_key), ...)
+# --- Arguments ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Stands in an argument for one of `Nodes.others`."""
+
+    name: str
+
+
+def check_module(model: Any) -> None:
+    """Raises unless `model` is an NNX module."""
+    if isinstance(model, nnx.Pytree):
+        return
+    got = f"a {type(model).__name__}"
+    if isinstance(model, type):
+        got = f"the class {model.__name__} itself"
+    elif isinstance(model, jax.Array | np.ndarray):  # not the name of a tracer
+        got = "an array"
+    raise TypeError(
+        f"the first argument must be an NNX module; got {got}. For a tree of "
+        "parameters there is optax_accum.value_and_grad; several modules go into one"
+    )
+
+
+def taken_out(name: str, argument: Tree, others: dict[str, Any]) -> Tree:
+    """The argument with places for its nodes, which go into `others`."""
+
+    def take(path: KeyPath, node: Any) -> Any:
+        if not _is_node(node):
+            return node
+        place = _Place(f"{name}{jax.tree_util.keystr(path)}")
+        others[place.name] = node
+        return place
+
+    return jax.tree_util.tree_map_with_path(take, argument, is_leaf=_is_node)
+
+
+def put_back(arguments: Tree, others: dict[str, Any]) -> Tree:
+    """The reverse of `taken_out`, for all arguments."""
+
+    def put(x: Any) -> Any:
+        return others[x.name] if isinstance(x, _Place) else x
+
+    return jax.tree.map(put, arguments)
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+# --- Modules ---
+
+
+def split(nodes: Nodes, wrt: Filter) -> tuple[nnx.GraphDef, nnx.State, State]:
+    """How `nodes` are built, the parameters of the module, and what may change."""
+    is_chosen = to_predicate(wrt)
+
+    def is_param(path: Path, value: Any) -> bool:
+        return path[0] == 0 and is_chosen(path[1:], value)
+
+    def is_key(path: Path, value: Any) -> bool:
+        del path
+        dtype = getattr(value, "dtype", None)
+        is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        return isinstance(value, nnx.RngKey) or is_typed
+
+    graphdef, *states = nnx.split(tuple(nodes), is_param, is_key, ...)
     params, keys, rest = states
-    return graphdef, params, (keys, rest)
+    flat = {path[1:]: variable for path, variable in nnx.to_flat_state(params)}
+    params = nnx.from_flat_state(flat)
+    return graphdef, params, State(keys, rest, params)
 
 
-def _is_key(path: Any, value: Any) -> bool:
-    del path
-    dtype = getattr(value, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+def merge(graphdef: nnx.GraphDef, params: nnx.State, state: State) -> Nodes:
+    """The reverse of `split`, with variables of its own."""
+    inside = {(0, *path): variable for path, variable in nnx.to_flat_state(params)}
+    whole = nnx.from_flat_state(inside)
+    model, others = nnx.merge(graphdef, whole, state.keys, state.rest, copy=True)
+    return Nodes(model, others)
 
 
-def check_no_streams(name: str, argument: Tree) -> None:
-    """Raises for random streams as an argument, which change where they are drawn."""
-    for node in jax.tree.leaves(argument, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
-        if isinstance(node, nnx.Rngs):
-            raise TypeError(
-                f"`{name}` holds random streams, nnx.Rngs, whose counts would be lost. "
-                "Put them into the module; or pass a key, named in `rng_argnums`, and "
-                "make nnx.Rngs of it in the loss"
-            )
+def update(nodes: Nodes, before: State, after: State) -> None:
+    """Gives `nodes` what is in `after` and was not there before."""
+    old, new = _flat(before), _flat(after)
+    written = {path: new[path] for path in new if not _is_same(old[path], new[path])}
+    nnx.update(tuple(nodes), nnx.from_flat_state(written))
 
 
-def state_after(
-    model: nnx.Pytree,
-    wrt: Filter,
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    state: State,
-) -> State:
-    """The state of `model` after `loss_fn`; raises if anything else has changed."""
-    graphdef_after, params_after, after = split(model, wrt)
-    old, new = _types_of(params, *state), _types_of(params_after, *after)
-    changes = [f"added {path}" for path in sorted(new.keys() - old.keys())]
-    changes += [f"took away {path}" for path in sorted(old.keys() - new.keys())]
+def check_same_variables(before: State, after: State) -> None:
+    """Raises if `loss_fn` has added variables, removed some, or changed their types."""
+    old, new = _types_of(before), _types_of(after)
+    changes = [f"added {_shown(path)}" for path in new if path not in old]
+    changes += [f"took away {_shown(path)}" for path in old if path not in new]
     changes += [
-        f"changed the type of {path} from {old[path][0]} to {new[path][0]}"
-        for path in sorted(old.keys() & new.keys())
-        if old[path] != new[path]
+        f"changed the type of {_shown(path)} from {old[path][0]} to {new[path][0]}"
+        for path in old
+        if path in new and old[path] != new[path]
     ]
     if changes:
         raise ValueError(
@@ -74,45 +157,80 @@ def state_after(
             "nnx.capture or nnx.pop(model, nnx.Intermediate), and return it as "
             "auxiliary output"
         )
-    before, now = _flat(params), _flat(params_after)
-    written = [path for path in before if not _is_same(before[path], now[path])]
-    if written:
-        raise ValueError(
-            "`loss_fn` must only read what it is differentiated with respect to, but "
-            f"it wrote to {', '.join(written)}. Make it a variable of another kind "
-            "than `wrt`, an nnx.Variable say"
-        )
-    if graphdef != graphdef_after:
+
+
+def check_same_attributes(before: nnx.GraphDef, after: nnx.GraphDef) -> None:
+    """Raises if `loss_fn` has changed what is no variable."""
+    if before != after:
         raise ValueError(
             "`loss_fn` must leave what is no variable in the module as it was, but it "
             "has changed an attribute. Keep what changes in an nnx.Variable, and take "
             "another view of the module before: nnx.view(model, deterministic=True)"
         )
-    return after
 
 
-def update(model: nnx.Pytree, before: State, after: State) -> None:
-    """Gives `model` what is in `after` and was not there before."""
-    for old, new in zip(before, after, strict=True):
-        known = dict(nnx.to_flat_state(old))
-        written = {
-            path: variable
-            for path, variable in nnx.to_flat_state(new)
-            if not _is_same(known[path], variable)
-        }
-        nnx.update(model, nnx.from_flat_state(written))
-
-
-def _flat(*states: nnx.State) -> dict[str, Any]:
-    """The variables by their paths."""
-    return {
-        ".".join(map(str, path)): variable
-        for state in states
-        for path, variable in nnx.to_flat_state(state)
+def check_not_shared(nodes: Nodes, wrt: Filter) -> None:
+    """Raises where the other arguments hold parameters of the module itself."""
+    is_param = to_predicate(wrt)
+    params = {
+        id(x): ".".join(map(str, path))
+        for path, x in nnx.iter_graph(nodes.model)
+        if isinstance(x, nnx.Variable) and is_param(path, x)
     }
+    for name, node in nodes.others.items():
+        for _, x in nnx.iter_graph(node):
+            if id(x) in params:
+                raise ValueError(
+                    f"`{name}` must not hold parameters of the module, but it shares "
+                    f"{params[id(x)]} with it. Reach for them through the module, or "
+                    "pass nnx.clone of them to hold them fixed"
+                )
 
 
-def _types_of(*states: nnx.State) -> dict[str, tuple[str, Any]]:
+def same_leaves(tree: Tree, other: Tree) -> list[bool]:
+    """For each leaf whether the very same array is in both, as if nobody wrote it."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return [x is y for x, y in pairs]
+
+
+def check_not_written(params: nnx.State, is_wrong: list[bool]) -> None:
+    """Raises if `loss_fn` has written what it must not to some leaves of `params`."""
+    structure = jax.tree.structure(params)
+    flat = nnx.to_flat_state(jax.tree.unflatten(structure, is_wrong))
+    wrong = [".".join(map(str, path)) for path, x in flat if any(jax.tree.leaves(x))]
+    if wrong:
+        raise ValueError(
+            "`loss_fn` must only read what it is differentiated with respect to, but "
+            f"it wrote to {', '.join(wrong)}, and what it wrote depends on the batch. "
+            "Make it a variable of another kind than `wrt`, an nnx.Variable say"
+        )
+
+
+def of_this_device(state: State, axis_name: AxisName) -> State:
+    """The state with keys of this device's own."""
+    index = lax.axis_index(axis_name)
+
+    def fold(key: jax.Array) -> jax.Array:
+        each = jnp.ravel(key)
+        return jax.vmap(jax.random.fold_in, (0, None))(each, index).reshape(key.shape)
+
+    return state._replace(keys=jax.tree.map(fold, state.keys))
+
+
+def _flat(state: State) -> dict[Path, Any]:
+    """The variables by their paths in `Nodes`."""
+    flat = {(0, *path): variable for path, variable in nnx.to_flat_state(state.params)}
+    for part in (state.keys, state.rest):
+        flat |= dict(nnx.to_flat_state(part))
+    return flat
+
+
+def _shown(path: Path) -> str:
+    """A path without the field of `Nodes`."""
+    return ".".join(map(str, path[1:]))
+
+
+def _types_of(state: State) -> dict[Path, tuple[str, Any]]:
     """For each variable what to call its type, and what its type is."""
 
     def type_of(variable: Any) -> tuple[str, Any]:
@@ -120,27 +238,14 @@ def _types_of(*states: nnx.State) -> dict[str, tuple[str, Any]]:
         name, types = type(variable).__name__, list(map(_validate.shown_type, leaves))
         return f"{name} {', '.join(types)}", (name, structure, types)
 
-    return {path: type_of(variable) for path, variable in _flat(*states).items()}
+    return {path: type_of(variable) for path, variable in _flat(state).items()}
 
 
 def _is_same(variable: Any, other: Any) -> bool:
-    """Whether the very same arrays are in both, as when nobody wrote to them."""
-    pairs = zip(*(jax.tree.leaves(_value(x)) for x in (variable, other)), strict=True)
-    return all(x is y for x, y in pairs)
+    """Whether the very same arrays are in both."""
+    return all(same_leaves(_value(variable), _value(other)))
 
 
 def _value(variable: Any) -> Any:
     is_variable = isinstance(variable, nnx.Variable)
     return variable.get_raw_value() if is_variable else variable
-
-
-def of_this_device(state: State, axis_name: AxisName) -> State:
-    """The state with keys of this device's own."""
-    keys, rest = state
-    index = lax.axis_index(axis_name)
-
-    def fold(key: jax.Array) -> jax.Array:
-        each = jnp.ravel(key)
-        return jax.vmap(jax.random.fold_in, (0, None))(each, index).reshape(key.shape)
-
-    return jax.tree.map(fold, keys), rest

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from optax_accum import _eager, _outputs, _value_and_grad
-from optax_accum._types import Function, Params
+from optax_accum import _arguments, _eager, _flow, _outputs, _value_and_grad
+from optax_accum._types import Args, Function, Kwargs, Params
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
 
@@ -96,10 +97,13 @@ def value_and_grad(
     @functools.wraps(loss_fn)
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
         calls.note(args, kwargs)
-        graphdef, params, state = _module.split(model, wrt)
-        call = settings.roles.bind(loss_fn, (params, *args), kwargs)
-        for name, argument in call.named():
-            _module.check_no_streams(name, argument)
+        _module.check_module(model)
+        nodes, call = _taken_apart(
+            model, settings.roles.bind(loss_fn, (None, *args), kwargs)
+        )
+        _module.check_not_shared(nodes, wrt)
+        graphdef, params, state = _module.split(nodes, wrt)
+        call = call._replace(args=[params, *call.args[1:]])
         loss = _Loss(settings, wrt, graphdef)
         functional = dataclasses.replace(
             settings,
@@ -111,7 +115,7 @@ def value_and_grad(
         if has_aux:
             aux, after = after
             value = value, aux
-        _module.update(model, state, after)
+        _module.update(nodes, state, after)
         result = value, grads
         return (result, info) if settings.returns_info else result
 
@@ -119,6 +123,22 @@ def value_and_grad(
 
 
 _STATE = "the module's state"  # an argument that no loss has by this name
+
+
+def _taken_apart(
+    model: Any, call: _arguments.Call
+) -> tuple[_module.Nodes, _arguments.Call]:
+    """What in the arguments can change, and the call with places for it."""
+    others: dict[str, Any] = {}
+    args = [
+        _module.taken_out(name, argument, others)
+        for name, argument in zip(call.names, call.args, strict=True)
+    ]
+    kwargs = {
+        name: _module.taken_out(name, argument, others)
+        for name, argument in call.kwargs.items()
+    }
+    return _module.Nodes(model, others), call._replace(args=args, kwargs=kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +152,16 @@ class _Loss:
     def value(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What `loss_fn` returns, and the state after it as a carry."""
         state = kwargs.pop(_STATE)
-        model = self._module(params, state)
-        result = self.settings.fun(model, *args, **kwargs)
-        after = _module.state_after(model, self.wrt, self.graphdef, params, state)
+        result, after = self._run(params, state, args, kwargs)
+        before, structure = jax.tree.flatten(state.params)
+        is_same = _module.same_leaves(params, after.params)
+        if not all(is_same):
+            is_same = self._is_same(params, state, args, kwargs)
+        rows = zip(is_same, before, jax.tree.leaves(after.params), strict=True)
+        written = [old if is_ else new for is_, old, new in rows]
+        after = after._replace(params=jax.tree.unflatten(structure, written))
         if self.settings.devices.axis_name is not None:
-            after = state[0], after[1]
+            after = after._replace(keys=state.keys)
         if not self.settings.has_aux:
             return result, after
         value, aux = _outputs.pair(result, "(value, aux)")
@@ -145,11 +170,44 @@ class _Loss:
     def weight(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What the user's `weight` returns."""
         assert self.settings.weight is not None
-        state = kwargs.pop(_STATE)
-        return self.settings.weight(self._module(params, state), *args, **kwargs)
+        nodes = self._nodes(params, kwargs.pop(_STATE))
+        args, kwargs = _module.put_back((args, kwargs), nodes.others)
+        return self.settings.weight(nodes.model, *args, **kwargs)
 
-    def _module(self, params: Params, state: _module.State) -> Any:
+    def _run(
+        self, params: Params, state: _module.State, args: Args, kwargs: Kwargs
+    ) -> tuple[Any, _module.State]:
+        """What `loss_fn` returns, and all that it may have changed."""
+        nodes = self._nodes(params, state)
+        args, kwargs = _module.put_back((args, kwargs), nodes.others)
+        result = self.settings.fun(nodes.model, *args, **kwargs)
+        graphdef, _, after = _module.split(nodes, self.wrt)
+        _module.check_same_variables(state, after)
+        _module.check_same_attributes(self.graphdef, graphdef)
+        return result, after
+
+    def _nodes(self, params: Params, state: _module.State) -> _module.Nodes:
         axis_name = self.settings.devices.axis_name
         if axis_name is not None:
             state = _module.of_this_device(state, axis_name)
-        return nnx.merge(self.graphdef, params, *state, copy=True)
+        return _module.merge(self.graphdef, params, state)
+
+    def _is_same(
+        self, params: Params, state: _module.State, args: Args, kwargs: Kwargs
+    ) -> list[bool]:
+        """For each leaf of `params` whether it is what it was.
+
+        After `nnx.remat` or `nnx.jit` every variable holds a new tracer, and only the
+        traced program tells. What is written must be the same for every micro-batch.
+        """
+        arrays, rebuild = _arguments.arrays_in((args, kwargs))
+
+        @jax.jit
+        def params_after(params: Params, state: _module.State, arrays: Any) -> Params:
+            args, kwargs = rebuild(arrays)
+            return self._run(params, state, args, kwargs)[1].params
+
+        sources = _flow.of_call(params_after, params, state, arrays)
+        known = range(len(jax.tree.leaves((params, state))))
+        _module.check_not_written(params, [not s.needs <= {*known} for s in sources])
+        return [source.same == i for i, source in enumerate(sources)]
