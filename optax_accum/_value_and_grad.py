@@ -232,7 +232,8 @@ def value_and_grad(
 
       With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
       ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the
-      last carry.
+      last carry. Leaves that `fun` returns as they came stay the very same arrays, and
+      go neither round the loop nor over the devices.
 
     Note: Random keys
       Typed keys (`jax.random.key`) are found wherever they are, in any argument that is

@@ -25,7 +25,9 @@ def value_and_grad(
 
     What in the module is no parameter goes from micro-batch to micro-batch, as if they
     were run one after another, and is in the module in the end: the running statistics
-    of BatchNorm, the counts of random streams. Dropout is drawn anew for each.
+    of BatchNorm, the counts of random streams. Dropout is drawn anew for each. So it is
+    with `nnx.Rngs`, modules and variables among the other arguments. What `loss_fn`
+    only reads, such as a frozen base, stays the very same arrays.
     Micro-batch i holds the examples i, i + K, i + 2K, ... (with a smaller last one
     they are contiguous).
 
@@ -47,10 +49,12 @@ def value_and_grad(
 
     Raises:
       TypeError: As `oa.value_and_grad`; an `argnums`; at the call, a first argument
-        that is no module, or another one that has random streams.
+        that is no module.
       ValueError: As `oa.value_and_grad`; a `carry_argnum`; at the call, a `loss_fn`
         that adds variables to the module, takes some away or changes their types, or
-        writes to what it is differentiated with respect to, or to what is no variable.
+        writes to what is no variable, or, depending on the batch, to what it is
+        differentiated with respect to; another argument that shares parameters with
+        the module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -72,10 +76,11 @@ def value_and_grad(
 
     Note:
       A micro-batch of weight 0 leaves the module as it was. Over several devices
-      (`axis_name`), floating variables are averaged over them, by weight, and the
-      module's random keys are folded with the device's index.
+      (`axis_name`), floating variables that `loss_fn` writes are averaged over them, by
+      weight, and random keys are folded with the device's index.
 
-      Modules among the other arguments are only read.
+      Every micro-batch starts from the same parameters, also where `loss_fn` writes to
+      them (`nnx.WeightNorm`); what the last one wrote is in the module in the end.
     """
     if "argnums" in options:
         raise TypeError(
