@@ -79,7 +79,9 @@ def called(equation: Any) -> Any:
     if equation.primitive.name not in _CALLS:
         return None
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return getattr(inner, "jaxpr", inner)
+    inner = getattr(inner, "jaxpr", inner)
+    takes_all = inner is not None and len(inner.invars) == len(equation.invars)
+    return inner if takes_all else None
 
 
 def _made(equation: Any, given: list[Source]) -> list[Source]:
@@ -91,7 +93,7 @@ def _made(equation: Any, given: list[Source]) -> list[Source]:
     if name in _IDENTITIES:
         return given
     if name in _RULES:
-        return _RULES[name](equation.params, given)
+        return _RULES[name](equation, given)
     return [_made_of(given)] * len(equation.outvars)
 
 
@@ -117,19 +119,29 @@ def _through(inner: list[Source], given: list[Source]) -> list[Source]:
     ]
 
 
-def _select(params: Any, given: list[Source]) -> list[Source]:
-    del params
+def _select(equation: Any, given: list[Source]) -> list[Source]:
+    del equation
     return [_one_of(given[1:], given[0])]
 
 
-def _cond(params: Any, given: list[Source]) -> list[Source]:
-    branches = [sources(branch, given[1:]) for branch in params["branches"]]
+def _cond(equation: Any, given: list[Source]) -> list[Source]:
+    branches = [sources(branch, given[1:]) for branch in equation.params["branches"]]
     return [_one_of(list(each), given[0]) for each in zip(*branches, strict=True)]
 
 
-def _scan(params: Any, given: list[Source]) -> list[Source]:
-    body = sources(params["jaxpr"])
-    return _looped(body, given, params["num_consts"], params["num_carry"])
+def _scan(equation: Any, given: list[Source]) -> list[Source]:
+    body = equation.params["jaxpr"].jaxpr
+    # How the operands divide, JAX's versions say in different ways. What a loop goes
+    # through, and what it stacks, has an axis less inside.
+    num_carry = _count_as_they_are(equation.outvars, body.outvars)
+    num_before = _count_as_they_are(equation.invars, body.invars)
+    return _looped(sources(body), given, num_before - num_carry, num_carry)
+
+
+def _count_as_they_are(outside: list[Any], inside: list[Any]) -> int:
+    """How many variables of a loop have the same rank in its body."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(x.aval.shape) == len(y.aval.shape) for x, y in pairs)
 
 
 def _looped(
@@ -161,7 +173,8 @@ def _looped(
     return [*carry, *outputs]
 
 
-def _while(params: Any, given: list[Source]) -> list[Source]:
+def _while(equation: Any, given: list[Source]) -> list[Source]:
+    params = equation.params
     cut, end = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     body = sources(params["body_jaxpr"])
     carry = _looped(body, given[cut:], end - cut, len(given) - end)
@@ -172,11 +185,12 @@ def _while(params: Any, given: list[Source]) -> list[Source]:
     ]
 
 
-def _shard_map(params: Any, given: list[Source]) -> list[Source]:
-    places, inner = params["in_specs"], sources(params["jaxpr"])
+def _shard_map(equation: Any, given: list[Source]) -> list[Source]:
+    places = equation.params["in_specs"]
+    inner = sources(equation.params["jaxpr"])
     moved = [
         source.same is not None and places[source.same] != place
-        for source, place in zip(inner, params["out_specs"], strict=True)
+        for source, place in zip(inner, equation.params["out_specs"], strict=True)
     ]
     return [
         _made_of([source]) if is_moved else source

@@ -23,6 +23,7 @@ X = jnp.asarray(
 )
 ROWS = X[:, 0]
 IMAGES = jnp.stack([X] * 3, axis=2)
+RoPE: Any = getattr(nnx, "RoPE", None)  # newer than the oldest Flax
 WORDS = jnp.arange(EXAMPLES * LENGTH).reshape(EXAMPLES, LENGTH) % 5
 
 
@@ -109,6 +110,14 @@ LAYERS = {
         X,
         call,
     ),
+    "RoPE": (
+        lambda rngs: nnx.Sequential(
+            nnx.Linear(WIDTH, WIDTH, rngs=rngs),
+            RoPE(),
+        ),
+        X,
+        call,
+    ),
     "Sequential": (
         lambda rngs: nnx.Sequential(
             nnx.Linear(WIDTH, WIDTH, rngs=rngs), jnp.tanh, nnx.PReLU()
@@ -165,6 +174,11 @@ def test_every_layer_is_known():
     assert exported - NO_LAYERS <= set(LAYERS)
 
 
+def skip_without(name):
+    if not hasattr(nnx, name):
+        pytest.skip(f"this Flax has no nnx.{name} yet")
+
+
 def same(tree, other):
     chex.assert_trees_all_close(
         nnx.as_pure(tree), nnx.as_pure(other), rtol=1e-4, atol=1e-5
@@ -173,6 +187,7 @@ def same(tree, other):
 
 @pytest.mark.parametrize("name", named(LAYERS))
 def test_a_layer_trains_as_on_the_whole_batch(name):
+    skip_without(name)
     build, x, apply = LAYERS[name]
 
     def loss(layer, x):
@@ -451,8 +466,7 @@ def transformation(name):
 @pytest.mark.parametrize("name", named(TRANSFORMED))
 def test_a_transformation_in_a_module_writes_nothing(name):
     """Every variable holds a new tracer after it, and is still the same array."""
-    if not hasattr(nnx, transformation(name)):
-        pytest.skip("this Flax does not have it yet")
+    skip_without(transformation(name))
     build, apply = TRANSFORMED[name]
 
     def loss(model, x):

@@ -171,6 +171,8 @@ def check_same_attributes(before: nnx.GraphDef, after: nnx.GraphDef) -> None:
 
 def check_not_shared(nodes: Nodes, wrt: Filter) -> None:
     """Raises where the other arguments hold parameters of the module itself."""
+    if not nodes.others:
+        return
     is_param = to_predicate(wrt)
     params = {
         id(x): ".".join(map(str, path))
