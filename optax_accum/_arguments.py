@@ -536,11 +536,14 @@ def _check_no_nnx_module(name: str, value: Tree) -> None:
     To JAX it is a tree, whose statistics and counts are leaves like its parameters.
     """
     nnx = sys.modules.get("flax.nnx")  # loaded if there is a module
-    if nnx is None or not isinstance(value, nnx.Module):
+    if nnx is None:
         return
-    if nnx.state(value, nnx.Not(nnx.Param)):
-        raise TypeError(
-            f"`{name}` is an NNX module, a {type(value).__name__}, with variables that "
-            "are not parameters. optax_accum.flax.value_and_grad takes it as it is; "
-            "elsewhere split it first, with nnx.split(model, nnx.Param, ...)"
-        )
+    for node in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nnx.Module)):
+        if isinstance(node, nnx.Module) and nnx.state(node, nnx.Not(nnx.Param)):
+            what = "is" if node is value else "holds"
+            raise TypeError(
+                f"`{name}` {what} an NNX module, a {type(node).__name__}, with "
+                "variables that are not parameters. optax_accum.flax.value_and_grad "
+                "takes it as it is; elsewhere split it first, with "
+                "nnx.split(model, nnx.Param, ...)"
+            )

@@ -301,6 +301,13 @@ class TestValueAndGrad:
             TypeError, match=r"`model` is an NNX module.*flax\.value_and"
         ):
             oa.value_and_grad(loss_fn, num_microbatches=2)(Normalised(), X)
+
+        def two(models, x):
+            return loss_fn(models["first"], x) + loss_fn(models["second"][0], x)
+
+        models = {"first": MLP(), "second": [Normalised()]}
+        with pytest.raises(TypeError, match=r"`models` holds an NNX module, a Norm"):
+            jax.jit(oa.value_and_grad(two, num_microbatches=2))(models, X)
         in_parts = oa.value_and_grad(loss_fn, num_microbatches=2)
         value, _ = in_parts(MLP(), X)  # of which all is parameters
         np.testing.assert_allclose(value, loss_fn(MLP(), X), rtol=1e-6)
@@ -333,8 +340,10 @@ class TestValueAndGrad:
         ):
             oaf.value_and_grad(loss_fn, num_microbatches=2, carry_argnum=2)
         in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
-        with pytest.raises(TypeError, match="must be an NNX module; got a dict"):
+        with pytest.raises(TypeError, match=r"must be an NNX module; got a dict\."):
             in_parts({"w": X}, X)
+        with pytest.raises(TypeError, match=r"NNX module; got an int\."):
+            in_parts(1, X)
         with pytest.raises(TypeError, match=r"NNX module; got the class MLP itself\."):
             in_parts(MLP, X)
         for call in (in_parts, jax.jit(in_parts)):  # in which it is a tracer

@@ -65,7 +65,8 @@ def check_module(model: Any) -> None:
     """Raises unless `model` is an NNX module."""
     if isinstance(model, nnx.Pytree):
         return
-    got = f"a {type(model).__name__}"
+    name = type(model).__name__
+    got = f"an {name}" if name[0] in "aeiou" else f"a {name}"
     if isinstance(model, type):
         got = f"the class {model.__name__} itself"
     elif isinstance(model, jax.Array | np.ndarray):  # not the name of a tracer
