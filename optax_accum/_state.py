@@ -177,6 +177,10 @@ def accumulated(
 
     Across devices (`axis_name`), of this device's part of the window.
 
+    At a boundary the window is over, and the result is zeros. To log the norm of an
+    update's gradient, put ``optax.snapshot("grad_norm", optax.tree.norm)`` inside
+    `accumulate`, and read it by ``optax.tree.get(opt_state, "grad_norm")``.
+
     Args:
       opt_state: As in `has_updated`.
       reduction: What `accumulate` was given.
