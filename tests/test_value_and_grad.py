@@ -494,8 +494,10 @@ def test_a_micro_batch_of_weight_0_counts_in_a_ratio_and_a_sum(reduction, size):
     assert int(examples) == int(seen) == 8
 
 
-@pytest.mark.parametrize("reduction", ["mean", "ratio"])
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize(
+    ("size", "reduction"),
+    [(5, "mean"), (4, "ratio")],
+)
 def test_a_weight_may_come_out_of_the_loss(size, reduction):
     """Of examples that activations choose; in one micro-batch there is none."""
 
@@ -926,7 +928,7 @@ def spoilt(batch, real):
     return jax.tree.map(spoil, batch)
 
 
-NUMBERS = [(4, 1), (4, 3), (5, 2), (5, 3)]
+NUMBERS = [(4, 2), (5, 2), (5, 3)]
 
 
 @pytest.mark.parametrize("traced", [True, False])
@@ -1060,8 +1062,7 @@ def test_a_number_out_of_range_at_run_time_is_the_nearest():
 # --- Unrolled ---
 
 
-@pytest.mark.parametrize("unroll", [True, 2, False])
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(("size", "unroll"), [(2, 4), (5, True)])
 def test_an_unrolled_loop_gives_the_same_result(size, unroll):
     params, batch = make_params(), make_batch()
     f = oa.value_and_grad(mean_loss, microbatch_size=size, unroll=unroll)

@@ -202,7 +202,7 @@ def test_aux_sums_and_means_are_not_stacked():
         assert held(policy) < held("stack") - 6 * statistic
 
 
-@pytest.mark.parametrize(("unroll", "loops"), [(1, 1), (4, 1), (8, 0), (True, 0)])
+@pytest.mark.parametrize(("unroll", "loops"), [(4, 1), (True, 0)])
 def test_an_unrolled_program_has_fewer_loops(unroll, loops):
     f = oa.value_and_grad(loss, num_microbatches=8, unroll=unroll)
     ours = program(f, make_params(), make_batch())
@@ -228,7 +228,7 @@ def test_a_number_known_to_run_time_costs_no_temporaries():
     assert len(hlo.operations(ours, "while")) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, slow(jnp.bfloat16)])
 def test_the_gradient_of_the_value_costs_no_more_than_the_gradient(dtype):
     """For frameworks that call `jax.value_and_grad` of a loss themselves."""
     params, batch = make_params(dtype), make_batch()

@@ -97,7 +97,7 @@ class TestTransformations:
         f = in_parts(microbatch_size=size)
         same(jax.jit(jax.grad(lambda *a: f(*a)[0]))(*args), whole(loss, *args)[1])
 
-    @pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+    @pytest.mark.parametrize("reduction", ["mean", slow("ratio"), slow("sum")])
     def test_the_derivative_of_the_value_is_the_gradient(self, reduction):
         """Whatever it is of: weights, rejected micro-batches, NaN, a carry."""
 
