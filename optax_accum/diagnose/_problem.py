@@ -134,6 +134,7 @@ class Problem:
         cls, settings: Settings, args: tuple[Tree, ...], kwargs: dict[str, Tree]
     ) -> "Problem":
         """Checks them as `value_and_grad` does."""
+        # All of the batch is compared.
         settings = dataclasses.replace(
             settings, noise_scale=False, num_real_microbatches=None
         )
