@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accum import _validate
+from optax_accum import _tree, _validate
 from optax_accum._types import Grads, Params, Scalar, Tree, Updates
 
 REDUCTIONS = ("max", "last", "sum")
@@ -121,7 +121,7 @@ class Overwritten:
             updates, state = inner.update(
                 self.gradients(grads), state, self.gradients(params), **extra_args
             )
-            return merge(updates, grads), state
+            return _tree.merge(updates, grads), state
 
         return optax.GradientTransformationExtraArgs(init, update)
 
@@ -133,7 +133,7 @@ class Overwritten:
     ) -> Params:
         """What `apply_updates` makes of the others, and the values of these."""
         trained = apply_updates(self.gradients(params), self.gradients(updates))
-        return merge(trained, updates)
+        return _tree.merge(trained, updates)
 
     def as_updates(self, updates: Updates, params: Params) -> Updates:
         """`updates` that, added to `params`, give the values of these leaves."""
@@ -143,7 +143,7 @@ class Overwritten:
             self.map(lambda r, x: x if r else None, tree) for tree in (updates, params)
         )
         differences = jax.tree.map(lambda n, o: n - o.astype(n.dtype), new, old)
-        return merge(self.gradients(updates), differences)
+        return _tree.merge(self.gradients(updates), differences)
 
     def map(self, function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
         """``function(reduction or None, *leaves)`` of every leaf."""
@@ -161,16 +161,6 @@ class Overwritten:
 
 
 ONLY_FLAX = Overwritten()
-
-
-def merge(gradients: Tree, others: Tree) -> Tree:
-    """`gradients`, with the leaves of `others` in the places where it has ``None``."""
-    return jax.tree.map(
-        lambda g, x: x if g is None else g,
-        gradients,
-        others,
-        is_leaf=lambda x: x is None,
-    )
 
 
 def _in_flax(path: str) -> str | None:

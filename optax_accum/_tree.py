@@ -117,9 +117,14 @@ def _is_number(leaf: Leaf) -> bool:
     return isinstance(leaf, Number) or hasattr(leaf, "__jax_array__")
 
 
-def fill(tree: Tree, part: Tree) -> Tree:
-    """`tree` with the leaves of `part` where these are not ``None``."""
-    return jax.tree.map(lambda x, new: x if new is None else new, tree, part)
+def merge(part: Tree, others: Tree) -> Tree:
+    """`part`, with the leaves of `others` in the places where it has ``None``."""
+    return jax.tree.map(
+        lambda x, other: other if x is None else x,
+        part,
+        others,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def fill_float0(grads: Tree, params: Tree) -> Tree:

@@ -662,12 +662,12 @@ class _Loop:
             # So that `jax.grad` gives this device's gradient, and not the sum of all.
             own = _tree.differentiated(args[i])
             parts[i] = _collectives.vary(settings.devices.axis_name, own)
-            args[i] = _tree.fill(args[i], parts[i])
+            args[i] = _tree.merge(parts[i], args[i])
 
         def unpacked(*parts: Any, **kwargs: Any) -> tuple[Scalar, Any]:
             whole = list(parts)
             for i in jax.tree.leaves(call.argnums):
-                whole[i] = _tree.fill(args[i], parts[i])
+                whole[i] = _tree.merge(parts[i], args[i])
             result = call.apply(settings.fun, whole, kwargs)
             value, *rest = self.outputs.unpack(result, carry)
             return value, rest

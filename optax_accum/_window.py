@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from optax_accum import _overwrite, _tree
+from optax_accum import _tree
 from optax_accum._overwrite import ONLY_FLAX, Overwritten
 from optax_accum._types import AxisName, DType, Grads, Leaf, Reduction, Scalar, Tree
 
@@ -284,7 +284,7 @@ class Window(NamedTuple):
         others = overwritten.add(self.grads, grads, counted, first)
         return Window(
             loss=loss,
-            grads=_overwrite.merge(gradients, others),
+            grads=_tree.merge(gradients, others),
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
             noise=self.noise.add(
@@ -303,7 +303,7 @@ class Window(NamedTuple):
         )
         grads, total = devices.sum(overwritten.gradients(self.grads), in_one_dtype)
         others = overwritten.over_devices(self.grads, devices, self.weight)
-        grads = _overwrite.merge(grads, others)
+        grads = _tree.merge(grads, others)
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
     def result(
@@ -313,4 +313,4 @@ class Window(NamedTuple):
         loss, gradients = divide(
             (self.loss, overwritten.gradients(self.grads)), self.weight, reduction
         )
-        return loss, _overwrite.merge(gradients, self.grads)
+        return loss, _tree.merge(gradients, self.grads)

@@ -150,7 +150,7 @@ class Problem:
         for position in jax.tree.leaves(call.argnums):
             argument = call.args[position]
             own = jax.tree.map(jnp.asarray, _tree.differentiated(argument))
-            problem = problem.with_argument(position, _tree.fill(argument, own))
+            problem = problem.with_argument(position, _tree.merge(own, argument))
         return problem.with_batch(call.batch)
 
     @property
@@ -286,7 +286,7 @@ class Problem:
         for position in jax.tree.leaves(self.call.argnums):
             argument = self.call.args[position]
             part = jax.tree.map(move, _tree.differentiated(argument))
-            moved = moved.with_argument(position, _tree.fill(argument, part))
+            moved = moved.with_argument(position, _tree.merge(part, argument))
         return moved
 
     # --- Parts of the batch, for `with_batch` ---
