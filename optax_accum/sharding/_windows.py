@@ -6,6 +6,7 @@ is *stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is lo
 stacked, and `accumulate` takes such a state as it comes, one window on each device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,9 @@ def stack_windows(
                 "make one window of it first, with oa.sharding.sum_windows(opt_state)"
             )
         if rescale:
-            state = state._replace(micro_step=_calls(state.micro_step, num_devices))
+            # By tree, because NNX keeps it in a variable.
+            calls = functools.partial(_calls, num_devices=num_devices)
+            state = state._replace(micro_step=jax.tree.map(calls, state.micro_step))
         everything = jax.tree.map(repeat, state) if all_leaves else state
         window = jax.tree.map(on_first_device, state.window)
         # The largest of all is not to be the zero of a device that has seen nothing.
@@ -151,9 +154,8 @@ def sum_windows(
         num_devices = jnp.shape(state.window.weight)[0]
         everything = jax.tree.map(first, state) if all_stacked else state
         if rescale:
-            everything = everything._replace(
-                micro_step=everything.micro_step * num_devices
-            )
+            count = jax.tree.map(lambda c: c * num_devices, everything.micro_step)
+            everything = everything._replace(micro_step=count)
         window = jax.tree.map(add_up, state.window)
         last = _last_with_weight(state.window.weight)
 
