@@ -101,9 +101,11 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             the denominator, and the gradient counts whatever it is. A window whose
             weights are all 0 makes no update.
           boundary: Whether the window ends here: ``True``, ``False``, or ``None`` for
-            the count to decide. A Python bool is decided at trace time and builds no
-            `lax.cond`; a boolean array is decided at run time. ``True`` may come early,
-            at the end of an epoch: the result is divided by what the window has seen.
+            the count to decide. A Python bool is decided at trace time; a boolean
+            array is decided at run time. After ``True`` a `lax.cond` is left only if
+            W may be 0 (a traced `weight`, `skip`) or something is kept in bfloat16.
+            ``True`` may come early, at the end of an epoch: the result is divided by
+            what the window has seen.
           value: The micro-batch's loss. It reaches the inner optimizer reduced over the
             window, as the gradients are. Give it on every micro-step of a window or on
             none.
@@ -247,9 +249,9 @@ def accumulate(
         the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
         sum (result S).
       accumulator_dtype: The dtype of S. By default at least float32 and never less
-        than the parameter's own. `inner` computes in it, unless it only takes gradients
-        of the parameters' dtype. Updates and inner state keep the dtypes that `inner`
-        alone would give them.
+        than the parameter's own. `inner` computes in it, and in at least float32,
+        unless it only takes gradients of the parameters' dtype. Updates and inner state
+        keep the dtypes that `inner` alone would give them.
       skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
         micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
         sees only the leaves that are accumulated; `info` is kept in `skip_state`.
@@ -304,9 +306,10 @@ def accumulate(
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
 
-      If parameters or moments are narrower than the accumulator (bfloat16), the updates
-      and the inner state are computed one after the other, which saves parameter-sized
-      copies; what the two have in common is then computed twice, once per window.
+      If parameters or moments are narrower than what `inner` computes in (bfloat16),
+      the updates and the inner state are computed one after the other, which saves
+      parameter-sized copies; what the two have in common is then computed twice, once
+      per window.
 
       Under `jax.jit`, donate and return parameters and state in the same order,
       ``(params, opt_state, batch) -> (params, opt_state)``: JAX pairs donated buffers
@@ -504,6 +507,7 @@ class _Accumulation:
         state = self._add(step)
         closing = self._decide(step, state)
         optimizer = self._bind_optimizer(step, closing)
+        closing = _boundary.with_branches(closing, optimizer)
         destination: _updates.ToParams | _updates.ToCaller
         if applies:
             params = _tree.as_arrays(arguments.params)
@@ -598,8 +602,7 @@ class _Accumulation:
             ends = self._count_ends(step, state)
         runs = ends
         checks_total = not step.is_positive or self.skip is not None
-        is_static = isinstance(step.boundary, bool)
-        if checks_total and not is_static and not self.has_devices:
+        if checks_total and ends is not False and not self.has_devices:
             # One device knows W before the boundary, several only at it.
             runs, checks_total = ends & (window.weight != 0), False
         square = None
@@ -619,6 +622,7 @@ class _Accumulation:
             tracker=self.tracker,
             micro_steps=state.micro_step.astype(window.weight.dtype),
             square=square,
+            widens=self.has_accumulator,
         )
 
     def _count_ends(self, step: _MicroStep, state: AccumulateState) -> bool | jax.Array:
@@ -641,7 +645,7 @@ class _Accumulation:
         return _optimizer.bind(
             self.inner,
             step.arguments,
-            closing.window,
+            closing.window._replace(grads=closing.as_given(closing.window.grads)),
             closing.inner_state,
             self.devices,
             has_branch=closing.has_branch,
@@ -656,8 +660,8 @@ class _Accumulation:
     ) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""
         sums = buffers.sums
-        if not self.has_accumulator or closing.runs is True:
-            # A window that is closed for certain leaves nothing to remember.
+        if not (self.has_accumulator and closing.writes_sums):
+            # What is there instead is cleared by the next window's first micro-step.
             sums = step.state.window.grads
         state = state._replace(
             micro_step=jnp.where(closing.ends, 0, state.micro_step),

@@ -11,9 +11,10 @@ reading its HLO:
   accumulator's buffers, which the next window overwrites anyway.
 * No branch writes a buffer twice. The accumulator is not zeroed in the branch; the
   next window's first micro-step selects (see `_window.add`).
-* What is rounded to be kept is computed last (see `needs_two_phases`).
+* What is rounded to be kept is computed last (see `with_branches`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -37,8 +38,7 @@ class Closing(NamedTuple):
       runs: Whether the inner optimizer runs: the window ends and, as far as one device
         knows, is not empty. A Python bool builds no `lax.cond`.
       checks_total: Whether `close` must still test W for 0, in which case nothing
-        changes: across devices W is known only after the sum, and a Python bool has no
-        place for the test.
+        changes: across devices W is known only after the sum.
       window: The sums, each device's own.
       reduction: How they are divided.
       overwritten: Which leaves are no gradients.
@@ -48,6 +48,10 @@ class Closing(NamedTuple):
       tracker: What measures it.
       micro_steps: How many there were.
       square: ‖S‖², if the noise scale needs it before the branch.
+      widens: Whether the inner optimizer is given at least float32. A window of one
+        gradient is no sum, and reaches it as it is.
+      two_phases: Whether the updates are computed first and the state second (see
+        `with_branches`).
     """
 
     ends: bool | jax.Array
@@ -62,11 +66,22 @@ class Closing(NamedTuple):
     tracker: Tracker | NoTracker
     micro_steps: Scalar
     square: Scalar | None
+    widens: bool
+    two_phases: bool = False
 
     @property
     def has_branch(self) -> bool:
         """Whether it is decided at run time if the inner optimizer runs."""
         return not isinstance(self.runs, bool)
+
+    def as_given(self, sums: Grads) -> Grads:
+        """`sums` in the dtypes in which the inner optimizer is given their mean."""
+        return jax.tree.map(_tree.widened, sums) if self.widens else sums
+
+    @property
+    def writes_sums(self) -> bool:
+        """Whether S is written to memory, and does not go right into the optimizer."""
+        return self.runs is not True or self.devices.axis_name is not None
 
 
 class Buffers(NamedTuple):
@@ -102,17 +117,24 @@ def close(
     closing: Closing, optimizer: BoundOptimizer, destination: Destination
 ) -> Buffers:
     """Runs the inner optimizer if the window ends, and then alone."""
+    buffers = Buffers(
+        has_updated=jnp.zeros([], bool),
+        sums=closing.window.grads,
+        out=destination.out,
+        inner_state=closing.inner_state,
+        noise=closing.noise,
+    )
 
-    def do_update(buffers: Buffers) -> Buffers:
-        window = closing.window._replace(grads=buffers.sums)
-        total = window.over_devices(closing.devices, closing.overwritten)
+    def update(buffers: Buffers, total: Window, runs: bool | jax.Array) -> Buffers:
+        """With the window's update, if it `runs`; `buffers` hold the sum of `total`."""
 
         def apply(buffers: Buffers) -> Buffers:
-            gradients = total._replace(grads=closing.overwritten.gradients(total.grads))
+            whole = total._replace(grads=closing.as_given(buffers.sums))
+            gradients = whole._replace(grads=closing.overwritten.gradients(whole.grads))
             noise = closing.tracker.close(
                 buffers.noise, gradients, closing.square, closing.micro_steps
             )
-            value, grads = total.result(closing.reduction, closing.overwritten)
+            value, grads = whole.result(closing.reduction, closing.overwritten)
             updates, inner_state = optimizer.update(grads, buffers.inner_state, value)
             buffers = destination.write(updates, buffers)
             return buffers._replace(
@@ -122,63 +144,80 @@ def close(
                 noise=noise,
             )
 
-        if not closing.checks_total:
-            return apply(buffers)
-        if not closing.has_branch:
-            return jax.tree.map(
-                lambda new, old: jnp.where(total.weight != 0, new, old),
-                apply(buffers),
-                buffers,
+        if not closing.two_phases:
+            return branch(runs, apply, buffers)
+
+        def write_updates(buffers: Buffers) -> Buffers:
+            return apply(buffers)._replace(
+                inner_state=buffers.inner_state, noise=buffers.noise
             )
-        # A second branch, because a select reads and copies what it keeps.
-        return lax.cond(total.weight != 0, apply, same, buffers)
 
-    def same(buffers: Buffers) -> Buffers:
-        return buffers
+        def write_state(buffers: Buffers) -> Buffers:
+            new = apply(buffers)
+            return buffers._replace(inner_state=new.inner_state, noise=new.noise)
 
-    buffers = Buffers(
-        has_updated=jnp.zeros([], bool),
-        sums=closing.window.grads,
-        out=destination.out,
-        inner_state=closing.inner_state,
-        noise=closing.noise,
-    )
-    if isinstance(closing.runs, bool):
-        return do_update(buffers) if closing.runs else buffers
-    if not needs_two_phases(closing, optimizer):
-        return lax.cond(closing.runs, do_update, same, buffers)
+        updated = branch(runs, write_updates, buffers)
+        # It depends on the first branch's flag, so that XLA runs it second.
+        after = branch(updated.has_updated, write_state, buffers)
+        return updated._replace(inner_state=after.inner_state, noise=after.noise)
 
-    def write_updates(buffers: Buffers) -> Buffers:
-        return do_update(buffers)._replace(
-            inner_state=buffers.inner_state, noise=buffers.noise
-        )
+    if closing.devices.axis_name is None:
+        return update(buffers, closing.window, closing.runs)
 
-    def write_state(buffers: Buffers) -> Buffers:
-        new = do_update(buffers)
-        return buffers._replace(inner_state=new.inner_state, noise=new.noise)
+    def exchange(buffers: Buffers) -> Buffers:
+        window = closing.window._replace(grads=buffers.sums)
+        total = window.over_devices(closing.devices, closing.overwritten)
+        # The branches are inside, so that two phases exchange once.
+        runs = total.weight != 0 if closing.checks_total else True
+        new = update(buffers._replace(sums=total.grads), total, runs)
+        return new._replace(sums=buffers.sums)
 
-    updated = lax.cond(closing.runs, write_updates, same, buffers)
-    # It depends on the first branch's flag, so that XLA runs it second.
-    after = lax.cond(updated.has_updated, write_state, same, buffers)
-    return updated._replace(inner_state=after.inner_state, noise=after.noise)
+    return branch(closing.runs, exchange, buffers)
 
 
-def needs_two_phases(closing: Closing, optimizer: BoundOptimizer) -> bool:
-    """Whether the state is to be computed in a branch of its own, after the updates.
+def branch(
+    predicate: bool | jax.Array,
+    function: Callable[[Buffers], Buffers],
+    buffers: Buffers,
+) -> Buffers:
+    """``function(buffers)`` if `predicate`, else `buffers`.
 
-    That is so if what the optimizer computes is rounded to be kept. A rounded moment
-    and the unrounded one that the updates are computed from are live together, and XLA
-    copies every moment unless the updates come first. XLA removes from each branch what
-    it does not return; what updates and state have in common is computed twice, once
-    per window.
+    A Python bool needs no `lax.cond`. Nothing is selected: that reads and copies what
+    is kept.
+    """
+    if isinstance(predicate, bool):
+        return function(buffers) if predicate else buffers
+    return lax.cond(predicate, function, lambda buffers: buffers, buffers)
+
+
+def with_branches(closing: Closing, optimizer: BoundOptimizer) -> Closing:
+    """`closing`, with the branches that rounded sums and states need.
+
+    If what the optimizer computes is rounded to be kept, the updates come first and the
+    state second. A rounded moment and the unrounded one that the updates are computed
+    from are live together, and XLA copies every moment otherwise. XLA removes from each
+    branch what it does not return; what updates and state have in common is computed
+    twice, once per window.
+
+    Likewise S, if it is rounded, is written before it is read. XLA keeps such an order
+    between branches alone (a barrier is gone before it decides on copies), so that a
+    window that ends for certain tests at run time whether W is 0.
     """
 
     def bits(tree: Tree) -> list[int]:
         leaves = jax.tree.leaves(_tree.keep_inexact(tree))
         return [jnp.finfo(x.dtype).bits for x in leaves if x.ndim]
 
-    # Across devices the gradients would be exchanged twice.
-    if not closing.has_branch or closing.devices.axis_name is not None:
-        return False
-    widest = max(bits(closing.window.grads), default=0)
-    return any(kept < widest for kept in bits((optimizer.shapes, closing.inner_state)))
+    if closing.runs is False:
+        return closing
+    sums, given = closing.window.grads, closing.as_given(closing.window.grads)
+    state, widest = bits(closing.inner_state), max(bits(given), default=0)
+    is_narrow = any(kept < widest for kept in [*state, *bits(optimizer.shapes)])
+    two_phases = is_narrow and bool(state)
+    if closing.devices.axis_name is not None:
+        checks_total = closing.checks_total or two_phases
+        return closing._replace(two_phases=two_phases, checks_total=checks_total)
+    runs = closing.runs
+    if runs is True and (two_phases or bits(sums) != bits(given)):
+        runs = closing.window.weight != 0
+    return closing._replace(two_phases=two_phases, runs=runs)

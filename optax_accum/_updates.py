@@ -9,7 +9,7 @@ import optax
 from jax import dtypes
 
 from optax_accum import _tree
-from optax_accum._boundary import Buffers, Closing, needs_two_phases
+from optax_accum._boundary import Buffers, Closing
 from optax_accum._optimizer import BoundOptimizer
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import Params, Tree, Updates
@@ -58,13 +58,12 @@ class ToCaller(NamedTuple):
     ) -> "ToCaller":
         """Finds a buffer of the accumulator for each leaf of the updates.
 
-        None is reused in three cases: the second phase still reads S; there is no
+        None is reused in three cases: a second phase still reads S; there is no
         branch, and so nothing to gain; S differs between devices and the updates do
         not.
         """
         is_local = closing.devices.axis_name is None
-        is_read_again = needs_two_phases(closing, optimizer)
-        may_reuse = is_local and closing.has_branch and not is_read_again
+        may_reuse = is_local and closing.has_branch and not closing.two_phases
         accumulator = closing.window.grads if may_reuse else ()
         leaves = jax.tree_util.tree_leaves_with_path(accumulator)
         buffers = {path: (i, buffer) for i, (path, buffer) in enumerate(leaves)}

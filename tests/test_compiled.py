@@ -105,22 +105,85 @@ def test_bfloat16_parameters_take_less_memory_than_with_multi_steps(name, way, m
     assert hlo.temporaries(ours) < hlo.temporaries(theirs)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("weight", [1.0, None])
-@pytest.mark.parametrize("boundary", [True, False])
-def test_a_python_boundary_builds_no_cond(boundary, weight, way):
-    params = params_of()
-    tx = oa.accumulate(OPTIMIZERS["adamw"])
+def static_program(inner, way, params, boundary, weight=1.0, **options):
+    """One micro-step whose boundary is a Python bool; a weight of None is traced."""
+    tx = oa.accumulate(inner, **options)
     state = jax.eval_shape(tx.init, params)
 
     def step(params, state, grads, traced):
         w = traced if weight is None else weight
         return stepper(tx, way)(params, state, grads, boundary=boundary, weight=w)
 
-    program = hlo.compiled(step, params, state, params, SCALAR)
+    return hlo.compiled(step, params, state, params, SCALAR)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("boundary", "weight"), [(True, 1.0), (False, 1.0), (False, None)]
+)
+def test_a_python_boundary_builds_no_cond(boundary, weight, way):
+    """Unless W may be 0 at it."""
+    program = static_program(
+        OPTIMIZERS["adamw"], way, params_of(), boundary, weight=weight
+    )
     assert hlo.operations(program, "conditional") == []
-    if boundary is False or weight is not None:
-        assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params_of())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [slow("sgd"), slow("momentum"), "adamw"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": None},
+        pytest.param({"skip": oa.skip_not_finite}, marks=needs_fused_maximum),
+    ],
+)
+def test_a_python_boundary_of_what_may_be_empty_is_free_of_temporaries(
+    options, name, way
+):
+    """The test of W is a branch, because a select copies what it keeps."""
+    params = params_of()
+    program = static_program(OPTIMIZERS[name], way, params, True, **options)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+    assert hlo.large_copies(program, SMALLEST_MATRIX) == []
+
+
+@pytest.mark.parametrize(("way", "most"), [("update", 1.01), ("update_params", 0.01)])
+@pytest.mark.parametrize("weight", [1.0, slow(None)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
+@pytest.mark.parametrize("name", [slow("sgd"), "momentum", "adamw"])
+def test_a_python_boundary_of_narrow_parameters_holds_no_more_than_the_updates(
+    name, dtype, weight, way, most
+):
+    """As many as counted windows hold: the updates come first, and then the state."""
+    params = params_of(dtype)
+    program = static_program(OPTIMIZERS[name], way, params, True, weight)
+    assert hlo.temporaries(program) < most * hlo.nbytes(params)
+
+
+def test_a_python_boundary_of_float32_moments_beside_narrow_ones_holds_nothing():
+    params = params_of(jnp.bfloat16)
+    inner = promoting(optax.adam(1e-3, mu_dtype=jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        program = static_program(inner, "update_params", params, True)
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
+
+
+@pytest.mark.parametrize("boundary", [True, None])
+@pytest.mark.parametrize("params_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("sums_dtype", [jnp.bfloat16, slow(jnp.float16)])
+@pytest.mark.parametrize("name", [slow("sgd"), slow("momentum"), "adamw"])
+def test_narrow_sums_take_nothing_back_at_the_boundary(
+    name, sums_dtype, params_dtype, boundary
+):
+    """The float32 mean that moments and updates share is never written to memory."""
+    params = params_of(params_dtype)
+    options = {"every_k": None if boundary else 8, "accumulator_dtype": sums_dtype}
+    program = static_program(
+        OPTIMIZERS[name], "update_params", params, boundary, **options
+    )
+    assert hlo.temporaries(program) < 0.01 * hlo.nbytes(params)
 
 
 def test_a_counted_boundary_builds_one_cond():

@@ -18,6 +18,7 @@ from tests.support.training import (
     WAYS,
     alone,
     feed,
+    micro_batches,
     promoting,
     slow,
     stepper,
@@ -160,8 +161,60 @@ def test_a_requested_accumulator_dtype_is_used():
     for _ in range(3):
         assert state.window.grads.dtype == jnp.bfloat16
         params, state = tx.update_params(jnp.ones(3), state, params)
-    # The inner optimizer computes in it: the bfloat16 next to 0.1.
-    np.testing.assert_allclose(params, -0.1, rtol=1e-3)
+    np.testing.assert_allclose(params, -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+@pytest.mark.parametrize("sums_dtype", [jnp.bfloat16, jnp.float16])
+def test_the_inner_optimizer_computes_in_float32_on_narrow_sums(
+    sums_dtype, reduction, way
+):
+    """Only the sum is rounded, not the mean, nor what is computed from it."""
+
+    def update(updates, state, params=None):
+        del state, params
+        return updates, jax.tree.map(lambda g: g / 3, updates)
+
+    inner = optax.GradientTransformation(jnp.zeros_like, update)
+    tx = oa.accumulate(inner, 2, reduction=reduction, accumulator_dtype=sums_dtype)
+    one = jnp.ones(2)
+    batches = [(one, {"weight": 1}), (0 * one, {"weight": 2})]
+    _, state = feed(tx, batches, way, one)
+    mean = 1 if reduction == "sum" else 1 / 3
+    np.testing.assert_allclose(state.inner_state, mean / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT16])
+@pytest.mark.parametrize("closing", ["python", slow("traced weight"), slow("skip")])
+def test_a_python_boundary_of_narrow_parameters_is_that_of_the_count(
+    closing, dtype, way
+):
+    """To the bit: both compute the updates first, and the state second."""
+    params = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3).astype(dtype)}
+    inner = promoting(optax.adamw(0.1))
+    skip = oa.skip_not_finite if closing == "skip" else None
+    grads, weights = micro_batches(params, 4)
+    weighted = [{} if closing == "python" else {"weight": w} for w in weights]
+    counted = feed(
+        oa.accumulate(inner, 2, skip=skip),
+        list(zip(grads, weighted, strict=True)),
+        way,
+        params,
+    )
+    closed = feed(
+        oa.accumulate(inner, skip=skip),
+        [
+            (g, {**w, "boundary": i % 2 == 1})
+            for i, (g, w) in enumerate(zip(grads, weighted, strict=True))
+        ],
+        way,
+        params,
+    )
+    chex.assert_trees_all_equal(counted[0], closed[0])
+    chex.assert_trees_all_equal(counted[1].inner_state, closed[1].inner_state)
+    assert closed[1].gradient_step == 2
 
 
 class TestPassingThrough:

@@ -187,6 +187,23 @@ class TestZeroWeights:
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
+    def test_a_python_boundary_of_an_empty_bfloat16_window_updates_nothing(
+        self, weight, way
+    ):
+        tx = oa.accumulate(promoting(optax.adamw(0.1)))
+        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+        nan = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+        given = params, {"boundary": True}
+        params, before = feed(tx, [given], way, params)
+        closed = nan, {"boundary": True, "weight": weight}
+        after_params, after = feed(tx, [closed], way, params, before)
+        chex.assert_trees_all_equal(after_params, params)
+        chex.assert_trees_all_equal(after.inner_state, before.inner_state)
+        assert (after.micro_step, after.gradient_step) == (0, 1)
+        assert not after.has_updated
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("weight", [0, jnp.float32(0)])
     def test_every_k_1_updates_nothing_on_weight_0(self, weight, way):
         tx = oa.accumulate(ADAM, 1)
         state = tx.init(PARAMS)
