@@ -310,6 +310,75 @@ def test_windows_on_devices_are_free_of_copies(way, weighted, optimizer):
     assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
 
 
+@ways
+@pytest.mark.parametrize("boundary", [None, True])
+@pytest.mark.parametrize("optimizer", [slow(optax.sgd), optax.adamw])
+def test_bfloat16_windows_on_devices_hold_the_float32_sum_and_exchange_once(
+    way, boundary, optimizer
+):
+    """Updates and state are computed one after the other, from one sum."""
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), LARGE)
+    every_k = None if boundary else 4
+    tx = oa.accumulate(promoting(optimizer(1e-3)), every_k, axis_name=AXIS)
+    compiled = program(way, tx, "update_params", narrow, boundary=boundary)
+    place = "entry" if boundary else "branch"
+    assert hlo.exchanges(compiled) == {f"all-reduce, {place}": 1}
+    # In float32, which is twice the parameters.
+    assert hlo.temporaries(compiled) < 2.01 * hlo.nbytes(narrow) + 4096
+
+
+@ways
+@pytest.mark.parametrize("optimizer", [slow(optax.sgd), optax.adamw])
+def test_a_python_boundary_on_devices_holds_the_sum_alone(way, optimizer):
+    tx = oa.accumulate(promoting(optimizer(1e-3)), axis_name=AXIS)
+    compiled = program(way, tx, "update_params", boundary=True)
+    assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
+
+
+@ways
+@pytest.mark.parametrize("boundaries", [None, slow([False, True] * 2)])
+def test_narrow_moments_on_devices_are_those_of_the_global_batch(way, boundaries):
+    """Both phases see the sum of all devices, and a window without weight neither."""
+    x, mask = devices.examples(4)
+    mask = mask.at[2:].set(False)
+    inner = promoting(optax.adamw(0.1, mu_dtype=jnp.bfloat16))
+    tx = oa.accumulate(inner, None if boundaries else 2, axis_name=AXIS)
+    params, state = run(way, tx, x, mask, boundaries=boundaries)
+    wanted = global_batches(inner, x[:2], mask[:2], k=2)
+    chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(oa.gradient_step(state)) == 1)
+
+
+@pytest.mark.parametrize("donate", [slow(()), (0, 1)])
+def test_donated_under_pmap_a_step_holds_less_than_with_apply_every(donate):
+    """Without donation it holds half of the parameters more."""
+    params = {str(i): jnp.ones((SIDE, SIDE)) for i in range(8)}
+
+    def loss(params, x):
+        for p in params.values():
+            x = jnp.tanh(x @ p)
+        return jnp.mean(x**2)
+
+    def temporaries(tx, reduce):
+        def step(params, state, x):
+            grads = reduce(jax.grad(loss)(params, x))
+            if isinstance(tx, oa.AccumulateTransformation):
+                return tx.update_params(grads, state, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        args = devices.stacked((params, tx.init(params), jnp.ones((4, SIDE))))
+        mapped: Any = jax.pmap(step, AXIS, donate_argnums=donate)
+        return hlo.temporaries(optimized(mapped.lower(*args))) / hlo.nbytes(params)
+
+    sgd = promoting(optax.sgd(0.1))
+    ours = temporaries(oa.accumulate(sgd, 4, axis_name=AXIS), lambda grads: grads)
+    apply_every = promoting(optax.chain(sgd, optax.apply_every(4)))
+    theirs = temporaries(apply_every, lambda grads: jax.lax.pmean(grads, AXIS))
+    assert ours < 1.1
+    assert ours < theirs - 0.9 if donate else ours < theirs + 0.6
+
+
 def test_multi_steps_exchanges_in_every_micro_step():
     """What the counts are compared with: the instrument can see the difference."""
     tx = optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation()
