@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from optax_accum import _tree, _validate
 from optax_accum._types import Grads, Params, Scalar, Tree, Updates
@@ -148,24 +149,24 @@ class Overwritten:
     def map(self, function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
         """``function(reduction or None, *leaves)`` of every leaf."""
 
-        def of_leaf(path: Any, *leaves: Any) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            reduction = self.rule(name) if self.rule is not None else None
-            if reduction is None:
-                reduction = _in_flax(name)
-            else:
-                _validate.one_of("overwrite", reduction, REDUCTIONS)
-            return function(reduction, *leaves)
+        def of_leaf(path: KeyPath, *leaves: Any) -> Any:
+            return function(self._reduction(path), *leaves)
 
         return jax.tree_util.tree_map_with_path(of_leaf, tree, *others)
 
+    def _reduction(self, path: KeyPath) -> str | None:
+        """That of the leaf at `path`, or ``None`` for a gradient."""
+        if self.rule is not None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            reduction = self.rule(name)
+            if reduction is not None:
+                _validate.one_of("overwrite", reduction, REDUCTIONS)
+                return reduction
+        # Not by name, which takes time in trees of thousands of leaves.
+        keys = [getattr(entry, "key", None) for entry in path]
+        if "_overwrite_with_gradient" not in keys:
+            return None
+        return "max" if "amax" in str(keys[-1]) else "last"
+
 
 ONLY_FLAX = Overwritten()
-
-
-def _in_flax(path: str) -> str | None:
-    """The reduction of a leaf of Flax's fp8 layers."""
-    names = path.split("/")
-    if "_overwrite_with_gradient" not in names:
-        return None
-    return "max" if "amax" in names[-1] else "last"
