@@ -587,3 +587,37 @@ def test_batch_norm_and_dropout_of_linen_run_as_carry_and_key():
     chex.assert_trees_all_close(got_stats, stats, **close)
     chex.assert_trees_all_close(value, mean(*values), **close)
     chex.assert_trees_all_close(grads, jax.tree.map(mean, *gradients), **close)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_microbatches": 4}, slow({"microbatch_size": 2})],
+    ids=["number", "size"],
+)
+def test_a_program_for_batches_of_any_size_can_be_exported(options):
+    """`jax.export` with a symbolic number of examples, and weights that use it."""
+
+    def loss(w, x, mask):
+        return jnp.sum(mask * (x @ w) ** 2) / mask.sum()
+
+    f = oa.value_and_grad(
+        loss,
+        batch_argnums=(1, 2),
+        weight=lambda w, x, mask: mask.sum(),  # noqa: ARG005
+        return_info=True,
+        **options,
+    )
+    w = jnp.arange(3.0)
+    scope = jax.export.SymbolicScope()
+    x, mask = (
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(s, scope=scope), w.dtype)
+        for s in ("4*b, 3", "4*b")
+    )
+    exported = jax.export.export(jax.jit(f))(w, x, mask)
+    for b in (1, 3):
+        x = jax.random.normal(jax.random.key(b), (4 * b, 3))
+        mask = (jnp.arange(4 * b) % 3 < 2).astype(w.dtype)
+        (value, grad), info = exported.call(w, x, mask)
+        wanted = jax.value_and_grad(loss)(w, x, mask)
+        chex.assert_trees_all_close((value, grad), wanted, rtol=1e-5)
+        assert info.weight == mask.sum()
