@@ -52,7 +52,7 @@ Boundary = bool | jax.Array | None
 
 
 class AccumulateTransformation(optax.GradientTransformationExtraArgs):
-    """What `oa.accumulate` returns: an Optax transformation with one method more.
+    """What `oa.accumulate` returns: an Optax transformation with one more method.
 
     To Optax it is a pair of functions, ``init, update = tx``, and goes wherever a
     transformation goes: into `optax.chain`, a Flax ``TrainState``, through
@@ -194,15 +194,15 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           [0. 0.]
           [-2. -2.]
         """
+        arguments: Kwargs = {"weight": weight, "boundary": boundary, "value": value}
         accumulation = _accumulation_of(self)
-        if accumulation is not None:
-            accumulation.check_names(extra_args)
-        extra_args |= {"weight": weight, "boundary": boundary, "value": value}
-        if accumulation is not None:
-            return accumulation.update_params(grads, state, params, **extra_args)
-        # Somebody put another `update` in its place, by `_replace`.
-        updates, state = self[1](grads, state, params, **extra_args)
-        return _updates.apply_updates(params, updates), state
+        if accumulation is None:  # `_replace` has put another `update` in its place.
+            updates, state = self[1](grads, state, params, **arguments, **extra_args)
+            return _updates.apply_updates(params, updates), state
+        accumulation.check_names(extra_args)
+        return accumulation.update_params(
+            grads, state, params, **arguments, **extra_args
+        )
 
     def __repr__(self) -> str:
         """In one line, without the inner optimizer's functions."""
@@ -257,8 +257,7 @@ def accumulate(
         sees only the leaves that are accumulated; `info` is kept in `skip_state`.
       on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window, and
         contributes nothing. ``"wait"``: it never happened, and the count waits for
-        another.
-        A `boundary` that the caller passes stands either way.
+        another. A `boundary` that the caller passes stands either way.
       overwrite: ``overwrite("layer/scale") -> "max" | "last" | "sum" | None``, called
         with the path of each leaf, names parameters that have no gradient: what takes
         its place is their next value, as layers with state of their own return it. The
@@ -476,13 +475,13 @@ class _Accumulation:
                     return self._compiled(arguments, boundary, applies=applies)
                 return self._compiled_for(arguments, boundary, applies=applies)
             except jax.errors.ConcretizationTypeError:
-                pass  # A schedule asks for values, which only this call has.
+                pass  # A schedule needs values, which only an uncompiled call has.
         self._compiled_each_time.note()
         return self._micro_step(arguments, boundary, applies=applies)
 
     @functools.cached_property
     def _compiled_each_time(self) -> _eager.Calls:
-        """Calls with a function among the arguments, or such a schedule."""
+        """Calls with a function as an argument, or a schedule that needs values."""
         return _eager.Calls("`update`", "jax.jit(tx.update)")
 
     @functools.cached_property
@@ -698,7 +697,7 @@ class _Accumulation:
 
 
 def reduction_of(tx: Any) -> Reduction:
-    """The reduction of `tx`, if it tells: one that is part of a chain does not."""
+    """The reduction of `tx`; of what is built around `accumulate`, ``"mean"``."""
     is_ours = isinstance(tx, AccumulateTransformation)
     accumulation = _accumulation_of(tx) if is_ours else None
     return "mean" if accumulation is None else accumulation.reduction

@@ -1,9 +1,9 @@
-"""Which argument of a function is what: a batch, a carry, a key, or just there."""
+"""Which argument of a function is what: a batch, a carry, a key, or none of these."""
 
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +120,7 @@ class Call(NamedTuple):
 
     def name_of(self, place: Place) -> str:
         """The name of the argument there."""
-        return place if isinstance(place, str) else self.names[place]
+        return _name(place, self.names)
 
     def by_place(self) -> dict[Place, Any]:
         """All arguments."""
@@ -252,18 +252,7 @@ class Roles(NamedTuple):
                 "rng_argnums": self.rng_argnums,
             }.items()
         }
-        places: list[Place] = [*positions["batch_argnums"]]
-        for name in self.batch_argnames:
-            place = _place_of("batch_argnames", name, names, others)
-            if place not in positions["batch_argnums"]:
-                places.append(place)
-            elif not isinstance(self.batch_axis, int):
-                raise ValueError(
-                    f"`batch_argnums` and `batch_argnames` both name `{name}`, so that "
-                    f"it has two entries in `batch_axis={self.batch_axis!r}`. Name it "
-                    "once; for names alone pass batch_argnums=()"
-                )
-            # Else to name the default position as well is no mistake.
+        places = self._batch_places(positions["batch_argnums"], names, others)
         named_keys = [
             _place_of("rng_argnames", name, names, others) for name in self.rng_argnames
         ]
@@ -275,13 +264,12 @@ class Roles(NamedTuple):
             _check_no_nnx_module(names[i], in_place[i])
         values = dict[Place, Any]([*enumerate(in_place), *others.items()])
         for place in key_places:
-            name = place if isinstance(place, str) else names[place]
-            _check_keys(name, values[place])
+            _check_keys(_name(place, names), values[place])
         axes = self.batch_axis
         entries = (axes,) * len(places) if isinstance(axes, int) else axes
         batch, batch_arguments = [], []
         for place, entry in zip(places, entries, strict=True):
-            name = place if isinstance(place, str) else names[place]
+            name = _name(place, names)
             argument, leaves = _take_apart(place, name, values[place], entry)
             pairs = list(zip(leaves, argument.axes, strict=True))
             batch += [jnp.asarray(x) for x, axis in pairs if axis is not None]
@@ -299,13 +287,31 @@ class Roles(NamedTuple):
             key_places=key_places,
         )
 
+    def _batch_places(
+        self, positions: tuple[int, ...], names: list[str], others: Kwargs
+    ) -> list[Place]:
+        """Where the batch arguments stand, first those that are named by position."""
+        places: list[Place] = [*positions]
+        for name in self.batch_argnames:
+            place = _place_of("batch_argnames", name, names, others)
+            if place not in positions:
+                places.append(place)
+            elif not isinstance(self.batch_axis, int):
+                raise ValueError(
+                    f"`batch_argnums` and `batch_argnames` both name `{name}`, so it "
+                    f"has two entries in `batch_axis={self.batch_axis!r}`. Name it "
+                    "once; for names alone pass batch_argnums=()"
+                )
+            # Otherwise naming the default position as well is not a mistake.
+        return places
+
 
 def bind_positions(
     fun: Function, args: Args, kwargs: Kwargs
 ) -> tuple[list[Any], Kwargs, list[str]]:
     """``(args, kwargs, names)`` with all parameters in place that have a position.
 
-    What was passed by name moves to its position, so that a role finds it either way.
+    What was passed by name moves to its position, so a role finds it either way.
     """
     kinds = inspect.Parameter
     try:
@@ -333,26 +339,6 @@ def takes_more(function: Function, fun: Function, name: str) -> bool:
     except (TypeError, ValueError):  # Not every callable tells.
         return False
     return name in own and name not in others
-
-
-def arrays_in(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
-    """The arrays in `tree`, and how to build it from others in their places.
-
-    In the list ``None`` stands for what is not an array, and stays what it is.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-
-    def rebuild(arrays: list[Any]) -> Tree:
-        pairs = zip(arrays, leaves, strict=True)
-        return jax.tree.unflatten(structure, [x if a is None else a for a, x in pairs])
-
-    return [x if isinstance(x, jax.Array) else None for x in leaves], rebuild
-
-
-def places_of(tree: Tree) -> Tree:
-    """`tree` with the place of each leaf among its leaves."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, range(len(leaves)))
 
 
 def as_positions(role: str, value: Any) -> tuple[int, ...]:
@@ -420,7 +406,7 @@ def _take_apart(
         jax.tree.map(extend, entry, value, is_leaf=lambda x: x is None)
     except ValueError as error:
         raise ValueError(
-            f"`batch_axis` has {entry!r} for `{name}`, which is no prefix of it: it "
+            f"`batch_axis` has {entry!r} for `{name}`, which is not a prefix of it: it "
             f"is a {structure}"
         ) from error
     leaf_names = [name + jax.tree_util.keystr(path) for path, _ in pairs]
@@ -457,6 +443,11 @@ def from_the_front(
             )
         found.append(position)
     return tuple(found)
+
+
+def _name(place: Place, names: list[str]) -> str:
+    """What the argument there is called."""
+    return place if isinstance(place, str) else names[place]
 
 
 def _place_of(role: str, name: str, names: list[str], kwargs: Kwargs) -> Place:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from optax_accum import _tree
+from optax_accum import _flow, _tree
 from optax_accum._types import Batch, Grads, Leaf, Scalar, Tree
 
-Arrays = list[Any]  # arrays, and ``None`` for what is none
+Arrays = list[Any]  # with ``None`` for what is not an array
 
 
 class Result(NamedTuple):
@@ -41,8 +41,8 @@ class _Arguments(NamedTuple):
 def run_with_derivative(run: Run, batch: Batch, arrays: Arrays, places: Tree) -> Result:
     """``run(batch, arrays)``, in which the value's derivative is the gradient.
 
-    That is so where nothing has a tangent but what is differentiated: elsewhere, and
-    for everything but the value, derivatives go through `run`.
+    This holds if only what is differentiated has a tangent. Otherwise, and for
+    everything but the value, derivatives go through `run`.
 
     Args:
       run: To be called.
@@ -122,13 +122,13 @@ def _inner_product(result: Result, places: Tree, tangents: Arrays) -> Scalar:
 
 def _has_refs(jaxpr: core.Jaxpr) -> bool:
     """Whether there is a `jax.Ref` anywhere in `jaxpr`."""
-    for equation in jaxpr.eqns:
-        if any(hasattr(x.aval, "inner_aval") for x in equation.outvars):
-            return True
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if isinstance(inner, core.Jaxpr) and _has_refs(inner):
-                return True
-    return any(hasattr(x.aval, "inner_aval") for x in (*jaxpr.invars, *jaxpr.constvars))
+    return any(
+        hasattr(variable.aval, "inner_aval")
+        for part in _flow.with_inner(jaxpr)
+        for variables in (
+            part.invars,
+            part.constvars,
+            *(equation.outvars for equation in part.eqns),
+        )
+        for variable in variables
+    )

@@ -1,4 +1,4 @@
-"""Calls outside of `jax.jit`. Those that compile each time are told of, once."""
+"""Calls outside of `jax.jit`, and a warning if they compile every time."""
 
 import warnings
 from typing import Any
@@ -11,7 +11,7 @@ _warned: set[str] = set()
 
 
 class Calls:
-    """The calls of one function outside of `jax.jit` that compile it each time."""
+    """The calls of one function outside of `jax.jit` that compile it every time."""
 
     def __init__(self, name: str, remedy: str) -> None:
         """`name` is what was called, `remedy` what to do, as code."""
@@ -27,8 +27,8 @@ class Calls:
             _warned.add(self.name)
             warnings.warn(
                 f"{self.name} was called outside of `jax.jit` for the second time, and "
-                f"is compiled anew at every call there. Compile it once: {self.remedy}"
-                ", or the whole training step. (This is said once.)",
+                f"is compiled again at every call there. Compile it once: {self.remedy}"
+                ", or the whole training step. (This warning is shown once.)",
                 UserWarning,
                 stacklevel=3,
             )

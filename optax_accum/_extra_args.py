@@ -22,7 +22,7 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
       given: The extra arguments.
       taken: What the inner optimizer takes, from `names_taken`.
       is_chained: Whether the call came through an `optax.chain`, say, which hands
-        everybody's arguments to everybody. Then only a slip of the pen is refused.
+        all arguments to all its parts. Then only what looks like a typo is refused.
     """
     # A line search hands the rest to the function in which it searches.
     taken = taken | frozenset(_names(x for x in given.values() if callable(x)))

@@ -1,12 +1,14 @@
-"""Where the outputs of a traced function come from.
+"""Traced functions: where their outputs come from, and what is inside of them.
 
-After `nnx.remat` or `jax.jit` a value that nobody wrote to is a new tracer. Only the
-traced program tells that it is still the same.
+After `nnx.remat` or `jax.jit` a value that was not written to is a new tracer. Only the
+traced program shows that it is still the same.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core
 
 # The primitives that do nothing but call another function.
 _CALLS = (
@@ -52,7 +54,7 @@ def sources(jaxpr: Any, inputs: list[Source] | None = None) -> list[Source]:
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     if inputs is None:
-        inputs = [Source(i, frozenset([i])) for i in range(len(jaxpr.invars))]
+        inputs = _inputs(len(jaxpr.invars))
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def source(atom: Any) -> Source:
@@ -68,7 +70,7 @@ def sources(jaxpr: Any, inputs: list[Source] | None = None) -> list[Source]:
 def of_call(function: Any, *args: Any) -> list[Source]:
     """For each leaf of what a `jax.jit` returns, its `Source` among those of `args`."""
     jaxpr = function.trace(*args).jaxpr.jaxpr
-    inputs = [Source(i, frozenset([i])) for i in range(len(jax.tree.leaves(args)))]
+    inputs = _inputs(len(jax.tree.leaves(args)))
     # Tracers that it closes over may come first.
     closed_over = [_CONSTANT] * (len(jaxpr.invars) - len(inputs))
     return sources(jaxpr, [*closed_over, *inputs])
@@ -82,6 +84,23 @@ def called(equation: Any) -> Any:
     inner = getattr(inner, "jaxpr", inner)
     takes_all = inner is not None and len(inner.invars) == len(equation.invars)
     return inner if takes_all else None
+
+
+def with_inner(jaxpr: Any) -> Iterator[Any]:
+    """`jaxpr`, and those of all functions that are called anywhere in it."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if isinstance(inner, core.Jaxpr):
+                yield from with_inner(inner)
+
+
+def _inputs(count: int) -> list[Source]:
+    """The sources of so many inputs: each is itself."""
+    return [Source(i, frozenset([i])) for i in range(count)]
 
 
 def _made(equation: Any, given: list[Source]) -> list[Source]:

@@ -65,7 +65,7 @@ def bind(
 
     def call(grads: Grads, inner_state: Tree, value: Scalar) -> tuple[Updates, Tree]:
         extra_args = dict(arguments.extra_args)
-        grads = _tree.fill_inexact(arguments.grads, grads)
+        grads = _tree.merge(grads, arguments.grads)
         if arguments.takes_value:
             extra_args["value"] = value
         if "grad" in extra_args:

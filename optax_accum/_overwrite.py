@@ -1,10 +1,10 @@
 """Parameters that are not trained, but overwritten with their "gradient".
 
-Some layers return through `jax.grad` what is to take the place of a parameter: Flax's
-fp8 layers do so for their scales and the histories of their largest values, in the
-collection ``_overwrite_with_gradient``. Such a leaf has no gradient to average, and no
-optimizer is to see it. The micro-batches of a window all start from the same
-parameters, and what they return is reduced by one of these:
+Some layers return the next value of a parameter as its gradient: Flax's fp8 layers do
+so for their scales and the histories of their largest values, in the collection
+``_overwrite_with_gradient``. Such a leaf has no gradient to average, and no optimizer
+may see it. The micro-batches of a window all start from the same parameters, and what
+they return is reduced by one of these:
 
 =========  ===================================================
 reduction  of the micro-batches that count
@@ -167,6 +167,3 @@ class Overwritten:
         if "_overwrite_with_gradient" not in keys:
             return None
         return "max" if "amax" in str(keys[-1]) else "last"
-
-
-ONLY_FLAX = Overwritten()

@@ -55,7 +55,7 @@ def is_complex(leaf: Leaf) -> bool:
 
 
 def at_least_float32(dtype: DType) -> np.dtype:
-    """float32, or `dtype` where that is wider or an integer.
+    """float32, or `dtype` if that is wider or an integer.
 
     In bfloat16 ones sum to 256 and stay there.
     """
@@ -70,14 +70,14 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def scalar_dtype(tree: Tree) -> np.dtype:
-    """float32, or float64 where `tree` holds double precision."""
+    """float32, or float64 if `tree` holds double precision."""
     bits = [jnp.finfo(dtype_of(x)).bits for x in jax.tree.leaves(keep_inexact(tree))]
     return jnp.dtype("float64" if 64 in bits else "float32")
 
 
 def is_array(leaf: Leaf) -> bool:
-    """Whether `leaf` is an array, or the shape of one, and no Python number."""
-    # Of `jnp.float32`, the class, only the one is true.
+    """Whether `leaf` is an array, or the shape of one, and not a Python number."""
+    # The class `jnp.float32` has a dtype, but its shape is not a tuple.
     return isinstance(getattr(leaf, "shape", None), tuple) and hasattr(leaf, "dtype")
 
 
@@ -85,7 +85,7 @@ def is_array(leaf: Leaf) -> bool:
 
 
 def trained(params: Tree) -> Tree:
-    """What of `params` has gradients: all, except in `optax.lookahead`."""
+    """The part of `params` that has gradients: all, except in `optax.lookahead`."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
@@ -94,17 +94,11 @@ def keep_inexact(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
 
 
-def fill_inexact(tree: Tree, inexact: Tree) -> Tree:
-    """`tree` with its inexact leaves replaced, in order, by those of `inexact`."""
-    leaves = iter(jax.tree.leaves(inexact))
-    return jax.tree.map(lambda x: next(leaves) if is_inexact(x) else x, tree)
-
-
 def differentiated(tree: Tree) -> Tree:
-    """What of an argument is differentiated; the rest of its leaves are ``None``.
+    """The part of an argument that is differentiated; other leaves are ``None``.
 
-    Nothing is left out unless there is a leaf that JAX does not take, such as a
-    function. Then it is a model as Equinox's are, and its inexact arrays are taken.
+    That is all of it, unless JAX does not take one of its leaves, such as a function.
+    Then it is a model like those of Equinox, and its inexact arrays are taken.
     """
     leaves = jax.tree.leaves(tree)
     if all(is_array(x) or _is_number(x) for x in leaves):
@@ -113,7 +107,7 @@ def differentiated(tree: Tree) -> Tree:
 
 
 def _is_number(leaf: Leaf) -> bool:
-    """Whether JAX takes `leaf` for an array although it is none."""
+    """Whether JAX takes `leaf` for an array although it is not one."""
     return isinstance(leaf, Number) or hasattr(leaf, "__jax_array__")
 
 
@@ -136,6 +130,17 @@ def fill_float0(grads: Tree, params: Tree) -> Tree:
     return jax.tree.map(fill, params, grads)
 
 
+def numbered(tree: Tree) -> Tree:
+    """`tree` with the number of each leaf in its place."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, range(len(leaves)))
+
+
+def arrays_in(tree: Tree) -> list[Any]:
+    """The leaves of `tree`, with ``None`` for those that are not a `jax.Array`."""
+    return [x if isinstance(x, jax.Array) else None for x in jax.tree.leaves(tree)]
+
+
 def filled(tree: Tree, leaves: list[Any]) -> Tree:
     """`tree` with its leaves replaced by those of `leaves` that are not ``None``."""
     old, structure = jax.tree.flatten(tree)
@@ -155,7 +160,7 @@ def as_arrays(tree: Tree) -> Tree:
 
 
 def as_jax_arrays(tree: Tree) -> Tree:
-    """`tree` with what is no `jax.Array` as one, and the rest as it is."""
+    """`tree` with every leaf as a `jax.Array`; those that are one stay the same."""
 
     def convert(x: Leaf) -> jax.Array:
         return x if isinstance(x, jax.Array) else strongly_typed(jnp.asarray(x))
@@ -243,9 +248,9 @@ def spec(x: Leaf) -> list[Any]:
 
 
 def unreduced(x: Leaf) -> Axes:
-    """The axes of an Explicit mesh over which the sum that `x` is has yet to be made.
+    """The axes of an Explicit mesh over which `x` has yet to be summed.
 
-    The gradient of a parameter that is tagged ``reduced`` comes so.
+    The gradient of a parameter that is tagged ``reduced`` has some.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     return frozenset() if sharding is None else frozenset(sharding.spec.unreduced)
@@ -275,7 +280,7 @@ def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
 def masked_sum(
     x: jax.Array, mask: jax.Array, total: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """The `total` of `x` with zeros where `mask` does not hold: one entry of several.
+    """The `total` of `x` with zeros where `mask` is False: one entry of several.
 
     `mask` has the first axes of `x`, or none. `x` may hold booleans or keys.
     """

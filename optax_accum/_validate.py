@@ -232,8 +232,10 @@ def whole_number(
 
 def real_microbatches(value: Any, most: int) -> int | Scalar:
     """An int from 0 to `most`, or a traced integer scalar."""
-    needed = f"`num_real_microbatches` must be an integer from 0 to {most}, how many "
-    needed += "of this batch's micro-batches are to run"
+    needed = (
+        f"`num_real_microbatches` must be an integer from 0 to {most}, how many of "
+        "this batch's micro-batches are to run"
+    )
     number = as_int(value)
     if number is not None:
         if not 0 <= number <= most:

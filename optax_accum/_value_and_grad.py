@@ -54,7 +54,7 @@ from optax_accum.sharding._data_parallel import DataParallel
 
 
 class MicrobatchInfo(NamedTuple):
-    """What `value_and_grad` knows besides its result, for those who ask.
+    """What `value_and_grad` returns besides its result, with `return_info`.
 
     Attributes:
       weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the
@@ -120,8 +120,8 @@ def value_and_grad(
     a warning says so once.
 
     Args:
-      fun: The function to differentiate, returning a real scalar. It sees one
-        micro-batch at a time.
+      fun: The function to differentiate, returning a real scalar, or a complex one with
+        `holomorphic`. It sees one micro-batch at a time.
       argnums: As in `jax.value_and_grad`. A tree with leaves that JAX does not take,
         such as a whole Equinox model, is differentiated as by
         `equinox.filter_value_and_grad`: the gradient is ``None`` for all leaves but
@@ -144,8 +144,8 @@ def value_and_grad(
         then those of `batch_argnames`), as `in_axes` of `jax.vmap`: an int, ``None``,
         or a tree of these that is a prefix of the argument. What has ``None`` is not
         split and reaches every micro-batch whole.
-      num_real_microbatches: How many micro-batches, the first ones, are to run, if not
-        all: an int, or an integer scalar array that only run time knows; see below.
+      num_real_microbatches: How many micro-batches are to run, the first ones, if not
+        all: an int, or an integer scalar array, which may be traced; see below.
       unroll: As in `jax.lax.scan`: how many micro-batches make one round of the loop,
         or whether to have no loop at all. It is for convolutions on CPUs, which are
         slow inside a loop; it costs time to compile, and memory.
@@ -253,15 +253,16 @@ def value_and_grad(
       all. W is that of the others; ``"stack"`` and ``"concat"`` have zeros for those
       that did not run, and ``"last"`` is the last one that did. With 0 everything is
       zeros, and a carry stays as it is. A number outside of 0 to K is an error, or, if
-      only run time knows it, the nearest of these. What goes through such a loop can
-      not be differentiated in reverse. With `mesh` the number holds for all devices.
+      it is traced, the nearest of these. What goes through the loop of a traced number
+      cannot be differentiated in reverse mode. With `mesh` the number is that of every
+      device.
       Inside `jax.pmap` or `jax.shard_map` each device may have its own, unless `fun`
       exchanges anything with the others, who would wait for it forever.
 
     Note: Across devices
       Inside `jax.pmap` or `jax.shard_map` each device calls this with its own part of
-      the batch, of which the sizes speak; with `mesh` the call has the whole batch.
-      `fun` returns its own loss, without psum or pmean.
+      the batch, which is what the sizes are about; with `mesh` the call has the whole
+      batch. `fun` returns its own loss, without psum or pmean.
 
       Everything is reduced over `axis_name` once, after the last micro-batch: one
       all-reduce for each dtype of the sums, or with `scatter` one reduce-scatter for
@@ -278,17 +279,18 @@ def value_and_grad(
 
       On an Explicit mesh, parameters that are tagged ``reduced`` get gradients that are
       ``unreduced``, as from JAX, and `jax.reshard` sums them once; `skip` and
-      `noise_scale`, which read them before, are refused.
+      `noise_scale` would read them before that, and are refused.
 
     Note: Differentiating again
       `jax.grad` of the value with respect to `argnums` is the gradient that has been
       computed already, in the same memory. (So weights and carries are constants, as
       they are to the gradient.) Any other derivative goes through the loop, and keeps
-      what every micro-batch needs for its backward pass: right, but without any memory
-      saved. These are derivatives of the gradient, of auxiliary outputs and of a carry;
-      all those of a call of which something else is differentiated as well, such as the
-      batch or what `fun` closes over; and those of a `fun` with a `jax.Ref`. (There, a
-      NaN in a micro-batch of weight 0 makes a derivative NaN, as with `jnp.where`.)
+      what every micro-batch needs for its backward pass: it is right, but saves no
+      memory. These are derivatives of the gradient, of auxiliary outputs and of a
+      carry; all derivatives of a call if something else is differentiated as well, such
+      as the batch or what `fun` closes over; and those of a `fun` with a `jax.Ref`.
+      (There, a NaN in a micro-batch of weight 0 makes a derivative NaN, as with
+      `jnp.where`.)
 
     References:
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
@@ -478,15 +480,13 @@ class Settings:
         if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
             raise ValueError(
                 f"`unroll={self.unroll}` needs to know the number of micro-batches, "
-                "and `num_real_microbatches` is known to run time only. Leave one of "
-                "the two out"
+                "and `num_real_microbatches` is traced. Leave one of the two out"
             )
         given = call.args, call.kwargs, number
-        arrays, rebuild = _arguments.arrays_in(given)
-        places, *_ = _arguments.places_of(given)
+        arrays, numbers = _tree.arrays_in(given), _tree.numbered(call.args)
 
         def loop(batch: Batch, arrays: list[Any]) -> Result:
-            args, kwargs, number = rebuild(arrays)
+            args, kwargs, number = _tree.filled(given, arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
             return _Loop(self, mine, split, outputs, number).run()
 
@@ -510,12 +510,12 @@ class Settings:
                 run,
                 call.batch,
                 arrays,
-                jax.tree.map(lambda i: places[i], call.argnums),
+                jax.tree.map(lambda i: numbers[i], call.argnums),
             )
         else:
             result = run(call.batch, arrays)
         aux, written, info = result.rest
-        # What `fun` has not written is no output, and stays the very same arrays.
+        # What `fun` has not written is not an output, and stays the very same arrays.
         carry = _tree.filled(_tree.as_jax_arrays(call.carry), written)
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
@@ -542,7 +542,7 @@ class _Totals(NamedTuple):
 
 
 def _check_reads(settings: Settings, grads: Grads) -> None:
-    """Raises where gradients are to be read that are no sum over the devices yet."""
+    """Raises if an option reads gradients that have yet to be summed over devices."""
     asked = {"skip": settings.skip is not None, "noise_scale": settings.noise_scale}
     for option in (name for name, is_asked in asked.items() if is_asked):
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
@@ -571,7 +571,7 @@ class _Loop:
         call, split = self.call, self.split
         before = _tree.strongly_typed(call.carry)
 
-        # Under `jax.jit`, the trace that tells the shapes serves the loop as well.
+        # Under `jax.jit`, the loop reuses the trace that the shapes need.
         @jax.jit
         def microbatch(carry: Tree, index: Scalar) -> _Microbatch:
             part = split.take(call.batch, index)
@@ -640,7 +640,7 @@ class _Loop:
         )
 
     @property
-    def _unit(self) -> int:
+    def _examples_per_weight(self) -> int:
         """How many examples a weight of 1 stands for in the window.
 
         Without `weight`, a whole micro-batch of a mean has the constant weight 1, and
@@ -682,7 +682,7 @@ class _Loop:
         grads = _tree.keep_inexact(grads)
         _check_reads(settings, grads)
 
-        given = size / self._unit
+        given = size / self._examples_per_weight
         if settings.weight is not None:
             more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
             given = call.apply(settings.weight, args, kwargs | more)
@@ -713,7 +713,7 @@ class _Loop:
         """What is written, in the type in which it comes back, and what comes back."""
         axis_name = self.settings.devices.axis_name
         leaves = jax.tree.leaves(before)
-        carry = [x if is_ else None for x, is_ in zip(leaves, is_written, strict=True)]
+        carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
         while True:
             whole = _tree.filled(before, carry)
             shapes = jax.eval_shape(microbatch, whole, index)
@@ -781,7 +781,9 @@ class _Loop:
         own = totals.window
         if settings.weight is None and settings.skip is None and self.number is None:
             # Known before; what nothing asks for, XLA takes out of the loop.
-            weight = jnp.full_like(own.weight, self.split.examples / self._unit)
+            weight = jnp.full_like(
+                own.weight, self.split.examples / self._examples_per_weight
+            )
             own = own._replace(weight=_tree.vary_like(weight, own.weight))
         total = own.over_devices(devices, settings.overwritten)
         kept = _tree.kept_like(totals.carry, before)
@@ -799,8 +801,10 @@ class _Loop:
         )
         aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
         weight = total.weight
-        if self._unit != 1:
-            weight = jnp.round(weight * self._unit)  # a number of examples
+        if self._examples_per_weight != 1:
+            weight = jnp.round(
+                weight * self._examples_per_weight
+            )  # a number of examples
         info = MicrobatchInfo(weight, total.skipped, self._noise_scale(total, shapes))
         return Result(value, grads, (aux, carry, info))
 
@@ -815,21 +819,18 @@ class _Loop:
             gradients, whole, total.weight.dtype
         )
         scale = _noise_scale.of_window(total, square / total.weight**2)
-        return scale._replace(noise=scale.noise * self._unit)
+        return scale._replace(noise=scale.noise * self._examples_per_weight)
 
 
 def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
     """For each leaf of `carry`, whether `microbatch` returns anything else for it.
 
-    Of what it does not write, such as a frozen part of a model, nothing need go round
-    the loop or over the devices.
+    What it does not write, such as a frozen part of a model, goes neither round the
+    loop nor over the devices.
     """
     if not jax.tree.leaves(carry):
         return []
     sources = _flow.of_call(microbatch, carry, *args)
     shapes = jax.eval_shape(microbatch, carry, *args)
-    numbers = jax.tree.unflatten(jax.tree.structure(shapes), range(len(sources)))
-    return [
-        sources[number].same != position
-        for position, number in enumerate(jax.tree.leaves(numbers.carry))
-    ]
+    numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
+    return [sources[number].same != i for i, number in enumerate(numbers)]

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree
-from optax_accum._overwrite import ONLY_FLAX, Overwritten
+from optax_accum._overwrite import Overwritten
 from optax_accum._types import AxisName, DType, Grads, Leaf, Reduction, Scalar, Tree
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -67,7 +67,7 @@ def contributions(
 ) -> Tree:
     """What a micro-batch adds to S, in at least float32; zeros if it does not count.
 
-    Of a mean `weight` says whether it counts.
+    In a mean it counts unless its weight is 0.
     """
     if reduction == "mean":
         counted = weight != 0
@@ -166,7 +166,7 @@ class NoiseSums(NamedTuple):
 
 
 class NoNoiseSums(NamedTuple):
-    """In the place of `NoiseSums` where the noise scale is not measured."""
+    """Takes the place of `NoiseSums` if the noise scale is not measured."""
 
     def add(self, *args: Any) -> "NoNoiseSums":
         """Nothing to add to."""
@@ -198,12 +198,13 @@ class Window(NamedTuple):
         (``f64[]`` in double precision). With ``reduction="mean"``, ``loss / weight``
         is the window's mean loss.
       grads: S, in the parameters' structure and shapes and at least float32; ``None``
-        for leaves that are not accumulated.
+        for leaves that are not accumulated. Leaves that are overwritten have the next
+        value so far.
       weight: W, ``f32[]`` or ``f64[]``.
       skipped: ``i32[]``, how many micro-batches were rejected. `accumulate` keeps
         counting from window to window.
       noise: ``squares: f32[]`` and ``samples: i32[]``, from which the noise scale is
-        estimated; ``()`` where it is not measured.
+        estimated; ``()`` if it is not measured.
     """
 
     # In this order XLA's loop needs no more memory than one that is written by hand.
@@ -223,7 +224,7 @@ class Window(NamedTuple):
         *,
         accumulator_dtype: DType = None,
         measure_noise: bool = False,
-        overwritten: Overwritten = ONLY_FLAX,
+        overwritten: Overwritten,
     ) -> "Window":
         """A window without micro-batches.
 
@@ -259,7 +260,7 @@ class Window(NamedTuple):
         reduction: Reduction,
         rejected: bool | Scalar = False,
         first: Scalar | None = None,
-        overwritten: Overwritten = ONLY_FLAX,
+        overwritten: Overwritten,
     ) -> "Window":
         """With one more micro-batch in it.
 
@@ -292,9 +293,7 @@ class Window(NamedTuple):
             ),
         )
 
-    def over_devices(
-        self, devices: Devices, overwritten: Overwritten = ONLY_FLAX
-    ) -> "Window":
+    def over_devices(self, devices: Devices, overwritten: Overwritten) -> "Window":
         """The windows of all devices as one, in one exchange for each dtype of S."""
         # In one dtype, so that everything is exchanged at once.
         rest = self._replace(grads=())
@@ -307,7 +306,7 @@ class Window(NamedTuple):
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
     def result(
-        self, reduction: Reduction, overwritten: Overwritten = ONLY_FLAX
+        self, reduction: Reduction, overwritten: Overwritten
     ) -> tuple[Scalar, Grads]:
         """Loss and gradient of the global batch; of a mean or ratio 0 if W is 0."""
         loss, gradients = divide(

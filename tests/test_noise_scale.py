@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 from optax_accum import _tree, _window
+from optax_accum._overwrite import Overwritten
 from optax_accum.noise import _noise_scale
 from tests.support.devices import (
     AXIS,
@@ -64,7 +65,7 @@ def estimate(grads, weights, reduction="mean"):
         total = total + jnp.float32(w if reduction == "mean" else 1) * g
     weight = jnp.float32(sum(weights))
     square = _tree.squared_norm(total, jnp.float32) / weight**2
-    window = _window.Window.empty((), weight, weight)
+    window = _window.Window.empty((), weight, weight, overwritten=Overwritten())
     return _noise_scale.of_window(window._replace(weight=weight, noise=sums), square)
 
 

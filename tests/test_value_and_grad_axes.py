@@ -260,7 +260,10 @@ def run(fun=rotary, args=(W, BATCH), **options):
         (((0, 1), 1), ("has 2 entries", "batch_axis=((0, 1),)")),
         ((None,), ("leaves nothing to split",)),
         (({"x": None, "y": None},), ("leaves nothing to split",)),
-        ((AXES | {"z": 0},), ("for `batch`, which is no prefix of it", "'scale': *")),
+        (
+            (AXES | {"z": 0},),
+            ("for `batch`, which is not a prefix of it", "'scale': *"),
+        ),
         (([0, 0],), ("has [0, 0] for `batch`",)),
     ],
 )

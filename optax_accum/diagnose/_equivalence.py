@@ -211,7 +211,7 @@ def check_equivalence(
       >>> assert report, str(report)
 
     Note:
-      It is for a look or a test, not for a training step: it compiles everything anew,
+      It is for a look or a test, not for a training step: it compiles everything again,
       fetches all gradients, and so cannot be inside a `jax.jit`. Use a small model and
       a few examples.
     """

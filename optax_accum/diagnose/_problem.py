@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.typing import ArrayLike
 
-from optax_accum import _arguments, _split, _tree, _validate
+from optax_accum import _arguments, _flow, _split, _tree, _validate
 from optax_accum._types import Batch, Tree
 from optax_accum._value_and_grad import Settings
 from optax_accum.sharding._data_parallel import DataParallel
@@ -388,13 +387,12 @@ class Problem:
         self, settings: Settings
     ) -> tuple[list[Tree], Callable[[list[Tree]], Tree]]:
         """The arrays among the arguments, and the gradient as a function of them."""
-        arrays, rebuild = _arguments.arrays_in((self.args, self.kwargs))
+        given = self.args, self.kwargs
 
         def of_arrays(arrays: list[Tree]) -> Tree:
-            args, kwargs = rebuild(arrays)
-            return settings.run(tuple(args), kwargs)
+            return settings.run(*_tree.filled(given, arrays))
 
-        return arrays, of_arrays
+        return _tree.arrays_in(given), of_arrays
 
 
 def _is_mask(x: jax.Array) -> bool:
@@ -437,15 +435,12 @@ def _real(x: ArrayLike) -> np.ndarray:
     return _wide(x).view(np.float64)
 
 
-def _dtypes(jaxpr: core.Jaxpr) -> set[np.dtype]:
+def _dtypes(jaxpr: Any) -> set[np.dtype]:
     """The dtypes of all that is computed in `jaxpr`, inner functions included."""
-    found: set[np.dtype] = set()
-    for equation in jaxpr.eqns:
-        found |= {v.aval.dtype for v in equation.outvars if hasattr(v.aval, "dtype")}
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if isinstance(inner, core.Jaxpr):
-                found |= _dtypes(inner)
-    return found
+    return {
+        v.aval.dtype
+        for part in _flow.with_inner(jaxpr)
+        for equation in part.eqns
+        for v in equation.outvars
+        if hasattr(v.aval, "dtype")
+    }

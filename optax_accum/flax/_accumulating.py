@@ -78,7 +78,7 @@ def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> bool | Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     before, after = _state.find(before), _state.find(after)
     rejected = after.window.skipped > before.window.skipped
-    # Of a stacked state there is one window here.
+    # A stacked state has one window on this device.
     was_rejected = rejected.reshape(())
     weight = jnp.where(was_rejected, 0, weight)
     return _window.counts(weight, reduction_of(tx), was_rejected)

@@ -1,17 +1,16 @@
-"""A module taken apart: what is differentiated, and what goes on beside it."""
+"""An NNX module taken apart: what is differentiated, and what is carried."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.filterlib import Filter, to_predicate
 from jax import lax
 from jax.tree_util import KeyPath
 
-from optax_accum import _validate
+from optax_accum import _arguments, _validate
 from optax_accum._types import AxisName, Tree
 
 Path = tuple[Any, ...]  # of a variable in `Nodes`
@@ -36,7 +35,7 @@ class State(NamedTuple):
 
     Attributes:
       keys: Random keys.
-      rest: All else that is no parameter.
+      rest: Everything else that is not a parameter.
       params: The parameters as the last micro-batch left them. Every micro-batch
         starts from those of the first.
     """
@@ -115,9 +114,7 @@ def split(nodes: Nodes, wrt: Filter) -> tuple[nnx.GraphDef, nnx.State, State]:
 
     def is_key(path: Path, value: Any) -> bool:
         del path
-        dtype = getattr(value, "dtype", None)
-        is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-        return isinstance(value, nnx.RngKey) or is_typed
+        return isinstance(value, nnx.RngKey) or _arguments.is_typed_key(value)
 
     graphdef, *states = nnx.split(tuple(nodes), is_param, is_key, ...)
     params, keys, rest = states
@@ -154,19 +151,19 @@ def check_same_variables(before: State, after: State) -> None:
     if changes:
         raise ValueError(
             "`loss_fn` must leave the module with the variables that it had, but it "
-            f"{', '.join(changes)}. Take what is for one call alone out again, by "
+            f"{', '.join(changes)}. Take out what is for one call alone, with "
             "nnx.capture or nnx.pop(model, nnx.Intermediate), and return it as "
             "auxiliary output"
         )
 
 
 def check_same_attributes(before: nnx.GraphDef, after: nnx.GraphDef) -> None:
-    """Raises if `loss_fn` has changed what is no variable."""
+    """Raises if `loss_fn` has changed anything that is not a variable."""
     if before != after:
         raise ValueError(
-            "`loss_fn` must leave what is no variable in the module as it was, but it "
-            "has changed an attribute. Keep what changes in an nnx.Variable, and take "
-            "another view of the module before: nnx.view(model, deterministic=True)"
+            "`loss_fn` must leave the module's plain attributes as they were, but it "
+            "has changed one. Keep what changes in an nnx.Variable; to switch modes, "
+            "take a view of the module before: nnx.view(model, deterministic=True)"
         )
 
 
@@ -191,7 +188,7 @@ def check_not_shared(nodes: Nodes, wrt: Filter) -> None:
 
 
 def same_leaves(tree: Tree, other: Tree) -> list[bool]:
-    """For each leaf whether the very same array is in both, as if nobody wrote it."""
+    """For each leaf whether the very same array is in both, so it was not written."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     return [x is y for x, y in pairs]
 
@@ -212,12 +209,8 @@ def check_not_written(params: nnx.State, is_wrong: list[bool]) -> None:
 def of_this_device(state: State, axis_name: AxisName) -> State:
     """The state with keys of this device's own."""
     index = lax.axis_index(axis_name)
-
-    def fold(key: jax.Array) -> jax.Array:
-        each = jnp.ravel(key)
-        return jax.vmap(jax.random.fold_in, (0, None))(each, index).reshape(key.shape)
-
-    return state._replace(keys=jax.tree.map(fold, state.keys))
+    keys = jax.tree.map(lambda key: _arguments.fold_in(key, index), state.keys)
+    return state._replace(keys=keys)
 
 
 def _flat(state: State) -> dict[Path, Any]:

@@ -90,8 +90,8 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         """One micro-step: `grads` goes into the window, whose end updates `params`.
 
         With `tx` an `oa.accumulate` this is `update_params`, which does not touch
-        `params` off the boundary; where that stands inside an `optax.chain`, `update`
-        and `optax.apply_updates`.
+        `params` off the boundary; inside an `optax.chain` it is `update` and
+        `optax.apply_updates`.
 
         Flax's ``_overwrite_with_gradient`` (fp8) takes its next values at the boundary,
         those of the window, if `tx` is an `oa.accumulate`; inside an `optax.chain` at
@@ -121,19 +121,19 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             structure.
         """
         # What stands around `oa.accumulate` is not to see what is overwritten.
-        goes_beside = _has_overwritten(grads) and not _accumulating.takes_all(self.tx)
+        is_apart = _has_overwritten(grads) and not _accumulating.takes_all(self.tx)
         params, opt_state = _accumulating.apply(
             self.tx,
-            grads["params"] if goes_beside else grads,
+            grads["params"] if is_apart else grads,
             self.opt_state,
-            self.params["params"] if goes_beside else self.params,
+            self.params["params"] if is_apart else self.params,
             weight=weight,
             boundary=boundary,
             value=value,
             **(extra_args or {}),
         )
         counted = _accumulating.counted(self.tx, weight, self.opt_state, opt_state)
-        if goes_beside:
+        if is_apart:
             overwritten = jax.tree.map(
                 lambda new, old: jnp.where(counted, new, old),
                 grads[OVERWRITE_WITH_GRADIENT],

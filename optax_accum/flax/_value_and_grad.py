@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from optax_accum import _arguments, _eager, _flow, _outputs, _value_and_grad
+from optax_accum import _arguments, _eager, _flow, _outputs, _tree, _value_and_grad
 from optax_accum._types import Args, Function, Kwargs, Params
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
@@ -23,13 +23,12 @@ def value_and_grad(
 ) -> Function:
     """`nnx.value_and_grad` of a loss over a module, whose batch runs in micro-batches.
 
-    What in the module is no parameter goes from micro-batch to micro-batch, as if they
-    were run one after another, and is in the module in the end: the running statistics
-    of BatchNorm, the counts of random streams. Dropout is drawn anew for each. So it is
-    with `nnx.Rngs`, modules and variables among the other arguments. What `loss_fn`
-    only reads, such as a frozen base, stays the very same arrays.
-    Micro-batch i holds the examples i, i + K, i + 2K, ... (with a smaller last one
-    they are contiguous).
+    Whatever is not a parameter (running statistics of BatchNorm, counts of random
+    streams) is carried from one micro-batch to the next and written back to the module,
+    so dropout differs between micro-batches. The same holds for `nnx.Rngs`, modules and
+    variables among the other arguments. What `loss_fn` only reads, such as a frozen
+    base, stays the very same arrays. Micro-batch i holds the examples i, i + K,
+    i + 2K, ... (with a smaller last one they are contiguous).
 
     Args:
       loss_fn: ``loss_fn(model, batch, ...)`` returns a real scalar, or with `has_aux` a
@@ -49,12 +48,11 @@ def value_and_grad(
 
     Raises:
       TypeError: As `oa.value_and_grad`; an `argnums`; at the call, a first argument
-        that is no module.
+        that is not a module.
       ValueError: As `oa.value_and_grad`; a `carry_argnum`; at the call, a `loss_fn`
-        that adds variables to the module, takes some away or changes their types, or
-        writes to what is no variable, or, depending on the batch, to what it is
-        differentiated with respect to; another argument that shares parameters with
-        the module.
+        that adds variables to the module, takes some away or changes their types, that
+        changes a plain attribute, or that writes to its parameters what depends on the
+        batch; another argument that shares parameters with the module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -205,14 +203,14 @@ class _Loss:
         After `nnx.remat` or `nnx.jit` every variable holds a new tracer, and only the
         traced program tells. What is written must be the same for every micro-batch.
         """
-        arrays, rebuild = _arguments.arrays_in((args, kwargs))
+        given = args, kwargs
 
         @jax.jit
         def params_after(params: Params, state: _module.State, arrays: Any) -> Params:
-            args, kwargs = rebuild(arrays)
+            args, kwargs = _tree.filled(given, arrays)
             return self._run(params, state, args, kwargs)[1].params
 
-        sources = _flow.of_call(params_after, params, state, arrays)
+        sources = _flow.of_call(params_after, params, state, _tree.arrays_in(given))
         known = range(len(jax.tree.leaves((params, state))))
         _module.check_not_written(params, [not s.needs <= {*known} for s in sources])
         return [source.same == i for i, source in enumerate(sources)]

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from optax_accum import _tree, _validate
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState, map_states, states_in
-from optax_accum._types import AxisName, Grads, Specs, Tree
+from optax_accum._types import AxisName, Grads, Scalar, Specs, Tree
 from optax_accum._window import Window
 
 
@@ -41,7 +41,7 @@ def stack_windows(
       num_devices: How many devices the axis has, ``mesh.shape["data"]``.
       all_leaves: Whether to give everything an axis of devices, with the same content
         on each, as `jax.pmap` needs it; by default only what is local gets one.
-      rescale: Whether the micro-batches of one device stay as they are. Then one call
+      rescale: Whether the micro-batches of one device keep their size. Then one call
         runs `num_devices` of them, and `micro_step`, which counts calls, is divided by
         it. With ``False`` all devices together run in one call what one device ran, and
         `micro_step` stays.
@@ -114,10 +114,10 @@ def sum_windows(
     Args:
       opt_state: A stacked state, from `jax.shard_map` or from `jax.pmap`.
       rescale: Whether `micro_step` becomes the number of micro-batches that all devices
-        have run, for one device or for `stack_windows`, so that the window ends with
-        as many examples on another number of devices, with as large a part of the batch
-        on each. With ``False`` it stays a number of calls, for calls that go on with
-        as large a batch over all devices.
+        have run, which `stack_windows` divides by the new number of devices: the window
+        then ends after as many examples if the micro-batches of one device keep their
+        size. With ``False`` it stays the number of calls, for calls whose batch over
+        all devices keeps its size.
       overwrite: What `accumulate` was given.
 
     Returns:
@@ -138,10 +138,12 @@ def sum_windows(
     def add_up(x: Any) -> jax.Array:
         return jnp.sum(x, 0, dtype=x.dtype)
 
-    def first(x: Any) -> jax.Array:
-        """The first device's, without gathering the others'."""
+    def of_device(x: Any, number: int | Scalar) -> jax.Array:
+        """What one device has, without gathering the others'."""
         x = jnp.asarray(x)
-        return _tree.masked_sum(x, jnp.arange(len(x)) == 0, add_up)
+        return _tree.masked_sum(x, jnp.arange(len(x)) == number, add_up)
+
+    first = functools.partial(of_device, number=0)
 
     def merge(state: AccumulateState) -> AccumulateState:
         if not is_stacked(state):
@@ -163,8 +165,7 @@ def sum_windows(
             if reduction == "max":
                 return jnp.max(jnp.asarray(x), 0)
             if reduction == "last":
-                x = jnp.asarray(x)
-                return _tree.masked_sum(x, jnp.arange(len(x)) == last, add_up)
+                return of_device(x, last)
             return total
 
         grads = Overwritten(overwrite).map(
