@@ -468,7 +468,8 @@ class _Accumulation:
         if not _eager.is_eager((arguments, boundary)):
             return self._micro_step(arguments, boundary, applies=applies)
         boundary = _validate.boundary(boundary, self.every_k)
-        _validate.weight(arguments.weight, jnp.float32)  # While it is a number.
+        # Here the weight's value is known, as it is not once it has been traced.
+        _validate.weight(arguments.weight, jnp.float32)
         if _eager.are_arrays(arguments):
             try:
                 if isinstance(boundary, jax.Array):

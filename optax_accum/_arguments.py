@@ -240,7 +240,7 @@ class Roles(NamedTuple):
           TypeError: What is named as a key and is not one; an NNX module.
           ValueError: An argument that the call does not have, or with two roles.
         """
-        in_place, others, names = bind_positions(fun, args, kwargs)
+        in_place, others, names = _bind_positions(fun, args, kwargs)
         several = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         carried = () if self.carry_argnum is None else (self.carry_argnum,)
         positions = {
@@ -306,7 +306,7 @@ class Roles(NamedTuple):
         return places
 
 
-def bind_positions(
+def _bind_positions(
     fun: Function, args: Args, kwargs: Kwargs
 ) -> tuple[list[Any], Kwargs, list[str]]:
     """``(args, kwargs, names)`` with all parameters in place that have a position.
@@ -323,7 +323,7 @@ def bind_positions(
             if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
         ]
     except (TypeError, ValueError):
-        # Not every callable tells, and a wrong call is `fun`'s to refuse.
+        # Some callables have no signature, and a wrong call is `fun`'s to refuse.
         known, in_place, others = [], list(args), dict(kwargs)
     else:
         in_place, others = list(bound.args), dict(bound.kwargs)
@@ -336,7 +336,7 @@ def takes_more(function: Function, fun: Function, name: str) -> bool:
     """Whether `function` has a parameter called `name`, and `fun` has not."""
     try:
         own, others = (inspect.signature(f).parameters for f in (function, fun))
-    except (TypeError, ValueError):  # Not every callable tells.
+    except (TypeError, ValueError):  # Some have no signature.
         return False
     return name in own and name not in others
 

@@ -167,7 +167,7 @@ def close(
     def exchange(buffers: Buffers) -> Buffers:
         window = closing.window._replace(grads=buffers.sums)
         total = window.over_devices(closing.devices, closing.overwritten)
-        # The branches are inside, so that two phases exchange once.
+        # The branches are inside, so two phases exchange once.
         runs = total.weight != 0 if closing.checks_total else True
         new = update(buffers._replace(sums=total.grads), total, runs)
         return new._replace(sums=buffers.sums)

@@ -38,6 +38,7 @@ def is_eager(arguments: Any) -> bool:
     """Whether a `jax.jit` inside of a call with these arguments is compiled at once."""
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return False
+    # In a trace even a constant is a tracer, so one of them tells too.
     seen = [*jax.tree.leaves(arguments), jnp.zeros([])]
     return not any(isinstance(x, jax.core.Tracer) for x in seen)
 

@@ -150,8 +150,8 @@ def _cond(equation: Any, given: list[Source]) -> list[Source]:
 
 def _scan(equation: Any, given: list[Source]) -> list[Source]:
     body = equation.params["jaxpr"].jaxpr
-    # How the operands divide, JAX's versions say in different ways. What a loop goes
-    # through, and what it stacks, has an axis less inside.
+    # JAX's versions say in different ways how the operands divide. What a loop goes
+    # through, and what it stacks, has one axis less inside.
     num_carry = _count_as_they_are(equation.outvars, body.outvars)
     num_before = _count_as_they_are(equation.invars, body.invars)
     return _looped(sources(body), given, num_before - num_carry, num_carry)

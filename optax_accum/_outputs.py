@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
 
         Raises:
           TypeError: The result has another structure, its value is not a scalar
-            of the right kind, or its carry has another type than `carry`.
+            of the right kind, or its carry has a different type from `carry`.
           ValueError: The carry has another structure.
         """
         has_carry = self.carry_name is not None

@@ -205,7 +205,7 @@ def _lacks_axis(call: Call, name: str, leaf: jax.Array, axis: int) -> str:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return (
             f"{needs}. Pass a random key in an argument of its own: each micro-batch "
-            "then draws from another one"
+            "then has one of its own"
         )
     places = iter(call.batch_names)
     shared = [None if a is None or next(places) == name else a for a in call.axes]

@@ -624,7 +624,7 @@ class _Loop:
         whole, axis_name = self.split.whole, self.settings.devices.axis_name
 
         def vary(totals: _Totals) -> _Totals:
-            # Each device may have another number, and then all that it sums up differs.
+            # The number, and so all that is summed up, may differ between devices.
             return _tree.vary_like(_collectives.vary(axis_name, totals), number)
 
         totals = lax.fori_loop(

@@ -128,7 +128,7 @@ def _option(call: Call, roles: Roles, place: Place, axis: int | None) -> str:
 
 
 def _held_by(function: Function, call: Call) -> Iterator[tuple[str, Named]]:
-    """The arrays that `function` uses and that are no arguments of `call`, and how."""
+    """The arrays that `function` uses besides the arguments of `call`, and how."""
     for name, value in _defaults(function, call).items():
         yield "has by default", _arrays_in(name, value)
     layer: Any = function
@@ -149,7 +149,7 @@ def _defaults(function: Function, call: Call) -> dict[str, Any]:
     """The arguments that `call` leaves to `function`, a partial's keywords included."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # Not every callable tells.
+    except (TypeError, ValueError):  # Some have no signature.
         return {}
     given = {*call.names, *call.kwargs}
     return {

@@ -122,7 +122,7 @@ def divide(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
     def quotient(s: jax.Array) -> jax.Array:
         wide = _tree.widened(s)
         result = _tree.scaled(wide, reciprocal.astype(wide.dtype))
-        if reduction == "ratio":  # Of no weight S need not be 0, nor finite.
+        if reduction == "ratio":  # If W is 0, S need not be 0, nor finite.
             result = jnp.where(empty, jnp.zeros_like(result), result)
         return result.astype(s.dtype)
 

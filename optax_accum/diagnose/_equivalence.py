@@ -43,7 +43,7 @@ class EquivalenceReport:
         - ``"skipped"``: `skip` rejected micro-batches.
         - ``"not finite"``: there is a NaN or an infinity.
         - ``"hidden state"``: the same call twice gives two results.
-        - ``"randomness"``: another random key gives another result.
+        - ``"randomness"``: a different random key gives a different result.
         - ``"carry"``: the loss depends on what micro-batches hand on.
         - ``"factor"``: the results differ by one number; `reduction` is wrong.
         - ``"floor"``: what is divided by counts more than there is, such as
@@ -51,7 +51,7 @@ class EquivalenceReport:
         - ``"weights"``: micro-batches are to be weighted otherwise.
         - ``"constant term"``: a term is added once per micro-batch.
         - ``"groups"``: neighbouring examples belong together and are cut apart.
-        - ``"order"``: the order of the examples matters, and these are no such groups.
+        - ``"order"``: the order of the examples matters, without such groups.
         - ``"denominators"``: several losses, each divided by a count of its own.
         - ``"dependence"``: examples depend on each other in some other way.
         - ``"unknown"``: none of these.

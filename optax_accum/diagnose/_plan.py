@@ -123,7 +123,7 @@ def plan_microbatches(
 
     Raises:
       TypeError: A size or a number of another type; a `make_step` that takes more than
-        a number, or does not return a function; `args` beside a step that is lowered
+        a number, or does not return a function; `args` for a step that is lowered
         already.
       ValueError: Neither `batch_size` nor `candidates`; candidates that are < 1 or do
         not divide `batch_size`; a `memory_limit` that is needed, or below 1024;
@@ -194,7 +194,7 @@ def _check_makes_steps(make_step: Callable[[int], Step]) -> None:
     """Raises for what takes more than a number, such as the step itself."""
     try:
         signature = inspect.signature(make_step)
-    except (TypeError, ValueError):  # Not every callable tells.
+    except (TypeError, ValueError):  # Some have no signature.
         return
     try:
         signature.bind(1)

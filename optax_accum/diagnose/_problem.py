@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_accum import _arguments, _flow, _split, _tree, _validate
+from optax_accum import _arguments, _flow, _split, _tree
 from optax_accum._types import Batch, Tree
 from optax_accum._value_and_grad import Settings
 from optax_accum.sharding._data_parallel import DataParallel
@@ -157,16 +157,13 @@ class Problem:
         """K, a smaller last micro-batch counted, on each device."""
         return self.split.num_microbatches
 
-    def others(self) -> Iterator[tuple[_arguments.Place, str, Tree]]:
+    def others(self) -> list[tuple[_arguments.Place, str, Tree]]:
         """Place, name and value of all arguments that are not a batch."""
-        args, kwargs, names = _arguments.bind_positions(
-            self.settings.fun, self.args, self.kwargs
-        )
-        places: list[tuple[_arguments.Place, str, Tree]] = [
-            (i, names[i], x) for i, x in enumerate(args)
+        return [
+            (place, self.call.name_of(place), argument)
+            for place, argument in self.call.by_place().items()
+            if place not in self.call.places
         ]
-        places += [(name, name, x) for name, x in kwargs.items()]
-        return (other for other in places if other[0] not in self.call.places)
 
     # --- The same, but for something ---
 
@@ -224,22 +221,16 @@ class Problem:
     def masks(self) -> list[str]:
         """The names of all leaves of the batch that look like a mask.
 
-        It is empty if all of them do, so that there is no data.
+        It is empty if all of them do: then there is no data.
         """
-        leaves = [
-            (_validate.named(argument, path), leaf)
-            for argument, tree in zip(
-                self.call.batch_names, self.call.batch, strict=True
-            )
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        ]
-        found = [name for name, leaf in leaves if _is_mask(leaf)]
-        return found if len(found) < len(leaves) else []
+        pairs = zip(self.call.batch_names, self.call.batch, strict=True)
+        found = [f"`{name}`" for name, leaf in pairs if _is_mask(leaf)]
+        return found if len(found) < len(self.call.batch) else []
 
     def with_masks_alike(self) -> "Problem":
         """With the first micro-batch's masks in all, for a mean on one device.
 
-        Examples that make no whole micro-batch are left out.
+        Examples after the last whole micro-batch are left out.
         """
         own, number = self.split.size, self.split.whole
         # A split without a remainder is strided: its first part is every K-th example.

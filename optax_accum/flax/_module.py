@@ -202,7 +202,7 @@ def check_not_written(params: nnx.State, is_wrong: list[bool]) -> None:
         raise ValueError(
             "`loss_fn` must only read what it is differentiated with respect to, but "
             f"it wrote to {', '.join(wrong)}, and what it wrote depends on the batch. "
-            "Make it a variable of another kind than `wrt`, an nnx.Variable say"
+            "Make it a variable that `wrt` does not select, an nnx.Variable say"
         )
 
 

@@ -201,7 +201,7 @@ class _Loss:
         """For each leaf of `params` whether it is what it was.
 
         After `nnx.remat` or `nnx.jit` every variable holds a new tracer, and only the
-        traced program tells. What is written must be the same for every micro-batch.
+        traced program shows it. What is written must be the same for every micro-batch.
         """
         given = args, kwargs
 

@@ -222,8 +222,8 @@ def _calls(micro_batches: Any, num_devices: int) -> jax.Array:
         raise ValueError(
             f"`opt_state` holds an open window of {int(count)} micro-batches, which "
             f"{num_devices} devices do not run in whole calls. Close it first, with "
-            "boundary=True, or change over between two windows; or if a call goes on "
-            "with the same batch over all devices, pass rescale=False here and to "
+            "boundary=True, or change their number between two windows; or if a "
+            "call keeps its batch over all devices, pass rescale=False here and to "
             "sum_windows"
         )
     return (count + num_devices - 1) // num_devices
