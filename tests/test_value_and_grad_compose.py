@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_accum as oa
@@ -608,12 +609,12 @@ def test_a_program_for_batches_of_any_size_can_be_exported(options):
         **options,
     )
     w = jnp.arange(3.0)
-    scope = jax.export.SymbolicScope()
-    x, mask = (
-        jax.ShapeDtypeStruct(jax.export.symbolic_shape(s, scope=scope), w.dtype)
+    scope = export.SymbolicScope()
+    shapes = [
+        jax.ShapeDtypeStruct(export.symbolic_shape(s, scope=scope), w.dtype)
         for s in ("4*b, 3", "4*b")
-    )
-    exported = jax.export.export(jax.jit(f))(w, x, mask)
+    ]
+    exported = export.export(jax.jit(f))(w, *shapes)
     for b in (1, 3):
         x = jax.random.normal(jax.random.key(b), (4 * b, 3))
         mask = (jnp.arange(4 * b) % 3 < 2).astype(w.dtype)
