@@ -265,6 +265,11 @@ class Roles(NamedTuple):
         values = dict[Place, Any]([*enumerate(in_place), *others.items()])
         for place in key_places:
             _check_keys(_name(place, names), values[place])
+        # A raw key of NumPy's would be a constant of the program.
+        values = {
+            place: jax.tree.map(lambda x: jnp.asarray(x) if is_raw_key(x) else x, value)
+            for place, value in values.items()
+        }
         axes = self.batch_axis
         entries = (axes,) * len(places) if isinstance(axes, int) else axes
         batch, batch_arguments = [], []
@@ -496,18 +501,25 @@ def is_typed_key(leaf: Leaf) -> bool:
 
 
 def is_raw_key(leaf: Leaf) -> bool:
-    """Whether `leaf` looks like a random key from `jax.random.PRNGKey`."""
-    if not hasattr(leaf, "dtype") or leaf.dtype != jnp.uint32:
+    """Whether `leaf` looks like one of `jax.random.PRNGKey`, or like several."""
+    if not _tree.is_array(leaf) or leaf.dtype != jnp.uint32:
         return False
-    return jnp.shape(leaf) == jax.eval_shape(jax.random.PRNGKey, 0).shape
+    shape = _shape_of_raw_key()
+    return leaf.shape[-len(shape) :] == shape
 
 
 def fold_in(key: jax.Array, number: int | Scalar) -> jax.Array:
-    """A raw key, or each of an array of typed ones, folded with `number`."""
+    """A key, or each of an array of them, folded with `number`."""
     fold: Function = jax.random.fold_in
-    for _ in range(key.ndim if is_typed_key(key) else 0):
+    own_axes = 0 if is_typed_key(key) else len(_shape_of_raw_key())
+    for _ in range(key.ndim - own_axes):
         fold = jax.vmap(fold, (0, None))
     return fold(key, number)
+
+
+def _shape_of_raw_key() -> tuple[int, ...]:
+    """That of the default implementation."""
+    return jax.eval_shape(jax.random.PRNGKey, 0).shape
 
 
 def _check_keys(name: str, keys: Tree) -> None:

@@ -469,7 +469,8 @@ class Settings:
         self.devices.check_place()
         split = self.split(call)
         shards = self.devices.num_shards
-        if split.num_microbatches * shards > 1:
+        is_split = split.num_microbatches * shards > 1
+        if is_split:
             _whole.check(call, self.roles, self.functions, split.examples * shards)
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
@@ -505,6 +506,8 @@ class Settings:
 
         is_a_part = self.devices.scatter and self.devices.mesh is None
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if is_split and not shows_values:
+            _whole.check_traced(run, call.batch, arrays)
         if not is_a_part and not shows_values:
             result = _derivative.run_with_derivative(
                 run,

@@ -70,10 +70,8 @@ def check(
                 if _arguments.is_key(x):
                     raise ValueError(
                         f"{who} {how} `{name}`, which looks like a random key, and "
-                        "every micro-batch would draw the same from it. Pass it as an "
-                        "argument, as in loss(params, batch, key): each micro-batch "
-                        "then gets a key of its own, if it is from jax.random.key or "
-                        "named in `rng_argnums` or `rng_argnames`"
+                        "every micro-batch would draw the same from it. "
+                        f"{_MAKE_THE_KEY_AN_ARGUMENT}"
                     )
             found = _looks_like_a_batch(leaves, 0, examples)
             if found:
@@ -85,6 +83,54 @@ def check(
                 )
 
 
+def check_traced(run: Any, *args: Any) -> None:
+    """Raises if the traced program reads a random key that is no argument of it.
+
+    That finds the keys in objects that the loss closes over, in a `self`, and in what
+    other functions close over, which `check` cannot look into.
+
+    Args:
+      run: A `jax.jit` of a function whose arguments are all that may differ.
+      *args: Its arguments.
+
+    Raises:
+      ValueError: It does.
+    """
+    jaxpr = run.trace(*args).jaxpr
+    # Tracers that it closes over come before its arguments.
+    count = len(jaxpr.jaxpr.invars) - len(jax.tree.leaves(args))
+    held = [*(v.aval for v in jaxpr.jaxpr.invars[:count]), *_constants_in(jaxpr)]
+    for x in held:
+        if _arguments.is_key(x):
+            raise ValueError(
+                f"the loss, or something that it calls, reads a random key, {x.dtype}"
+                f"{list(x.shape)}, that is no argument of it, but an attribute of an "
+                "object, say, and every micro-batch would draw the same from it. "
+                f"{_MAKE_THE_KEY_AN_ARGUMENT}. If all are to draw the same, give that "
+                "argument None in `batch_axis`"
+            )
+
+
+def _constants_in(jaxpr: Any) -> Iterator[Any]:
+    """The constants of a traced program, and of all programs inside of it."""
+    yield from getattr(jaxpr, "consts", ())
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=_is_program
+        ):
+            if _is_program(inner):
+                yield from _constants_in(inner)
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+_MAKE_THE_KEY_AN_ARGUMENT = (
+    "Pass it as an argument, as in loss(params, batch, key): each micro-batch then "
+    "gets a key of its own, if it is from jax.random.key or named in `rng_argnums` or "
+    "`rng_argnames`"
+)
 _MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in loss(params, x, y), and name it"
 
 

@@ -1,6 +1,7 @@
 """What reaches every micro-batch whole: refused if it looks as if it should not."""
 
 import functools
+import types
 from typing import NamedTuple
 
 import jax
@@ -441,6 +442,65 @@ def test_a_key_that_the_loss_closes_over_is_refused(make):
         with raises("the loss", name, "random key", "as in loss(params, batch, key)"):
             draws(fun, W, X)
         draws(fun, W, X, k=1)
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_that_an_object_or_a_helper_brings_along_is_refused(make):
+    class Model:
+        def __init__(self, key):
+            self.key = key
+
+        def loss(self, w, x):
+            return noisy(w, x, self.key)
+
+        __call__ = loss
+
+    def helped(key):
+        def helper(w, x):
+            return noisy(w, x, key)
+
+        def loss(w, x):
+            return helper(w, x)
+
+        return loss
+
+    key, key_of_step = make(0), make(1)
+    own, namespace = Model(key), types.SimpleNamespace(rng=key)
+    for fun in (own, own.loss, helped(key), lambda w, x: noisy(w, x, namespace.rng)):
+        with raises("reads a random key", "draw the same", "loss(params, batch, key)"):
+            draws(fun, W, X)
+        draws(fun, W, X, k=1)
+
+    @jax.jit
+    def step(w, key):  # a traced one, which the loss derives another from
+        def fun(w, x):
+            return noisy(w, x, jax.random.fold_in(state.rng, 7))
+
+        state = types.SimpleNamespace(rng=key)
+        return draws(fun, w, X)
+
+    with raises("reads a random key"):
+        step(W, key_of_step)
+    # What is there, and is not read, is no mistake.
+    draws(lambda w, x: (jnp.mean(x @ w), jnp.float32(bool(namespace))), W, X)
+
+
+def test_raw_keys_in_an_array_are_keys():
+    keys = jax.random.split(jax.random.PRNGKey(3), 5)
+
+    def fun(w, x, keys):
+        return jnp.mean(x @ w), jax.vmap(jax.random.uniform)(keys)
+
+    for given in (keys, np.asarray(keys)):
+        with raises("`keys` looks like a random key, uint32 of shape (5, 2)"):
+            draws(fun, W, X, given)
+        drawn = draws(fun, W, X, given, options={"rng_argnums": 2})
+        wanted = [wanted_draws(key) for key in keys]
+        np.testing.assert_array_equal(drawn, np.transpose(wanted))
+        # Named to be the same for all, they are, also if they come from NumPy.
+        shared = {"batch_argnums": (1, 2), "batch_axis": (0, None)}
+        drawn = draws(fun, W, X, given, options=shared)
+        np.testing.assert_array_equal(drawn[0], drawn[1])
 
 
 def test_a_key_with_two_roles_is_refused():
