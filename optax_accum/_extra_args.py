@@ -1,6 +1,7 @@
 """The keyword arguments that go past `accumulate` to the inner optimizer."""
 
 import difflib
+import dis
 import functools
 import inspect
 import types
@@ -14,6 +15,9 @@ from optax_accum._types import Grads, Kwargs
 
 OWN = ("weight", "boundary", "value")
 
+# Stands among names for all that cannot be found out.
+_ANYTHING = "**"
+
 
 def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> None:
     """Raises for what is neither an argument of `accumulate` nor of the optimizer.
@@ -22,13 +26,15 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
       given: The extra arguments.
       taken: What the inner optimizer takes, from `names_taken`.
       is_chained: Whether the call came through an `optax.chain`, say, which hands
-        all arguments to all its parts. Then only what looks like a typo is refused.
+        all arguments to all its parts. Then only what looks like a typo is refused, as
+    if the optimizer may take anything.
     """
     # A line search hands the rest to the function in which it searches.
     taken = taken | frozenset(_names(x for x in given.values() if callable(x)))
+    only_slips = is_chained or _ANYTHING in taken
     for name in given.keys() - taken:
         near = difflib.get_close_matches(name, (*OWN, *sorted(taken)), n=1, cutoff=0.8)
-        if is_chained and not (near and near[0] in OWN):
+        if only_slips and not (near and near[0] in OWN):
             continue
         advice = (
             f"Did you mean `{near[0]}`?"
@@ -67,7 +73,9 @@ def _names(start: Iterable[Any]) -> Iterator[str]:
 
     A transformation around others takes ``**extra_args`` and hands them on; the others
     are in its closure. One that takes what it needs out of ``extra_args`` holds the
-    name as a string.
+    name as a string. `_ANYTHING` is among the names if a function that is not Optax's
+    reads its ``**kwargs``, because what it calls may be anywhere, and if a factory
+    makes the optimizer at every update, as in `optax.inject_hyperparams`.
     """
     seen: set[int] = set()
     ahead = list(start)
@@ -83,6 +91,8 @@ def _names(start: Iterable[Any]) -> Iterator[str]:
         elif inspect.isfunction(node):
             yield from _names_in(node.__code__)
             cells = inspect.getclosurevars(node)
+            if _reads_its_kwargs(node) or "inner_factory" in cells.nonlocals:
+                yield _ANYTHING
             ahead += [*cells.nonlocals.values(), *(node.__defaults__ or ())]
             ahead += [f for f in cells.globals.values() if _is_beside(f, node)]
         elif isinstance(node, dict):
@@ -100,6 +110,21 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield constant
         elif isinstance(constant, types.CodeType):
             yield from _names_in(constant)
+
+
+def _reads_its_kwargs(f: types.FunctionType) -> bool:
+    """Whether `f` is not Optax's nor ours, and does anything with its ``**kwargs``."""
+    code = f.__code__
+    is_known = f.__module__.partition(".")[0] in ("optax", __name__.partition(".")[0])
+    if is_known or not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    names = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
+    kwargs = names[bool(code.co_flags & inspect.CO_VARARGS)]
+    return any(
+        "LOAD" in i.opname
+        and kwargs in (i.argval if isinstance(i.argval, tuple) else (i.argval,))
+        for i in dis.get_instructions(code)
+    )
 
 
 def _is_beside(f: Any, other: Any) -> bool:

@@ -127,6 +127,13 @@ class TestNames:
         with pytest.raises(TypeError, match=saying("Did you mean `scale`?")):
             tx.update(self.grads, tx.init(PARAMS), PARAMS, scales=1.0)
 
+    def test_a_slip_is_refused_also_where_the_inner_optimizer_may_take_anything(self):
+        injected = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+        for inner in (takes_scale("passes to a method"), injected):
+            tx = oa.accumulate(inner, every_k=2)
+            with pytest.raises(TypeError, match=saying("Did you mean `weight`?")):
+                tx.update(self.grads, tx.init(PARAMS), PARAMS, weights=1.0)
+
     def test_what_another_part_of_a_chain_takes_passes(self):
         tx = optax.chain(oa.accumulate(SGD, every_k=2), takes_scale())
         state = tx.init(PARAMS)
@@ -136,7 +143,9 @@ class TestNames:
             updates, jax.tree.map(lambda g: -0.2 * g, self.grads), rtol=1e-6
         )
 
-    @pytest.mark.parametrize("how", ["names", "takes out", "passes on", "in a method"])
+    @pytest.mark.parametrize(
+        "how", ["names", "takes out", "passes on", "in a method", "passes to a method"]
+    )
     def test_an_argument_is_found_however_the_inner_optimizer_takes_it(self, how):
         inner = takes_scale(how)
         inners = {
@@ -145,6 +154,9 @@ class TestNames:
             "named": optax.named_chain(("a", inner), ("b", optax.identity())),
             "masked": optax.masked(inner, True),
             "partitioned": optax.partition({"all": inner}, lambda _: "all"),
+            "injected": optax.inject_hyperparams(
+                lambda rate, inner=inner: optax.chain(inner, optax.scale(rate))
+            )(rate=1.0),
         }
         for each in inners.values():
             tx = oa.accumulate(each, every_k=1)
@@ -190,6 +202,9 @@ class _Scaling:
         del params, extra_args
         return self.by(updates, scale), state
 
+    def passes_on(self, updates, state, params=None, **extra_args):
+        return self.update(updates, state, params, **extra_args)
+
 
 def takes_scale(how="names"):
     """A transformation that takes `scale`, in one of the ways in which one can."""
@@ -211,5 +226,6 @@ def takes_scale(how="names"):
         "takes out": takes_out,
         "passes on": passes_on,
         "in a method": scaling.update,
+        "passes to a method": scaling.passes_on,
     }[how]
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
