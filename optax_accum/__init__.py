@@ -6,6 +6,7 @@ from optax_accum import sharding as sharding
 from optax_accum._accumulate import AccumulateTransformation as AccumulateTransformation
 from optax_accum._accumulate import accumulate as accumulate
 from optax_accum._epochs import with_boundaries as with_boundaries
+from optax_accum._loop import MicrobatchInfo as MicrobatchInfo
 from optax_accum._skip import skip_not_finite as skip_not_finite
 from optax_accum._state import AccumulateState as AccumulateState
 from optax_accum._state import accumulated as accumulated
@@ -13,7 +14,6 @@ from optax_accum._state import from_multi_steps as from_multi_steps
 from optax_accum._state import gradient_step as gradient_step
 from optax_accum._state import has_updated as has_updated
 from optax_accum._state import micro_step as micro_step
-from optax_accum._value_and_grad import MicrobatchInfo as MicrobatchInfo
 from optax_accum._value_and_grad import grad as grad
 from optax_accum._value_and_grad import value_and_grad as value_and_grad
 from optax_accum._window import Window as Window

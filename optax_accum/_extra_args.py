@@ -27,7 +27,7 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
       taken: What the inner optimizer takes, from `names_taken`.
       is_chained: Whether the call came through an `optax.chain`, say, which hands
         all arguments to all its parts. Then only what looks like a typo is refused, as
-    if the optimizer may take anything.
+        if the optimizer may take anything.
     """
     # A line search hands the rest to the function in which it searches.
     taken = taken | frozenset(_names(x for x in given.values() if callable(x)))

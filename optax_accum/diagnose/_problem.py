@@ -11,8 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optax_accum import _arguments, _flow, _split, _tree
+from optax_accum._loop import Settings
 from optax_accum._types import Batch, Tree
-from optax_accum._value_and_grad import Settings
 from optax_accum.sharding._data_parallel import DataParallel
 
 _SAMPLES = 16384  # entries of a leaf that are enough to tell one gradient from another

@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.filterlib import Filter
 
 from optax_accum import _arguments, _eager, _flow, _outputs, _tree, _value_and_grad
+from optax_accum._loop import Settings
 from optax_accum._types import Args, Function, Kwargs, Params
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
@@ -148,7 +149,7 @@ def _taken_apart(
 class _Loss:
     """A loss over a module, as functions of its parameters and its state."""
 
-    settings: _value_and_grad.Settings  # with `loss_fn` as the function
+    settings: Settings  # with `loss_fn` as the function
     wrt: Filter
     graphdef: nnx.GraphDef
 

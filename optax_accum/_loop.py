@@ -1,0 +1,489 @@
+"""All micro-batches of one call, one after another.
+
+A call goes one way: its arguments are taken apart, the batch is split, a `lax.scan`
+runs `fun` and its gradient on one micro-batch after another and adds them to a
+`Window`, devices sum their windows, and the window is divided once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from optax_accum import (
+    _accumulators,
+    _arguments,
+    _derivative,
+    _flow,
+    _outputs,
+    _skip,
+    _split,
+    _tree,
+    _validate,
+    _whole,
+    _window,
+)
+from optax_accum._derivative import Result
+from optax_accum._overwrite import Overwritten
+from optax_accum._types import (
+    Args,
+    Batch,
+    DType,
+    Function,
+    Grads,
+    Kwargs,
+    Reduction,
+    Scalar,
+    Skip,
+    Tree,
+)
+from optax_accum._window import Window
+from optax_accum.noise import _noise_scale
+from optax_accum.sharding import _collectives
+from optax_accum.sharding._data_parallel import DataParallel
+
+
+class MicrobatchInfo(NamedTuple):
+    """What `value_and_grad` returns besides its result, with `return_info`.
+
+    Attributes:
+      weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the
+        micro-batches' weights: how many examples or tokens the result stands for. It
+        is the `weight` under which `accumulate` takes the gradient.
+      skipped: ``i32[]``, how many micro-batches `skip` rejected.
+      noise_scale: The `oa.noise.NoiseScale` of this batch, of ``count`` 1, or 0 (and
+        NaN) if fewer than two micro-batches had any weight; ``()`` if it was not asked
+        for.
+    """
+
+    weight: Scalar
+    skipped: Scalar
+    noise_scale: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of `value_and_grad`, checked."""
+
+    fun: Function
+    roles: _arguments.Roles
+    has_aux: bool
+    holomorphic: bool
+    allow_int: bool
+    num_microbatches: int | None
+    microbatch_size: int | None
+    num_real_microbatches: int | Scalar | None
+    unroll: int | bool
+    reduction: Reduction
+    weight: Function | None
+    weight_takes_aux: bool
+    skip: Skip | None
+    overwritten: Overwritten
+    accumulator_dtype: DType
+    aux: Tree
+    returns_info: bool
+    noise_scale: bool
+    devices: DataParallel
+    functions: dict[str, Function]  # the user's, by what to call them in a message
+
+    @property
+    def has_extra(self) -> bool:
+        """Whether the value comes with auxiliary outputs or a carry."""
+        return self.has_aux or self.roles.carry_argnum is not None
+
+    def __call__(self, args: Args, kwargs: Kwargs) -> Any:
+        """What the user gets."""
+        result, info = self.run(args, kwargs)
+        return (result, info) if self.returns_info else result
+
+    def run(self, args: Args, kwargs: Kwargs) -> tuple[Any, MicrobatchInfo]:
+        """The result of one call, and the info."""
+        return self.run_bound(self.roles.bind(self.fun, args, kwargs))
+
+    def split(self, call: _arguments.Call) -> _split.Split:
+        """How the batch of a call is split."""
+        return _split.plan(
+            call,
+            self.num_microbatches,
+            self.microbatch_size,
+            self.devices.num_shards,
+        )
+
+    def run_bound(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
+        """As `run`, of arguments that are bound to their roles."""
+        self.devices.check_place()
+        split = self.split(call)
+        shards = self.devices.num_shards
+        is_split = split.num_microbatches * shards > 1
+        if is_split:
+            _whole.check(call, self.roles, self.functions, split.examples * shards)
+        for name, argument in call.named():
+            self.devices.check_whole(name, argument)
+        outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
+        number = self.num_real_microbatches
+        if number is not None:
+            number = _validate.real_microbatches(number, split.num_microbatches)
+        if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
+            raise ValueError(
+                f"`unroll={self.unroll}` needs to know the number of micro-batches, "
+                "and `num_real_microbatches` is traced. Leave one of the two out"
+            )
+        given = call.args, call.kwargs, number
+        arrays, numbers = _tree.arrays_in(given), _tree.numbered(call.args)
+
+        def loop(batch: Batch, arrays: list[Any]) -> Result:
+            args, kwargs, number = _tree.filled(given, arrays)
+            mine = call._replace(args=args, kwargs=kwargs, batch=batch)
+            return _Loop(self, mine, split, outputs, number).run()
+
+        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
+        # function closes over, JAX keeps. What is not an array stays what it is.
+        @jax.jit
+        def run(batch: Batch, arrays: list[Any]) -> Result:
+            specs = Result(
+                value=P(),
+                grads=self.devices.gradient_specs(
+                    _tree.keep_inexact(call.differentiated), self.overwritten
+                ),
+                rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
+            )
+            return self.devices.on_each_device(loop, batch, arrays, split.axes, specs)
+
+        is_a_part = self.devices.scatter and self.devices.mesh is None
+        shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if is_split and not shows_values:
+            _whole.check_traced(run, call.batch, arrays)
+        if not is_a_part and not shows_values:
+            result = _derivative.run_with_derivative(
+                run,
+                call.batch,
+                arrays,
+                jax.tree.map(lambda i: numbers[i], call.argnums),
+            )
+        else:
+            result = run(call.batch, arrays)
+        aux, written, info = result.rest
+        # What `fun` has not written is not an output, and stays the very same arrays.
+        carry = _tree.filled(_tree.as_jax_arrays(call.carry), written)
+        grads = _tree.fill_float0(result.grads, call.differentiated)
+        return (outputs.pack(result.value, aux, carry), grads), info
+
+
+class _Microbatch(NamedTuple):
+    """What one micro-batch gives."""
+
+    value: Scalar
+    grads: Grads  # ``None`` for what has no gradient
+    aux: Tree
+    carry: Tree
+    weight: Scalar  # 0 if it was rejected
+    rejected: Scalar
+    counted: Scalar  # whether it contributes
+
+
+class _Totals(NamedTuple):
+    """What goes from micro-batch to micro-batch."""
+
+    window: Window
+    aux: list[Tree]  # what each leaf's accumulator carries
+    carry: list[Any]  # the leaves that `fun` writes, and None for the others
+
+
+def _check_reads(settings: Settings, grads: Grads) -> None:
+    """Raises if an option reads gradients that have yet to be summed over devices."""
+    asked = {"skip": settings.skip is not None, "noise_scale": settings.noise_scale}
+    for option in (name for name, is_asked in asked.items() if is_asked):
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            if _tree.unreduced(g):
+                raise ValueError(
+                    f"`{option}` reads every micro-batch's gradient, and "
+                    f"{_validate.named('grads', path)} is unreduced, because the "
+                    "parameter is tagged `reduced`: its sum over the devices is made "
+                    "later. Leave the tag out, with jax.reshard(params, P()), or "
+                    f"leave out `{option}`"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """All micro-batches of one call on one device."""
+
+    settings: Settings
+    call: _arguments.Call
+    split: _split.Split
+    outputs: _outputs.Outputs
+    number: int | Scalar | None  # of micro-batches to run, or ``None`` for all
+
+    def run(self) -> Result:
+        """One micro-batch after another, the sum over devices, and the division."""
+        call, split = self.call, self.split
+        before = _tree.strongly_typed(call.carry)
+
+        # Under `jax.jit`, the loop reuses the trace that the shapes need.
+        @jax.jit
+        def microbatch(carry: Tree, index: Scalar) -> _Microbatch:
+            part = split.take(call.batch, index)
+            return self._microbatch(part, carry, index, split.size)
+
+        @jax.jit
+        def remainder(carry: Tree) -> _Microbatch:
+            part = split.take_remainder(call.batch)
+            return self._microbatch(part, carry, split.whole, split.remainder)
+
+        indices = jnp.arange(split.whole, dtype=jnp.int32)
+        is_written = _is_written(microbatch, before, indices[0])
+        if split.remainder:
+            also = _is_written(remainder, before)
+            is_written = [a or b for a, b in zip(is_written, also, strict=True)]
+        carry, shapes = self._first_carry(microbatch, before, is_written, indices[0])
+        accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
+
+        def step(totals: _Totals, index: Scalar) -> _Totals:
+            new = microbatch(_tree.filled(before, totals.carry), index)
+            return self._add(totals, new, accumulators, index, split.size)
+
+        def last_step(totals: _Totals) -> _Totals:
+            new = remainder(_tree.filled(before, totals.carry))
+            return self._add(totals, new, accumulators, split.whole, split.remainder)
+
+        totals = self._start(shapes, accumulators, carry)
+        if isinstance(self.number, jax.Array):
+            totals = self._some(self.number, step, last_step, totals)
+        else:
+            number = split.num_microbatches if self.number is None else self.number
+            totals, _ = lax.scan(
+                lambda totals, index: (step(totals, index), None),
+                totals,
+                indices[:number],
+                unroll=self.settings.unroll,
+            )
+            if number > split.whole:
+                totals = last_step(totals)
+        return self._finish(totals, shapes, accumulators, before)
+
+    def _some(
+        self,
+        number: Scalar,
+        step: Callable[[_Totals, Scalar], _Totals],
+        last_step: Callable[[_Totals], _Totals],
+        totals: _Totals,
+    ) -> _Totals:
+        """As many micro-batches as `number` says when it runs."""
+        whole, axis_name = self.split.whole, self.settings.devices.axis_name
+
+        def vary(totals: _Totals) -> _Totals:
+            # The number, and so all that is summed up, may differ between devices.
+            return _tree.vary_like(_collectives.vary(axis_name, totals), number)
+
+        totals = lax.fori_loop(
+            np.int32(0),
+            jnp.minimum(number, whole).astype(jnp.int32),
+            lambda index, totals: vary(step(totals, index)),
+            vary(totals),
+        )
+        if not self.split.remainder:
+            return totals
+        return lax.cond(
+            number > whole, lambda t: vary(last_step(t)), lambda t: t, totals
+        )
+
+    @property
+    def _examples_per_weight(self) -> int:
+        """How many examples a weight of 1 stands for in the window.
+
+        Without `weight`, a whole micro-batch of a mean has the constant weight 1, and
+        the compiler drops the multiplication. `_finish` converts W into examples.
+        """
+        settings = self.settings
+        is_counted = settings.weight is None and settings.reduction == "mean"
+        return self.split.size if is_counted else 1
+
+    def _microbatch(
+        self, part: Batch, carry: Tree, index: int | Scalar, size: int
+    ) -> _Microbatch:
+        """Value and gradient on one micro-batch of `size` examples."""
+        call, settings = self.call, self.settings
+        number = settings.devices.global_index(index, self.split.num_microbatches)
+        args, kwargs = call.for_microbatch(part, carry, number)
+        parts = list(args)
+        for i in jax.tree.leaves(call.argnums):
+            # So that `jax.grad` gives this device's gradient, and not the sum of all.
+            own = _tree.differentiated(args[i])
+            parts[i] = _collectives.vary(settings.devices.axis_name, own)
+            args[i] = _tree.merge(parts[i], args[i])
+
+        def unpacked(*parts: Any, **kwargs: Any) -> tuple[Scalar, Any]:
+            whole = list(parts)
+            for i in jax.tree.leaves(call.argnums):
+                whole[i] = _tree.merge(parts[i], args[i])
+            result = call.apply(settings.fun, whole, kwargs)
+            value, *rest = self.outputs.unpack(result, carry)
+            return value, rest
+
+        (value, (aux, new_carry)), grads = jax.value_and_grad(
+            unpacked,
+            call.argnums,
+            has_aux=True,
+            holomorphic=settings.holomorphic,
+            allow_int=settings.allow_int,
+        )(*parts, **kwargs)
+        grads = _tree.keep_inexact(grads)
+        _check_reads(settings, grads)
+
+        given = size / self._examples_per_weight
+        if settings.weight is not None:
+            more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
+            given = call.apply(settings.weight, args, kwargs | more)
+        dtype = _tree.scalar_dtype((value, grads, aux))
+        weight, is_positive = _validate.weight(given, dtype)
+        params = _tree.keep_inexact(jax.tree.map(lambda i: parts[i], call.argnums))
+        weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
+        counted: bool | Scalar = True
+        if not is_positive or settings.skip is not None:
+            counted = _window.counts(weight, settings.reduction, rejected)
+        if counted is not True:
+            new_carry = jax.tree.map(
+                lambda new, old: jnp.where(counted, new, old), new_carry, carry
+            )
+        return _Microbatch(
+            value=value,
+            grads=grads,
+            aux=aux,
+            carry=new_carry,
+            weight=weight,
+            rejected=jnp.asarray(rejected),
+            counted=jnp.asarray(counted),
+        )
+
+    def _first_carry(
+        self, microbatch: Any, before: Tree, is_written: list[bool], index: Scalar
+    ) -> tuple[list[Any], _Microbatch]:
+        """What is written, in the type in which it comes back, and what comes back."""
+        axis_name = self.settings.devices.axis_name
+        leaves = jax.tree.leaves(before)
+        carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
+        while True:
+            whole = _tree.filled(before, carry)
+            shapes = jax.eval_shape(microbatch, whole, index)
+            after = _tree.kept_like(carry, shapes.carry)
+            cast = jax.tree.map(_tree.vary_like, carry, after)
+            # By leaves: not every container knows its equals.
+            types = [list(map(jax.typeof, jax.tree.leaves(c))) for c in (cast, carry)]
+            if types[0] == types[1]:
+                break
+            carry = cast
+        if axis_name is not None:
+            jaxpr = microbatch.trace(whole, index).jaxpr.jaxpr
+            _collectives.check_local_loss(axis_name, shapes.value, jaxpr)
+        return carry, shapes
+
+    def _start(
+        self,
+        shapes: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        carry: list[Any],
+    ) -> _Totals:
+        _validate.accumulator_fits(shapes.grads, self.settings.accumulator_dtype)
+        window = Window.empty(
+            shapes.grads,
+            shapes.value,
+            shapes.weight,
+            accumulator_dtype=self.settings.accumulator_dtype,
+            measure_noise=self.settings.noise_scale,
+            overwritten=self.settings.overwritten,
+        )
+        aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
+        return _Totals(window, aux, carry)
+
+    def _add(
+        self,
+        totals: _Totals,
+        new: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        index: int | Scalar,
+        size: int,
+    ) -> _Totals:
+        part = _accumulators.Part(index, size, new.weight, new.counted)
+        rows = zip(accumulators, totals.aux, jax.tree.leaves(new.aux), strict=True)
+        return _Totals(
+            window=totals.window.add(
+                new.grads,
+                new.value,
+                new.weight,
+                reduction=self.settings.reduction,
+                rejected=new.rejected,
+                overwritten=self.settings.overwritten,
+            ),
+            aux=[a.add(carried, output, part) for a, carried, output in rows],
+            carry=_tree.kept_like(totals.carry, new.carry),
+        )
+
+    def _finish(
+        self,
+        totals: _Totals,
+        shapes: _Microbatch,
+        accumulators: list[_accumulators.Accumulator],
+        before: Tree,
+    ) -> Result:
+        settings, devices = self.settings, self.settings.devices
+        own = totals.window
+        if settings.weight is None and settings.skip is None and self.number is None:
+            # Known before; what nothing asks for, XLA takes out of the loop.
+            weight = jnp.full_like(
+                own.weight, self.split.examples / self._examples_per_weight
+            )
+            own = own._replace(weight=_tree.vary_like(weight, own.weight))
+        total = own.over_devices(devices, settings.overwritten)
+        kept = _tree.kept_like(totals.carry, before)
+        carry = devices.merge_carry(totals.carry, kept, own.weight, total.weight)
+        finished = [
+            a.finish(a.over_devices(carried, devices.axis_name), total.weight)
+            for a, carried in zip(accumulators, totals.aux, strict=True)
+        ]
+        value, grads = _tree.cast_like(
+            total.result(settings.reduction, settings.overwritten),
+            (shapes.value, shapes.grads),
+        )
+        grads = settings.overwritten.unless_empty(
+            grads, _tree.keep_inexact(self.call.differentiated), total.weight
+        )
+        aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
+        weight = total.weight
+        if self._examples_per_weight != 1:
+            weight = jnp.round(
+                weight * self._examples_per_weight
+            )  # a number of examples
+        info = MicrobatchInfo(weight, total.skipped, self._noise_scale(total, shapes))
+        return Result(value, grads, (aux, carry, info))
+
+    def _noise_scale(self, total: Window, shapes: _Microbatch) -> Any:
+        """The noise scale of the batch, if it was asked for."""
+        if not self.settings.noise_scale:
+            return ()
+        gradients, whole = map(
+            self.settings.overwritten.gradients, (total.grads, shapes.grads)
+        )
+        square = self.settings.devices.squared_norm(
+            gradients, whole, total.weight.dtype
+        )
+        scale = _noise_scale.of_window(total, square / total.weight**2)
+        return scale._replace(noise=scale.noise * self._examples_per_weight)
+
+
+def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
+    """For each leaf of `carry`, whether `microbatch` returns anything else for it.
+
+    What it does not write, such as a frozen part of a model, goes neither round the
+    loop nor over the devices.
+    """
+    if not jax.tree.leaves(carry):
+        return []
+    sources = _flow.of_call(microbatch, carry, *args)
+    shapes = jax.eval_shape(microbatch, carry, *args)
+    numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
+    return [sources[number].same != i for i, number in enumerate(numbers)]
