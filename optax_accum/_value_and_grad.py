@@ -1,4 +1,4 @@
-"""`jax.value_and_grad` whose batch runs in micro-batches: options and what they mean."""
+"""`jax.value_and_grad` whose batch runs in micro-batches: its options, checked."""
 
 import functools
 from collections.abc import Sequence
