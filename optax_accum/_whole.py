@@ -136,7 +136,8 @@ _MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in loss(params, x, y), and na
 
 def _looks_like_a_batch(leaves: Named, axis: int, examples: int) -> str | None:
     """What to say if all arrays among `leaves` have an entry for each example."""
-    arrays = [(name, x) for name, x in leaves if _is_array(x) and x.ndim]
+    # What has one entry says nothing: it may be a factor beside a batch.
+    arrays = [(name, x) for name, x in leaves if _is_array(x) and x.size != 1]
     fits = [-x.ndim <= axis < x.ndim and x.shape[axis] == examples for _, x in arrays]
     if not fits or not all(fits):
         return None
@@ -177,18 +178,28 @@ def _held_by(function: Function, call: Call) -> Iterator[tuple[str, Named]]:
     """The arrays that `function` uses besides the arguments of `call`, and how."""
     for name, value in _defaults(function, call).items():
         yield "has by default", _arrays_in(name, value)
-    layer: Any = function
-    while layer is not None:
+    seen: set[int] = set()
+    ahead: list[Any] = [function]
+    while ahead:
+        layer = ahead.pop()
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
         if isinstance(layer, functools.partial):
             for i, value in enumerate(layer.args):
                 yield "is a functools.partial of", _arrays_in(f"args[{i}]", value)
-            layer = layer.func
+            ahead.append(layer.func)
             continue
-        layer = getattr(layer, "__func__", layer)  # of a method
+        if inspect.ismethod(layer):
+            for name, value in _attributes_read(layer).items():
+                yield "reads", _arrays_in(f"self.{name}", value)
+            layer = layer.__func__
         if isinstance(layer, types.FunctionType):
             for name, value in _closure(layer).items():
                 yield "closes over", _arrays_in(name, value)
-        layer = getattr(layer, "__wrapped__", None)
+            # What it decorates, and helpers beside it, have closures of their own.
+            ahead += [f for f in _cells(layer).values() if callable(f)]
+        ahead.append(getattr(layer, "__wrapped__", None))
 
 
 def _defaults(function: Function, call: Call) -> dict[str, Any]:
@@ -211,10 +222,13 @@ def _closure(function: types.FunctionType) -> dict[str, Any]:
     Unlike `inspect.getclosurevars` it does not take the ``x`` in ``batch.x`` for a
     global variable, and sees what functions inside of it read.
     """
+    names = _globals_read(function.__code__) & function.__globals__.keys()
+    return {name: function.__globals__[name] for name in names} | _cells(function)
+
+
+def _cells(function: types.FunctionType) -> dict[str, Any]:
+    """The variables of functions around it."""
     found = {}
-    for name in _globals_read(function.__code__):
-        if name in function.__globals__:
-            found[name] = function.__globals__[name]
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     for name, cell in cells:
         try:
@@ -222,6 +236,15 @@ def _closure(function: types.FunctionType) -> dict[str, Any]:
         except ValueError:  # A name that has no value yet.
             continue
     return found
+
+
+def _attributes_read(method: types.MethodType) -> dict[str, Any]:
+    """What a method may read of its object, unless that is a model of parameters."""
+    owner = method.__self__
+    if isinstance(owner, type) or not jax.tree_util.all_leaves([owner]):
+        return {}
+    own = getattr(owner, "__dict__", {})
+    return {name: own[name] for name in method.__code__.co_names if name in own}
 
 
 def _globals_read(code: types.CodeType) -> set[str]:

@@ -49,6 +49,15 @@ def run(fun, *args, k=B, options=None, **kwargs):
 # --- Arguments ---
 
 
+def test_a_factor_of_one_entry_beside_a_batch_hides_it_not():
+    def fun(w, x, batch):
+        return loss(w, x, batch["y"]) * batch["scale"].sum()
+
+    for scale in (np.ones(()), np.ones(1), np.ones((1, 1))):
+        with raises("`batch['y']`, float32[6], which has 6 entries"):
+            run(fun, W, X, {"scale": scale, "y": Y})
+
+
 @pytest.mark.parametrize("k", [B, slow(2)])
 def test_an_argument_with_an_entry_for_each_example_is_refused(k):
     for y in (Y, jnp.asarray(Y)):
@@ -190,8 +199,42 @@ def closing_over_a_tree(y):
     return lambda w, x: loss(w, x, rest["y"])
 
 
+def closing_in_a_decorator(y):
+    def decorated(fun):
+        def decorating(*args):
+            return fun(*args)
+
+        return decorating
+
+    return decorated(lambda w, x: loss(w, x, y))
+
+
+def closing_in_a_helper(y):
+    def error(predicted):
+        return predicted - y
+
+    return lambda w, x: jnp.mean(error(x @ w) ** 2)
+
+
+class Task:
+    """A task that keeps its batch."""
+
+    def __init__(self, y):
+        self.y, self.unread = y, Y
+
+    def loss(self, w, x):
+        return loss(w, x, self.y)
+
+
+def closing_in_self(y):
+    return Task(y).loss
+
+
 WAYS = [
     closing_over_a_variable,
+    closing_in_a_decorator,
+    closing_in_a_helper,
+    closing_in_self,
     closing_in_a_default,
     closing_in_an_inner_function,
     closing_in_a_partial,
@@ -222,6 +265,8 @@ def test_a_closure_is_refused_by_the_name_of_its_variable():
         run(closing_in_a_partial(Y), W, X)
     with raises("the loss closes over `rest["):
         run(closing_over_a_tree(Y), W, X)
+    with raises("the loss reads `self.y`"):
+        run(closing_in_self(Y), W, X)
 
 
 def test_a_default_that_the_call_replaces_is_no_closure():
@@ -467,7 +512,7 @@ def test_a_key_that_an_object_or_a_helper_brings_along_is_refused(make):
     key, key_of_step = make(0), make(1)
     own, namespace = Model(key), types.SimpleNamespace(rng=key)
     for fun in (own, own.loss, helped(key), lambda w, x: noisy(w, x, namespace.rng)):
-        with raises("reads a random key", "draw the same", "loss(params, batch, key)"):
+        with raises("the loss", "key", "draw the same", "loss(params, batch, key)"):
             draws(fun, W, X)
         draws(fun, W, X, k=1)
 
