@@ -698,10 +698,11 @@ class _Accumulation:
 
 
 def reduction_of(tx: Any) -> Reduction:
-    """The reduction of `tx`; of what is built around `accumulate`, ``"mean"``."""
-    is_ours = isinstance(tx, AccumulateTransformation)
-    accumulation = _accumulation_of(tx) if is_ours else None
-    return "mean" if accumulation is None else accumulation.reduction
+    """That of the `accumulate` in `tx`; ``"mean"`` if its parts cannot be seen."""
+    for node in _extra_args.reached([tx.update]):
+        if isinstance(node, _Accumulation):
+            return node.reduction
+    return "mean"
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

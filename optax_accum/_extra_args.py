@@ -71,11 +71,23 @@ def names_taken(inner: optax.GradientTransformation) -> frozenset[str]:
 def _names(start: Iterable[Any]) -> Iterator[str]:
     """The names of parameters, and the strings, in all functions that lead from here.
 
-    A transformation around others takes ``**extra_args`` and hands them on; the others
-    are in its closure. One that takes what it needs out of ``extra_args`` holds the
-    name as a string. `_ANYTHING` is among the names if a function that is not Optax's
-    reads its ``**kwargs``, because what it calls may be anywhere, and if a factory
-    makes the optimizer at every update, as in `optax.inject_hyperparams`.
+    One that takes what it needs out of ``extra_args`` holds the name as a string.
+    `_ANYTHING` is among the names if a function that is not Optax's reads its
+    ``**kwargs``, because what it calls may be anywhere, and if a factory makes the
+    optimizer at every update, as in `optax.inject_hyperparams`.
+    """
+    for node in reached(start):
+        if inspect.isfunction(node):
+            yield from _names_in(node.__code__)
+            if _reads_its_kwargs(node) or "inner_factory" in node.__code__.co_freevars:
+                yield _ANYTHING
+
+
+def reached(start: Iterable[Any]) -> Iterator[Any]:
+    """All functions that lead from here, and the objects whose methods they are.
+
+    A transformation around others hands on what it is given; the others are in its
+    closure.
     """
     seen: set[int] = set()
     ahead = list(start)
@@ -84,15 +96,13 @@ def _names(start: Iterable[Any]) -> Iterator[str]:
         if id(node) in seen:
             continue
         seen.add(id(node))
+        yield node
         if isinstance(node, functools.partial):
             ahead += [node.func, *node.args, *node.keywords.values()]
         elif inspect.ismethod(node):
             ahead += [node.__func__, node.__self__]
         elif inspect.isfunction(node):
-            yield from _names_in(node.__code__)
             cells = inspect.getclosurevars(node)
-            if _reads_its_kwargs(node) or "inner_factory" in cells.nonlocals:
-                yield _ANYTHING
             ahead += [*cells.nonlocals.values(), *(node.__defaults__ or ())]
             ahead += [f for f in cells.globals.values() if _is_beside(f, node)]
         elif isinstance(node, dict):

@@ -204,6 +204,23 @@ def test_a_micro_batch_without_weight_leaves_the_statistics_unchanged(how):
     assert np.all(np.isfinite(jax.tree.leaves(state.params)[0]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
+@pytest.mark.parametrize("place", ["alone", "in a chain", "injected"])
+def test_statistics_go_on_where_the_gradient_counts_without_weight(place, reduction):
+    """In a ratio and a sum a weight of 0 is no mask, in a mean it is."""
+    inner = oa.accumulate(optax.sgd(0.1), every_k=2, reduction=reduction)
+    tx = {
+        "alone": inner,
+        "in a chain": optax.chain(optax.clip(1.0), optax.masked(inner, True)),
+        "injected": optax.inject_hyperparams(lambda rate: inner)(rate=1.0),  # noqa: ARG005
+    }[place]
+    state = create(tx, model=Normalised())
+    moved = jax.tree.map(lambda x: x + 1, state.batch_stats)
+    after = state.apply_gradients(grads=state.params, weight=0.0, batch_stats=moved)
+    wanted = state.batch_stats if reduction == "mean" else moved
+    chex.assert_trees_all_equal(after.batch_stats, wanted)
+
+
 def test_frozen_statistics_may_be_replaced_by_plain_dicts():
     tx = oa.accumulate(optax.sgd(0.1), 2)
     stats = {"norm": {"mean": jnp.zeros(2)}}
