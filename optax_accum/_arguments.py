@@ -265,11 +265,7 @@ class Roles(NamedTuple):
         values = dict[Place, Any]([*enumerate(in_place), *others.items()])
         for place in key_places:
             _check_keys(_name(place, names), values[place])
-        # A raw key of NumPy's would be a constant of the program.
-        values = {
-            place: jax.tree.map(lambda x: jnp.asarray(x) if is_raw_key(x) else x, value)
-            for place, value in values.items()
-        }
+        values = {place: _with_jax_keys(value) for place, value in values.items()}
         axes = self.batch_axis
         entries = (axes,) * len(places) if isinstance(axes, int) else axes
         batch, batch_arguments = [], []
@@ -520,6 +516,17 @@ def fold_in(key: jax.Array, number: int | Scalar) -> jax.Array:
 def _shape_of_raw_key() -> tuple[int, ...]:
     """That of the default implementation."""
     return jax.eval_shape(jax.random.PRNGKey, 0).shape
+
+
+def _with_jax_keys(argument: Tree) -> Tree:
+    """`argument` with raw keys of NumPy's as JAX's: they would be constants else."""
+
+    def is_numpys(x: Leaf) -> bool:
+        return is_raw_key(x) and not isinstance(x, jax.Array)
+
+    if not any(map(is_numpys, jax.tree.leaves(argument))):
+        return argument  # Itself: NNX's modules are not to be copied.
+    return jax.tree.map(lambda x: jnp.asarray(x) if is_numpys(x) else x, argument)
 
 
 def _check_keys(name: str, keys: Tree) -> None:
