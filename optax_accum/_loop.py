@@ -119,7 +119,8 @@ class Settings:
         self.devices.check_place()
         split = self.split(call)
         shards = self.devices.num_shards
-        is_split = split.num_microbatches * shards > 1
+        # A symbolic number is not known to be greater than 1, but to differ from it.
+        is_split = split.num_microbatches * shards != 1
         if is_split:
             _whole.check(call, self.roles, self.functions, split.examples * shards)
         for name, argument in call.named():

@@ -134,7 +134,13 @@ def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, in
 
 def _by_number(number: int, own: int, shards: int, holds: str) -> tuple[int, int, int]:
     """``(whole, size, remainder)`` on each device, which has `own` examples."""
-    if own % number:
+    if own % number != 0:
+        if not isinstance(own, int):
+            raise ValueError(
+                f"`num_microbatches={number}` does not divide every batch of symbolic "
+                f"size: {holds}. Give it a size that it divides, as in "
+                f'jax.export.symbolic_shape("{number}*b, ...")'
+            )
         divisors = [n for n in range(1, own + 1) if own % n == 0]
         each = f", {own} on each of {shards} devices" if shards > 1 else ""
         sizes = f"multiple of {shards}" if shards > 1 else "size"

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_accum as oa
 from tests.support import hlo
+from tests.support.errors import saying
 from tests.support.training import promoting, slow
 from tests.support.xla import optimized
 
@@ -590,13 +592,42 @@ def test_batch_norm_and_dropout_of_linen_run_as_carry_and_key():
     chex.assert_trees_all_close(grads, jax.tree.map(mean, *gradients), **close)
 
 
+# --- Export with a symbolic number of examples ---
+
+
+def exported(shape, **options):
+    f = jax.jit(oa.value_and_grad(square, **options))
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+    return export.export(f)(jnp.ones(3), x)
+
+
+def square(w, x):
+    return jnp.mean((x @ w) ** 2)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"num_microbatches": 4}, slow({"microbatch_size": 2})],
-    ids=["number", "size"],
+    ("shape", "options"),
+    [
+        ("4*b, 3", {"num_microbatches": 4}),
+        ("2*b, 3", {"microbatch_size": 2}),  # of as many micro-batches as b says
+        ("4*b, 3", {"microbatch_size": 3}),  # with a remainder, which may be empty
+    ],
 )
-def test_a_program_for_batches_of_any_size_can_be_exported(options):
-    """`jax.export` with a symbolic number of examples, and weights that use it."""
+def test_an_exported_program_takes_every_number_of_examples(shape, options):
+    program = exported(shape, **options)
+    for examples in (4, 8, 12):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(examples, 3)), np.float32)
+        wanted = jax.value_and_grad(square)(jnp.ones(3), x)
+        chex.assert_trees_all_close(program.call(jnp.ones(3), x), wanted, rtol=1e-5)
+
+
+def test_a_symbolic_size_that_the_micro_batches_may_not_divide_is_refused():
+    words = saying("`x` holds 2*b examples", 'symbolic_shape("4*b, ...")')
+    with pytest.raises(ValueError, match=words):
+        exported("2*b, 3", num_microbatches=4)
+
+
+def test_an_exported_program_takes_weights_of_every_number_of_examples():
 
     def loss(w, x, mask):
         return jnp.sum(mask * (x @ w) ** 2) / mask.sum()
@@ -606,7 +637,7 @@ def test_a_program_for_batches_of_any_size_can_be_exported(options):
         batch_argnums=(1, 2),
         weight=lambda w, x, mask: mask.sum(),  # noqa: ARG005
         return_info=True,
-        **options,
+        num_microbatches=4,
     )
     w = jnp.arange(3.0)
     scope = export.SymbolicScope()
