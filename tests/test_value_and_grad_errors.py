@@ -186,7 +186,7 @@ def test_an_rng_argument_that_is_not_a_key_is_refused():
         return loss(params, batch)
 
     vector = jnp.zeros(3, jnp.uint32)
-    for bad in (0, jnp.zeros(2), jnp.zeros((3, 2), jnp.uint32), vector):
+    for bad in (0, jnp.zeros(2), jnp.zeros((2, 3), jnp.uint32), vector):
         with raises(
             TypeError,
             "`rngs['dropout']` is in `rng_argnums` or `rng_argnames` and must be a",
