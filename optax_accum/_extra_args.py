@@ -57,7 +57,9 @@ def check_grad(grad: Grads, grads: Grads) -> None:
             "`grad` must be the very gradient that is accumulated, update(grads, "
             "state, params, grad=grads), because the inner optimizer is given the "
             "window's; got other arrays. If another transformation has changed the "
-            "gradient before, put it inside: oa.accumulate(optax.chain(...))"
+            "gradient before, put it inside: oa.accumulate(optax.chain(...)). To a "
+            "function under jax.jit pass it once: two arguments are two arrays there, "
+            "even if both were given the same"
         )
 
 

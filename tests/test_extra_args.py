@@ -82,6 +82,9 @@ class TestGrad:
                     ),
                     g,
                 )
+        compiled = jax.jit(tx.update, static_argnames="value_fn")
+        with pytest.raises(ValueError, match=saying("under jax.jit pass it once")):
+            compiled(g, tx.init(w), w, grad=g, **more)
 
     @pytest.mark.parametrize("wrap", [oa.accumulate, optax.MultiSteps])
     def test_value_and_grad_from_state_finds_one_value(self, wrap):
