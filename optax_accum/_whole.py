@@ -106,8 +106,8 @@ def check_traced(run: Any, *args: Any) -> None:
                 f"the loss, or something that it calls, reads a random key, {x.dtype}"
                 f"{list(x.shape)}, that is no argument of it, but an attribute of an "
                 "object, say, and every micro-batch would draw the same from it. "
-                f"{_MAKE_THE_KEY_AN_ARGUMENT}. If all are to draw the same, give that "
-                "argument None in `batch_axis`"
+                f"{_MAKE_THE_KEY_AN_ARGUMENT}. If it is no key, or all are to draw the "
+                "same, give that argument None in `batch_axis`"
             )
 
 
