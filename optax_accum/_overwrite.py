@@ -47,6 +47,10 @@ class Overwritten:
         """`tree` with ``None`` in place of what is overwritten."""
         return self.map(lambda reduction, x: None if reduction else x, tree)
 
+    def others(self, tree: Tree) -> Tree:
+        """`tree` with ``None`` in place of gradients."""
+        return self.map(lambda reduction, x: x if reduction else None, tree)
+
     def any_in(self, tree: Tree) -> bool:
         """Whether a leaf of `tree` is overwritten."""
         return bool(jax.tree.leaves(self.map(lambda r, _: r, tree)))
@@ -122,7 +126,7 @@ class Overwritten:
             updates, state = inner.update(
                 self.gradients(grads), state, self.gradients(params), **extra_args
             )
-            return _tree.merge(updates, grads), state
+            return _tree.merge(updates, self.others(grads)), state
 
         return optax.GradientTransformationExtraArgs(init, update)
 
@@ -134,15 +138,13 @@ class Overwritten:
     ) -> Params:
         """What `apply_updates` makes of the others, and the values of these."""
         trained = apply_updates(self.gradients(params), self.gradients(updates))
-        return _tree.merge(trained, updates)
+        return _tree.merge(trained, self.others(updates))
 
     def as_updates(self, updates: Updates, params: Params) -> Updates:
         """`updates` that, added to `params`, give the values of these leaves."""
         if not self.any_in(updates):
             return updates
-        new, old = (
-            self.map(lambda r, x: x if r else None, tree) for tree in (updates, params)
-        )
+        new, old = self.others(updates), self.others(params)
         differences = jax.tree.map(lambda n, o: n - o.astype(n.dtype), new, old)
         return _tree.merge(self.gradients(updates), differences)
 

@@ -167,6 +167,25 @@ class TestAnyLeaf:
         params, _ = self.run(tx, rows)
         chex.assert_trees_all_equal(params, self.params)
 
+    @pytest.mark.parametrize("way", WAYS)
+    def test_a_leaf_without_an_update_stays(self, way):
+        """An optimizer may give ``None`` for it, which is not to be filled in."""
+
+        def update(updates, state, params=None):
+            del params
+            return {**updates, "w": None}, state
+
+        inner = optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+        tx = oa.accumulate(inner, 1, overwrite=self.rule)
+        grads = self.grads(5.0)
+        if way == "update":
+            updates, _ = tx.update(grads, tx.init(self.params), self.params)
+            assert updates["w"] is None
+            return
+        params, _ = tx.update_params(grads, tx.init(self.params), self.params)
+        chex.assert_trees_all_equal(params["w"], self.params["w"])
+        chex.assert_trees_all_equal(params["stats"], grads["stats"])
+
     def test_every_k_1_overwrites_too(self):
         tx = oa.accumulate(optax.sgd(0.1), 1, overwrite=self.rule)
         params, _ = self.run(tx, [(self.grads(5.0), {})])
