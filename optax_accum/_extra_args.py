@@ -127,7 +127,8 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 def _reads_its_kwargs(f: types.FunctionType) -> bool:
     """Whether `f` is not Optax's nor ours, and does anything with its ``**kwargs``."""
     code = f.__code__
-    is_known = f.__module__.partition(".")[0] in ("optax", __name__.partition(".")[0])
+    package = (f.__module__ or "").partition(".")[0]  # Of what `exec` makes: None.
+    is_known = package in ("optax", __name__.partition(".")[0])
     if is_known or not code.co_flags & inspect.CO_VARKEYWORDS:
         return False
     names = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]

@@ -895,3 +895,15 @@ def test_a_second_batch_by_position_is_told_where_it_goes(more, options):
     words = saying("arguments by position", "x, 4, args=(y,), batch_argnums=(1, 2)")
     with pytest.raises(TypeError, match=words):
         oa.diagnose.check_equivalence(mean, PARAMS, X, *more, **options)
+
+
+def test_what_is_refused_by_its_own_message_gets_no_note():
+    labels = jnp.ones(8)
+    with pytest.raises(ValueError, match="closes over") as caught:
+        oa.diagnose.check_equivalence(
+            lambda w, x: jnp.mean((x @ w - labels) ** 2),
+            jnp.ones(3),
+            jnp.ones((8, 3)),
+            4,
+        )
+    assert not getattr(caught.value, "__notes__", [])

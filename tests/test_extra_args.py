@@ -1,5 +1,7 @@
 """Extra arguments: which reach the inner optimizer, as what, and which are refused."""
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -168,6 +170,26 @@ class TestNames:
             )
             expected = jax.tree.map(lambda g: 3 * g, self.grads)
             chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+    def test_a_function_without_a_module_is_no_obstacle(self):
+        """As one that `exec` has made, in a notebook or a page of documentation."""
+        namespace = {"jax": jax}
+        exec(
+            "def update(updates, state, params=None, *, scale=1.0, **extra_args):\n"
+            "    return jax.tree.map(lambda u: scale * u, updates), state\n",
+            namespace,
+        )
+        update: Any = namespace["update"]
+        update.__module__ = None
+        inner = optax.GradientTransformationExtraArgs(
+            lambda _: optax.EmptyState(), update
+        )
+        tx = oa.accumulate(inner, every_k=1)
+        updates, _ = tx.update(
+            self.grads, tx.init(PARAMS), PARAMS, scale=jnp.float32(3)
+        )
+        expected = jax.tree.map(lambda g: 3 * g, self.grads)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
     def test_a_line_search_hands_the_rest_to_its_function(self):
         def value_fn(w, x):

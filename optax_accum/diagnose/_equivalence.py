@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import inspect
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -19,6 +21,7 @@ from optax_accum.diagnose import _probes, _problem
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_HERE = str(Path(__file__).parents[1])
 _MOST_LEAVES = 12  # that are printed
 _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
 
@@ -240,12 +243,14 @@ def check_equivalence(
     try:
         parts = problem.in_parts()
     except (TypeError, ValueError) as error:
-        error.add_note(
-            f"`fun` takes the {problem.split.examples} examples of the batch, but "
-            f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
-            "groups of them together, give these an axis of their own, and let the "
-            "batch axis count groups"
-        )
+        # What this library refuses has said already what to do.
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_HERE):
+            error.add_note(
+                f"`fun` takes the {problem.split.examples} examples of the batch, but "
+                f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
+                "groups of them together, give these an axis of their own, and let the "
+                "batch axis count groups"
+            )
         raise
     if whole.weight == 0:
         raise ValueError(
