@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from optax_accum._closures import cells_of, globals_of
 from optax_accum._types import Grads, Kwargs
 
 OWN = ("weight", "boundary", "value")
@@ -29,6 +30,8 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
         all arguments to all its parts. Then only what looks like a typo is refused, as
         if the optimizer may take anything.
     """
+    if given.keys() <= taken:
+        return
     # A line search hands the rest to the function in which it searches.
     taken = taken | frozenset(_names(x for x in given.values() if callable(x)))
     only_slips = is_chained or _ANYTHING in taken
@@ -104,9 +107,8 @@ def reached(start: Iterable[Any]) -> Iterator[Any]:
         elif inspect.ismethod(node):
             ahead += [node.__func__, node.__self__]
         elif inspect.isfunction(node):
-            cells = inspect.getclosurevars(node)
-            ahead += [*cells.nonlocals.values(), *(node.__defaults__ or ())]
-            ahead += [f for f in cells.globals.values() if _is_beside(f, node)]
+            ahead += [*cells_of(node).values(), *(node.__defaults__ or ())]
+            ahead += [f for f in globals_of(node).values() if _is_beside(f, node)]
         elif isinstance(node, dict):
             ahead += node.values()
         elif isinstance(node, tuple | list):

@@ -7,7 +7,6 @@ same holds for what the loss closes over. All are refused, and the message says 
 write what is meant.
 """
 
-import dis
 import functools
 import inspect
 import types
@@ -19,6 +18,7 @@ import numpy as np
 
 from optax_accum import _arguments, _validate
 from optax_accum._arguments import Call, Place, Roles
+from optax_accum._closures import cells_of, globals_of
 from optax_accum._types import Function
 
 Named = list[tuple[str, Any]]  # leaves, and what to call them
@@ -195,10 +195,10 @@ def _held_by(function: Function, call: Call) -> Iterator[tuple[str, Named]]:
                 yield "reads", _arrays_in(f"self.{name}", value)
             layer = layer.__func__
         if isinstance(layer, types.FunctionType):
-            for name, value in _closure(layer).items():
+            for name, value in (globals_of(layer) | cells_of(layer)).items():
                 yield "closes over", _arrays_in(name, value)
             # What it decorates, and helpers beside it, have closures of their own.
-            ahead += [f for f in _cells(layer).values() if callable(f)]
+            ahead += [f for f in cells_of(layer).values() if callable(f)]
         ahead.append(getattr(layer, "__wrapped__", None))
 
 
@@ -216,28 +216,6 @@ def _defaults(function: Function, call: Call) -> dict[str, Any]:
     }
 
 
-def _closure(function: types.FunctionType) -> dict[str, Any]:
-    """What a function reads from around it, by name.
-
-    Unlike `inspect.getclosurevars` it does not take the ``x`` in ``batch.x`` for a
-    global variable, and sees what functions inside of it read.
-    """
-    names = _globals_read(function.__code__) & function.__globals__.keys()
-    return {name: function.__globals__[name] for name in names} | _cells(function)
-
-
-def _cells(function: types.FunctionType) -> dict[str, Any]:
-    """The variables of functions around it."""
-    found = {}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in cells:
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # A name that has no value yet.
-            continue
-    return found
-
-
 def _attributes_read(method: types.MethodType) -> dict[str, Any]:
     """What a method may read of its object, unless that is a model of parameters."""
     owner = method.__self__
@@ -245,12 +223,6 @@ def _attributes_read(method: types.MethodType) -> dict[str, Any]:
         return {}
     own = getattr(owner, "__dict__", {})
     return {name: own[name] for name in method.__code__.co_names if name in own}
-
-
-def _globals_read(code: types.CodeType) -> set[str]:
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return names.union(*map(_globals_read, inner))
 
 
 def _arrays_in(name: str, value: Any) -> Named:

@@ -104,6 +104,15 @@ class TestNames:
 
     (grads, _), _ = micro_batches(PARAMS, 2)
 
+    def assert_scaled(self, inner):
+        """`inner` is given the argument `scale`, and obeys."""
+        tx = oa.accumulate(inner, every_k=1)
+        updates, _ = tx.update(
+            self.grads, tx.init(PARAMS), PARAMS, scale=jnp.float32(3)
+        )
+        expected = jax.tree.map(lambda g: 3 * g, self.grads)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize(
         ("name", "meant"),
@@ -164,12 +173,22 @@ class TestNames:
             )(rate=1.0),
         }
         for each in inners.values():
-            tx = oa.accumulate(each, every_k=1)
-            updates, _ = tx.update(
-                self.grads, tx.init(PARAMS), PARAMS, scale=jnp.float32(3)
-            )
-            expected = jax.tree.map(lambda g: 3 * g, self.grads)
-            chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+            self.assert_scaled(each)
+
+    def test_a_name_that_has_no_value_yet_is_no_obstacle(self):
+        def update(updates, state, params=None, *, scale=1.0, **extra_args):
+            del params, extra_args
+            return defined_later(updates, scale), state
+
+        inner = optax.GradientTransformationExtraArgs(
+            lambda _: optax.EmptyState(), update
+        )
+        oa.accumulate(inner, every_k=1)
+
+        def defined_later(updates, scale):
+            return jax.tree.map(lambda u: scale * u, updates)
+
+        self.assert_scaled(inner)
 
     def test_a_function_without_a_module_is_no_obstacle(self):
         """As one that `exec` has made, in a notebook or a page of documentation."""
@@ -184,12 +203,7 @@ class TestNames:
         inner = optax.GradientTransformationExtraArgs(
             lambda _: optax.EmptyState(), update
         )
-        tx = oa.accumulate(inner, every_k=1)
-        updates, _ = tx.update(
-            self.grads, tx.init(PARAMS), PARAMS, scale=jnp.float32(3)
-        )
-        expected = jax.tree.map(lambda g: 3 * g, self.grads)
-        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+        self.assert_scaled(inner)
 
     def test_a_line_search_hands_the_rest_to_its_function(self):
         def value_fn(w, x):

@@ -1,5 +1,6 @@
 """Linen's `TrainState`, for windows of micro-batches."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -132,17 +133,20 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             value=value,
             **(extra_args or {}),
         )
-        counted = _accumulating.counted(self.tx, weight, self.opt_state, opt_state)
+        counted = functools.partial(
+            _accumulating.counted, self.tx, weight, self.opt_state, opt_state
+        )
         if is_apart:
+            is_counted = counted()
             overwritten = jax.tree.map(
-                lambda new, old: jnp.where(counted, new, old),
+                lambda new, old: jnp.where(is_counted, new, old),
                 grads[OVERWRITE_WITH_GRADIENT],
                 self.params[OVERWRITE_WITH_GRADIENT],
             )
             params = {"params": params, OVERWRITE_WITH_GRADIENT: overwritten}
         if kwargs.get("batch_stats") is not None and self.batch_stats is not None:
             kwargs["batch_stats"] = _select(
-                counted, kwargs["batch_stats"], self.batch_stats
+                counted(), kwargs["batch_stats"], self.batch_stats
             )
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
