@@ -18,6 +18,7 @@ from optax_accum import (
     _boundary,
     _eager,
     _extra_args,
+    _obstacle,
     _optimizer,
     _skip,
     _tree,
@@ -25,6 +26,7 @@ from optax_accum import (
     _validate,
     _window,
 )
+from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
@@ -367,7 +369,7 @@ class _MicroStep(NamedTuple):
 
     state: AccumulateState  # before it; of several devices this one's
     is_stacked: bool  # whether it came, and is to go, as one window of a stack
-    grads: Grads  # with None for what is not accumulated
+    grads: Grads | Pullback  # with None for what is not accumulated
     weight: Scalar
     is_positive: bool  # whether the weight is known to be
     boundary: Boundary
@@ -467,6 +469,9 @@ class _Accumulation:
             arguments = arguments._replace(extra_args=extra_args)
         if not _eager.is_eager((arguments, boundary)):
             return self._micro_step(arguments, boundary, applies=applies)
+        pullback = self._pullback_in(arguments.grads)
+        if pullback is not None:  # To be compiled, it would have to be the same again.
+            arguments = arguments._replace(grads=pullback.gradients())
         boundary = _validate.boundary(boundary, self.every_k)
         # Here the weight's value is known, as it is not once it has been traced.
         _validate.weight(arguments.weight, jnp.float32)
@@ -527,6 +532,8 @@ class _Accumulation:
         """Everything that a caller may get wrong."""
         grads, state, params, weight, value, extra_args = arguments
         axis_name = self.devices.axis_name
+        pullback = self._pullback_in(grads)
+        grads = grads if pullback is None else pullback.like
         boundary = _validate.boundary(boundary, self.every_k)
         _collectives.check_bound(axis_name)
         _validate.state(
@@ -543,16 +550,17 @@ class _Accumulation:
             _validate.accumulator(state.window.grads, grads, params, narrow=is_narrow)
         if applies or (params is not None and not self.has_accumulator):
             _validate.gradients(grads, _tree.trained(params), narrow=True)
-        given = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        grads = _tree.as_arrays(_tree.keep_inexact(grads))
-        _collectives.check_local(axis_name, grads)
+        _collectives.check_local(axis_name, _tree.keep_inexact(grads))
         _collectives.check_same(axis_name, params)
         number, is_positive = _validate.weight(weight, state.window.weight.dtype)
+        if pullback is not None and not self._adds_in_place(pullback, weight):
+            grads, pullback = pullback.gradients(), None
+        given = _optimizer.Arguments(grads, params, value is not None, extra_args)
         value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
         return _MicroStep(
             state=state,
             is_stacked=is_stacked,
-            grads=grads,
+            grads=pullback or _tree.as_arrays(_tree.keep_inexact(grads)),
             weight=number,
             is_positive=is_positive,
             boundary=boundary,
@@ -560,12 +568,45 @@ class _Accumulation:
             arguments=given,
         )
 
+    def _pullback_in(self, grads: Grads) -> Pullback | None:
+        """The pullback that a caller has given in place of gradients, or ``None``."""
+        if not _validate.is_pullback(grads):
+            return None
+        readers = {"skip": self.skip is not None, "noise_decay": self.tracker.measures}
+        for name in (name for name, is_given in readers.items() if is_given):
+            raise ValueError(
+                f"`{name}` reads every micro-batch's gradient alone, and `grads` is "
+                "a pullback, which adds it to the window unseen. Pass the gradient, as "
+                f"jax.value_and_grad returns it, or leave `{name}` out"
+            )
+        return _validate.pullback(grads)
+
+    def _adds_in_place(self, pullback: Pullback, weight: ArrayLike) -> bool:
+        """Whether the backward pass can add to the window."""
+        leaves = jax.tree.leaves(pullback.like)
+        if not self.has_accumulator or not all(map(_tree.is_inexact, leaves)):
+            return False
+        if _obstacle.in_jax() or self.overwritten.any_in(pullback.like):
+            return False
+        is_mean = self.reduction == "mean"
+        _, is_positive = _validate.weight(weight, jnp.float32)
+        obstacle = _obstacle.in_program(
+            pullback,
+            _obstacle.backward_of(pullback),
+            is_scaled=is_mean and not (is_positive and weight == 1),
+            is_masked=is_mean and not is_positive,
+        )
+        return obstacle is None
+
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""
         state, window = step.state, step.state.window
         weight, rejected, skip_state = self._ask_skip(step)
         if not self.has_accumulator:
             window = window._replace(grads=_window.zeros(step.grads))
+        counted: bool | Scalar = True
+        if not step.is_positive or self.skip is not None:
+            counted = _window.counts(weight, self.reduction, rejected)
         window = _windows.add_in_place(
             window,
             step.grads,
@@ -573,6 +614,7 @@ class _Accumulation:
             weight,
             has_devices=self.has_devices,
             reduction=self.reduction,
+            counted=counted,
             rejected=rejected,
             # Without an accumulator every micro-step is the first of its window.
             first=(state.micro_step == 0) | (not self.has_accumulator),

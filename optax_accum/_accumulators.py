@@ -44,6 +44,9 @@ class Part(NamedTuple):
 class Accumulator(Protocol):
     """How one leaf of the auxiliary outputs is accumulated."""
 
+    # Whether outputs of micro-batches of weight 0 are part of the result.
+    keeps_all: ClassVar[bool]
+
     def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
 
@@ -67,11 +70,13 @@ class _OfLeaf:
 
     # Whether each device keeps its own part of the result.
     is_local: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = True
 
 
 class _Reduced(_OfLeaf):
     """A sum, in at least float32, that is divided once."""
 
+    keeps_all = False
     reduction: ClassVar[_window.Reduction]
     numpy: ClassVar[Callable[[Any], jax.Array]]  # gives a result its dtype
 

@@ -54,7 +54,7 @@ def run_with_derivative(run: Run, batch: Batch, arrays: Arrays, places: Tree) ->
     # What `run` closes over may have tangents, too, and becomes an argument.
     # (`jax.closure_convert` would keep the arrays of many calls in memory.)
     program, shapes = jax.make_jaxpr(run, return_shape=True)(batch, arrays)
-    if _has_refs(program.jaxpr):
+    if _flow.has_refs(program.jaxpr):
         # JAX does not lower a `custom_jvp` with refs in it.
         return run(batch, arrays)
 
@@ -118,17 +118,3 @@ def _inner_product(result: Result, places: Tree, tangents: Arrays) -> Scalar:
 
     products = jax.tree.leaves(jax.tree.map(product, places, result.grads))
     return sum(products, jnp.zeros([], dtype)).astype(result.value.dtype)
-
-
-def _has_refs(jaxpr: core.Jaxpr) -> bool:
-    """Whether there is a `jax.Ref` anywhere in `jaxpr`."""
-    return any(
-        hasattr(variable.aval, "inner_aval")
-        for part in _flow.with_inner(jaxpr)
-        for variables in (
-            part.invars,
-            part.constvars,
-            *(equation.outvars for equation in part.eqns),
-        )
-        for variable in variables
-    )

@@ -25,6 +25,9 @@ _CALLS = (
 # Those whose outputs have the values of their inputs.
 _IDENTITIES = ("copy", "name", "optimization_barrier", "pvary", "stop_gradient")
 
+# Those whose functions have refs that are seen nowhere else.
+_WITH_OWN_REFS = ("run_state", "pallas_call")
+
 
 class Source(NamedTuple):
     """Where one output comes from.
@@ -90,12 +93,38 @@ def with_inner(jaxpr: Any) -> Iterator[Any]:
     """`jaxpr`, and those of all functions that are called anywhere in it."""
     yield jaxpr
     for equation in jaxpr.eqns:
-        for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if isinstance(inner, core.Jaxpr):
-                yield from with_inner(inner)
+        for function in functions_in(equation):
+            yield from with_inner(function)
+
+
+def functions_in(equation: Any) -> Iterator[Any]:
+    """The functions that `equation` calls."""
+    for parameter in jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+        function = getattr(parameter, "jaxpr", parameter)
+        if isinstance(function, core.Jaxpr):
+            yield function
+
+
+def has_refs(jaxpr: Any) -> bool:
+    """Whether `jaxpr` takes, makes or calls anything with a `jax.Ref`.
+
+    Those that stay inside of one operation, as in a Pallas kernel, do not count.
+    """
+    variables = [
+        *jaxpr.invars,
+        *jaxpr.constvars,
+        *(variable for equation in jaxpr.eqns for variable in equation.outvars),
+    ]
+    if any(hasattr(variable.aval, "inner_aval") for variable in variables):
+        return True
+    return any(
+        has_refs(function)
+        for equation in jaxpr.eqns
+        if equation.primitive.name not in _WITH_OWN_REFS
+        for function in functions_in(equation)
+    )
 
 
 def _inputs(count: int) -> list[Source]:

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from optax_accum import (
     _accumulators,
     _arguments,
+    _backward,
     _derivative,
     _flow,
+    _obstacle,
     _outputs,
     _skip,
     _split,
@@ -28,6 +31,7 @@ from optax_accum import (
     _whole,
     _window,
 )
+from optax_accum._backward import Pullback
 from optax_accum._derivative import Result
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import (
@@ -37,6 +41,7 @@ from optax_accum._types import (
     Function,
     Grads,
     Kwargs,
+    Params,
     Reduction,
     Scalar,
     Skip,
@@ -85,6 +90,7 @@ class Settings:
     skip: Skip | None
     overwritten: Overwritten
     accumulator_dtype: DType
+    in_place: bool | None
     aux: Tree
     returns_info: bool
     noise_scale: bool
@@ -126,6 +132,7 @@ class Settings:
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
+        is_in_place = self.is_free(self._obstacle(call))
         number = self.num_real_microbatches
         if number is not None:
             number = _validate.real_microbatches(number, split.num_microbatches)
@@ -140,7 +147,7 @@ class Settings:
         def loop(batch: Batch, arrays: list[Any]) -> Result:
             args, kwargs, number = _tree.filled(given, arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
-            return _Loop(self, mine, split, outputs, number).run()
+            return _Loop(self, mine, split, outputs, number, is_in_place).run()
 
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
         # function closes over, JAX keeps. What is not an array stays what it is.
@@ -174,17 +181,58 @@ class Settings:
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
 
+    def _obstacle(self, call: _arguments.Call) -> str | None:
+        """Why gradients are not to be added in place, or ``None``."""
+        own = call.differentiated
+        is_floating = all(map(_tree.is_inexact, jax.tree.leaves(own)))
+        obstacles = {
+            "`in_place` is False": self.in_place is False,
+            "`skip` reads every micro-batch's gradient": self.skip is not None,
+            "`noise_scale` reads every micro-batch's gradient": self.noise_scale,
+            "the loss is complex, as `holomorphic` says": self.holomorphic,
+            "some of what is differentiated is not floating": not is_floating,
+            "some parameters are overwritten": self.overwritten.any_in(own),
+        }
+        return _obstacle.first(obstacles) or _obstacle.in_jax()
+
+    def is_free(self, obstacle: str | None) -> bool:
+        """Whether there is no obstacle to adding gradients in place.
+
+        Raises:
+          ValueError: There is, and ``in_place=True``.
+        """
+        if obstacle is not None and self.in_place:
+            raise ValueError(
+                f"`in_place=True` cannot be had here: {obstacle}. Leave `in_place` "
+                "out, and gradients are added after they have been computed"
+            )
+        return obstacle is None
+
 
 class _Microbatch(NamedTuple):
     """What one micro-batch gives."""
 
     value: Scalar
-    grads: Grads  # ``None`` for what has no gradient
+    grads: Grads | Pullback  # ``None`` for what has no gradient
     aux: Tree
     carry: Tree
     weight: Scalar  # 0 if it was rejected
     rejected: Scalar
     counted: Scalar  # whether it contributes
+
+
+class _Kind(NamedTuple):
+    """The whole micro-batches, or the smaller last one.
+
+    Attributes:
+      size: How many examples one has.
+      run: ``run(carry, index)`` runs one.
+      weight: ``weight(carry, index)``, its weight, without running it.
+    """
+
+    size: int
+    run: Any
+    weight: Callable[[Tree, Any], Scalar]
 
 
 class _Totals(NamedTuple):
@@ -210,6 +258,22 @@ def _check_reads(settings: Settings, grads: Grads) -> None:
                 )
 
 
+def _check_in_place(sums: Grads, grads: Grads) -> None:
+    """Raises where a sum is of another type than its gradient, with `in_place`."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(grads), strict=True
+    )
+    for (path, s), g in pairs:
+        if not _backward.is_like(s, g):
+            raise ValueError(
+                f"`in_place=True` cannot be had here: {_validate.named('grads', path)} "
+                f"is {_validate.shown_type(g)}, and its sum {_validate.shown_type(s)}. "
+                "Leave `in_place` out, and such gradients are added after they have "
+                "been computed, or give the parameter or `accumulator_dtype` the other "
+                "dtype"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """All micro-batches of one call on one device."""
@@ -219,63 +283,111 @@ class _Loop:
     split: _split.Split
     outputs: _outputs.Outputs
     number: int | Scalar | None  # of micro-batches to run, or ``None`` for all
+    is_in_place: bool  # whether gradients are added by the backward pass
 
     def run(self) -> Result:
         """One micro-batch after another, the sum over devices, and the division."""
-        call, split = self.call, self.split
-        before = _tree.strongly_typed(call.carry)
-
-        # Under `jax.jit`, the loop reuses the trace that the shapes need.
-        @jax.jit
-        def microbatch(carry: Tree, index: Scalar) -> _Microbatch:
-            part = split.take(call.batch, index)
-            return self._microbatch(part, carry, index, split.size)
-
-        @jax.jit
-        def remainder(carry: Tree) -> _Microbatch:
-            part = split.take_remainder(call.batch)
-            return self._microbatch(part, carry, split.whole, split.remainder)
+        split, settings = self.split, self.settings
+        before = _tree.strongly_typed(self.call.carry)
+        whole = self._kind(split.take, split.size)
+        last = self._kind(lambda batch, _: split.take_remainder(batch), split.remainder)
 
         indices = jnp.arange(split.whole, dtype=jnp.int32)
-        is_written = _is_written(microbatch, before, indices[0])
+        is_written = _is_written(whole.run, before, indices[0])
         if split.remainder:
-            also = _is_written(remainder, before)
+            also = _is_written(last.run, before, np.int32(split.whole))
             is_written = [a or b for a, b in zip(is_written, also, strict=True)]
-        carry, shapes = self._first_carry(microbatch, before, is_written, indices[0])
-        accumulators = _accumulators.plan(self.settings.aux, shapes.aux, split)
+        carry, shapes, program = self._first_carry(
+            whole.run, before, is_written, indices[0]
+        )
+        if isinstance(shapes.grads, Pullback):
+            obstacle = _obstacle.in_program(
+                shapes.grads,
+                program,
+                is_scaled=self._is_weighted or self._has_fractions,
+                is_masked=self._is_weighted,
+            )
+            if not settings.is_free(obstacle):
+                return dataclasses.replace(self, is_in_place=False).run()
+            shapes = shapes._replace(grads=shapes.grads.like)
+        accumulators = _accumulators.plan(settings.aux, shapes.aux, split)
+        leaves_out = self._may_leave_out(accumulators, program)
 
-        def step(totals: _Totals, index: Scalar) -> _Totals:
-            new = microbatch(_tree.filled(before, totals.carry), index)
-            return self._add(totals, new, accumulators, index, split.size)
+        def step(kind: _Kind, totals: _Totals, index: Any) -> _Totals:
+            carry = _tree.filled(before, totals.carry)
 
-        def last_step(totals: _Totals) -> _Totals:
-            new = remainder(_tree.filled(before, totals.carry))
-            return self._add(totals, new, accumulators, split.whole, split.remainder)
+            def run(totals: _Totals) -> _Totals:
+                new = kind.run(carry, index)
+                return self._add(totals, new, accumulators, index, kind.size)
+
+            if not leaves_out:
+                return run(totals)
+            runs = _anywhere(kind.weight(carry, index) != 0)
+            return lax.cond(runs, run, lambda totals: totals, totals)
 
         totals = self._start(shapes, accumulators, carry)
         if isinstance(self.number, jax.Array):
-            totals = self._some(self.number, step, last_step, totals)
+            totals = self._some(self.number, step, whole, last, totals)
         else:
             number = split.num_microbatches if self.number is None else self.number
             totals, _ = lax.scan(
-                lambda totals, index: (step(totals, index), None),
+                lambda totals, index: (step(whole, totals, index), None),
                 totals,
                 indices[:number],
-                unroll=self.settings.unroll,
+                unroll=settings.unroll,
             )
             if number > split.whole:
-                totals = last_step(totals)
+                totals = step(last, totals, np.int32(split.whole))
         return self._finish(totals, shapes, accumulators, before)
+
+    def _kind(self, take: Callable[[Batch, Scalar], Batch], size: int) -> _Kind:
+        """Micro-batches of `size` examples; `take` takes one out of the batch."""
+
+        def arguments(carry: Tree, index: Scalar) -> tuple[list[Any], Kwargs]:
+            return self._arguments(take(self.call.batch, index), carry, index)
+
+        # Under `jax.jit`, the loop reuses the trace that the shapes need.
+        @jax.jit
+        def run(carry: Tree, index: Scalar) -> _Microbatch:
+            return self._microbatch(*arguments(carry, index), carry, size)
+
+        def weight(carry: Tree, index: Scalar) -> Scalar:
+            return jnp.asarray(self._weight(*arguments(carry, index), size))
+
+        return _Kind(size, run, weight)
+
+    @property
+    def _is_weighted(self) -> bool:
+        """Whether micro-batches of a mean may have any weight, such as 0."""
+        return self.settings.weight is not None and self.settings.reduction == "mean"
+
+    def _may_leave_out(
+        self, accumulators: list[_accumulators.Accumulator], program: Any
+    ) -> bool:
+        """Whether a micro-batch of weight 0 need not run at all.
+
+        Its weight must be known before, and nobody may wait for what it would give.
+        """
+        settings = self.settings
+        return (
+            self._is_weighted
+            and not settings.weight_takes_aux
+            and settings.skip is None
+            and not any(accumulator.keeps_all for accumulator in accumulators)
+            and not _flow.has_refs(program)
+            and not _collectives.may_exchange(program)
+        )
 
     def _some(
         self,
         number: Scalar,
-        step: Callable[[_Totals, Scalar], _Totals],
-        last_step: Callable[[_Totals], _Totals],
+        step: Callable[[_Kind, _Totals, Any], _Totals],
+        whole: _Kind,
+        last: _Kind,
         totals: _Totals,
     ) -> _Totals:
         """As many micro-batches as `number` says when it runs."""
-        whole, axis_name = self.split.whole, self.settings.devices.axis_name
+        count, axis_name = self.split.whole, self.settings.devices.axis_name
 
         def vary(totals: _Totals) -> _Totals:
             # The number, and so all that is summed up, may differ between devices.
@@ -283,14 +395,17 @@ class _Loop:
 
         totals = lax.fori_loop(
             np.int32(0),
-            jnp.minimum(number, whole).astype(jnp.int32),
-            lambda index, totals: vary(step(totals, index)),
+            jnp.minimum(number, count).astype(jnp.int32),
+            lambda index, totals: vary(step(whole, totals, index)),
             vary(totals),
         )
         if not self.split.remainder:
             return totals
         return lax.cond(
-            number > whole, lambda t: vary(last_step(t)), lambda t: t, totals
+            number > count,
+            lambda totals: vary(step(last, totals, np.int32(count))),
+            lambda totals: totals,
+            totals,
         )
 
     @property
@@ -304,46 +419,72 @@ class _Loop:
         is_counted = settings.weight is None and settings.reduction == "mean"
         return self.split.size if is_counted else 1
 
+    @property
+    def _all_count(self) -> bool:
+        """Whether every micro-batch contributes for certain."""
+        return not self._is_weighted and self.settings.skip is None
+
+    @property
+    def _has_fractions(self) -> bool:
+        """Whether a smaller last micro-batch has a weight of less than 1."""
+        return self.settings.reduction == "mean" and self.split.remainder != 0
+
+    def _arguments(
+        self, part: Batch, carry: Tree, index: Scalar
+    ) -> tuple[list[Any], Kwargs]:
+        """The arguments with which one micro-batch runs."""
+        number = self.settings.devices.global_index(index, self.split.num_microbatches)
+        args, kwargs = self.call.for_microbatch(part, carry, number)
+        for i in jax.tree.leaves(self.call.argnums):
+            # So that `jax.grad` gives this device's gradient, and not the sum of all.
+            own = _tree.differentiated(args[i])
+            varied = _collectives.vary(self.settings.devices.axis_name, own)
+            args[i] = _tree.merge(varied, args[i])
+        return args, kwargs
+
+    def _weight(self, args: list[Any], kwargs: Kwargs, size: int, **more: Tree) -> Any:
+        """The weight of a micro-batch, as it was given."""
+        if self.settings.weight is None:
+            return size / self._examples_per_weight
+        return self.call.apply(self.settings.weight, args, kwargs | more)
+
     def _microbatch(
-        self, part: Batch, carry: Tree, index: int | Scalar, size: int
+        self, args: list[Any], kwargs: Kwargs, carry: Tree, size: int
     ) -> _Microbatch:
         """Value and gradient on one micro-batch of `size` examples."""
         call, settings = self.call, self.settings
-        number = settings.devices.global_index(index, self.split.num_microbatches)
-        args, kwargs = call.for_microbatch(part, carry, number)
-        parts = list(args)
-        for i in jax.tree.leaves(call.argnums):
-            # So that `jax.grad` gives this device's gradient, and not the sum of all.
-            own = _tree.differentiated(args[i])
-            parts[i] = _collectives.vary(settings.devices.axis_name, own)
-            args[i] = _tree.merge(parts[i], args[i])
 
-        def unpacked(*parts: Any, **kwargs: Any) -> tuple[Scalar, Any]:
-            whole = list(parts)
-            for i in jax.tree.leaves(call.argnums):
-                whole[i] = _tree.merge(parts[i], args[i])
+        def unpacked(own: Params) -> tuple[Scalar, Any]:
+            whole = list(args)
+            for i, x in _pairs(call.argnums, own):
+                whole[i] = _tree.merge(x, args[i])
             result = call.apply(settings.fun, whole, kwargs)
             value, *rest = self.outputs.unpack(result, carry)
             return value, rest
 
-        (value, (aux, new_carry)), grads = jax.value_and_grad(
-            unpacked,
-            call.argnums,
-            has_aux=True,
-            holomorphic=settings.holomorphic,
-            allow_int=settings.allow_int,
-        )(*parts, **kwargs)
-        grads = _tree.keep_inexact(grads)
-        _check_reads(settings, grads)
+        own = call._replace(args=args).differentiated
+        grads: Grads | Pullback
+        if self.is_in_place:
+            value, function, (aux, new_carry) = jax.vjp(unpacked, own, has_aux=True)
+            grads = Pullback(function, value, own)
+        else:
+            (value, (aux, new_carry)), grads = jax.value_and_grad(
+                unpacked,
+                has_aux=True,
+                holomorphic=settings.holomorphic,
+                allow_int=settings.allow_int,
+            )(own)
+            grads = _tree.keep_inexact(grads)
+            _check_reads(settings, grads)
 
-        given = size / self._examples_per_weight
-        if settings.weight is not None:
-            more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
-            given = call.apply(settings.weight, args, kwargs | more)
-        dtype = _tree.scalar_dtype((value, grads, aux))
-        weight, is_positive = _validate.weight(given, dtype)
-        params = _tree.keep_inexact(jax.tree.map(lambda i: parts[i], call.argnums))
-        weight, rejected, _ = _skip.ask(settings.skip, weight, grads, None, params)
+        more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
+        weight, is_positive = _validate.weight(
+            self._weight(args, kwargs, size, **more),
+            _tree.scalar_dtype((value, own, aux)),
+        )
+        weight, rejected, _ = _skip.ask(
+            settings.skip, weight, grads, None, _tree.keep_inexact(own)
+        )
         counted: bool | Scalar = True
         if not is_positive or settings.skip is not None:
             counted = _window.counts(weight, settings.reduction, rejected)
@@ -363,8 +504,11 @@ class _Loop:
 
     def _first_carry(
         self, microbatch: Any, before: Tree, is_written: list[bool], index: Scalar
-    ) -> tuple[list[Any], _Microbatch]:
-        """What is written, in the type in which it comes back, and what comes back."""
+    ) -> tuple[list[Any], _Microbatch, Any]:
+        """What is written, in the type in which it comes back, and what comes back.
+
+        And how: the traced program.
+        """
         axis_name = self.settings.devices.axis_name
         leaves = jax.tree.leaves(before)
         carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
@@ -378,10 +522,10 @@ class _Loop:
             if types[0] == types[1]:
                 break
             carry = cast
+        program = microbatch.trace(whole, index).jaxpr.jaxpr
         if axis_name is not None:
-            jaxpr = microbatch.trace(whole, index).jaxpr.jaxpr
-            _collectives.check_local_loss(axis_name, shapes.value, jaxpr)
-        return carry, shapes
+            _collectives.check_local_loss(axis_name, shapes.value, program)
+        return carry, shapes, program
 
     def _start(
         self,
@@ -398,6 +542,8 @@ class _Loop:
             measure_noise=self.settings.noise_scale,
             overwritten=self.settings.overwritten,
         )
+        if self.settings.in_place:
+            _check_in_place(window.grads, shapes.grads)
         aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
         return _Totals(window, aux, carry)
 
@@ -417,6 +563,7 @@ class _Loop:
                 new.value,
                 new.weight,
                 reduction=self.settings.reduction,
+                counted=True if self._all_count else new.counted,
                 rejected=new.rejected,
                 overwritten=self.settings.overwritten,
             ),
@@ -488,3 +635,22 @@ def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
     shapes = jax.eval_shape(microbatch, carry, *args)
     numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
     return [sources[number].same != i for i, number in enumerate(numbers)]
+
+
+def _pairs(argnums: int | tuple[int, ...], own: Params) -> Any:
+    """What is differentiated of each argument, with its position."""
+    if isinstance(argnums, tuple):
+        return zip(argnums, own, strict=True)
+    return [(argnums, own)]
+
+
+@custom_vmap
+def _anywhere(happens: Scalar) -> Scalar:
+    """`happens`; under `jax.vmap` whether it happens anywhere, which is one branch."""
+    return happens
+
+
+@_anywhere.def_vmap
+def _anywhere_mapped(size: int, is_mapped: Any, happens: Any) -> tuple[Scalar, bool]:
+    del size, is_mapped
+    return _anywhere(jnp.any(happens)), False

@@ -211,6 +211,11 @@ def squared_norm(tree: Tree, dtype: DType) -> Scalar:
 # --- What types say ---
 
 
+def type_of(x: Leaf) -> Any:
+    """The type of an array, or of its shape, whether it is weak or not."""
+    return jax.typeof(x).update(weak_type=False)
+
+
 def varying(x: Leaf) -> Axes:
     """The axes over which an array, or the shape of one, is known to vary."""
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -254,6 +259,12 @@ def unreduced(x: Leaf) -> Axes:
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
     return frozenset() if sharding is None else frozenset(sharding.spec.unreduced)
+
+
+def is_partial(x: Leaf) -> bool:
+    """Whether `x` is tagged as ``reduced``, or as ``unreduced``."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return bool(sharding and (sharding.spec.reduced or sharding.spec.unreduced))
 
 
 def scaled(x: jax.Array, factor: Scalar) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_accum import _tree
+from optax_accum._backward import Pullback
 from optax_accum._types import DType, Grads, Params, Scalar, Tree
 
 
@@ -279,6 +280,42 @@ def same_structure(
         f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
         f"Got {got}, needed {needed}. {advice}"
     )
+
+
+def is_pullback(value: Any) -> bool:
+    """Whether `value` is what `jax.vjp` returns besides the function's value."""
+    return hasattr(type(value), "with_refs")
+
+
+def pullback(value: Any) -> Pullback:
+    """One of a scalar loss with respect to one argument."""
+    wrt = jax.tree.unflatten(value.in_tree, [...] * value.in_tree.num_leaves)
+    if len(wrt) != 1:
+        raise ValueError(
+            "`grads` must be a pullback with respect to the parameters alone; got one "
+            f"with respect to {len(wrt)} arguments. Close over the others: "
+            "jax.vjp(lambda params: loss(params, batch), params)"
+        )
+    # What does not depend on the parameters is left out here.
+    outputs = [variable.aval for variable in value.jaxpr.outvars]
+    is_scalar = all(_is_real_scalar(output) for output in outputs)
+    if value.out_tree != jax.tree.structure(0) or not is_scalar:
+        shown = ", ".join(map(shown_type, outputs))
+        raise ValueError(
+            "`grads` must be the pullback of a real scalar, the loss; got one of "
+            f"{value.out_tree.num_leaves} outputs: {shown}. Reduce the loss over the "
+            "micro-batch, with jnp.mean, say; if it returns (loss, aux), pass "
+            "has_aux=True to jax.vjp"
+        )
+    loss = jnp.ones([], outputs[0].dtype if outputs else jnp.float32)
+    if outputs:
+        loss = _tree.vary_over(outputs[0].mat.varying, loss)
+    unlike = Pullback(value, loss, like=None)
+    return unlike._replace(like=jax.eval_shape(unlike.gradients))
+
+
+def _is_real_scalar(aval: Any) -> bool:
+    return aval.shape == () and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def accumulator(sums: Tree, grads: Grads, params: Params, *, narrow: bool) -> None:

@@ -48,6 +48,7 @@ def value_and_grad(
     skip: Skip | None = None,
     overwrite: Overwrite | None = None,
     accumulator_dtype: DType = None,
+    in_place: bool | None = None,
     # other arguments and outputs
     aux: Tree = "stack",
     carry_argnum: int | None = None,
@@ -118,6 +119,10 @@ def value_and_grad(
       overwrite: As in `oa.accumulate`: which leaves of the gradient are no gradients.
       accumulator_dtype: The dtype of the sums. By default at least float32 and never
         less than the gradient's own. The result has the parameters' dtypes.
+      in_place: Whether the backward pass adds each gradient straight into the sum, so
+        that no micro-batch's gradient is held by itself. By default it does wherever it
+        can; ``True`` is an error, with the reason, where it cannot; ``False``: it does
+        not. See below.
       aux: What becomes of auxiliary outputs: ``"stack"``, ``"concat"``, ``"mean"``,
         ``"sum"``, ``"last"``, or a tree of these; see below.
       carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
@@ -301,6 +306,7 @@ def value_and_grad(
         skip=skip,
         overwritten=Overwritten(overwrite),
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
+        in_place=in_place,
         aux=aux,
         returns_info=return_info or noise_scale,
         noise_scale=noise_scale,

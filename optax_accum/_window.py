@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accum import _tree
+from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import AxisName, DType, Grads, Leaf, Reduction, Scalar, Tree
 
@@ -253,11 +254,12 @@ class Window(NamedTuple):
 
     def add(
         self,
-        grads: Grads,
+        grads: Grads | Pullback,
         loss: Leaf,
         weight: Scalar,
         *,
         reduction: Reduction,
+        counted: bool | Scalar,
         rejected: bool | Scalar = False,
         first: Scalar | None = None,
         overwritten: Overwritten,
@@ -265,32 +267,35 @@ class Window(NamedTuple):
         """With one more micro-batch in it.
 
         Args:
-          grads: Its gradient, with ``None`` for what is not accumulated.
+          grads: Its gradient, with ``None`` for what is not accumulated; or its
+            pullback, which adds the gradient in place.
           loss: Its loss.
           weight: Its weight.
           reduction: How it counts.
+          counted: ``bool[]``, whether it does, from `counts`; True if that is certain.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
           overwritten: Which leaves are no gradients.
         """
-        counted = counts(weight, reduction, rejected)
-        loss, gradients = add(
-            (self.loss, overwritten.gradients(self.grads)),
-            (loss, overwritten.gradients(grads)),
-            weight,
-            reduction,
-            counted=counted,
-            first=first,
-        )
-        others = overwritten.add(self.grads, grads, counted, first)
-        return Window(
-            loss=loss,
-            grads=_tree.merge(gradients, others),
+        how: Any = {"counted": counted, "first": first}
+        window = Window(
+            loss=add(self.loss, loss, weight, reduction, **how),
+            grads=self.grads,
             weight=add(self.weight, weight, weight, "sum", first=first),
             skipped=self.skipped + jnp.asarray(rejected).astype(self.skipped.dtype),
-            noise=self.noise.add(
-                overwritten.gradients(grads), weight, reduction, first
-            ),
+            noise=self.noise,
+        )
+        if isinstance(grads, Pullback):
+            sums = grads.added_to(self.grads, weight, reduction, **how)
+            return window._replace(grads=sums)
+        gradients = overwritten.gradients(grads)
+        sums = add(
+            overwritten.gradients(self.grads), gradients, weight, reduction, **how
+        )
+        others = overwritten.add(self.grads, grads, counted, first)
+        return window._replace(
+            grads=_tree.merge(sums, others),
+            noise=self.noise.add(gradients, weight, reduction, first),
         )
 
     def over_devices(self, devices: Devices, overwritten: Overwritten) -> "Window":

@@ -19,6 +19,9 @@ from optax_accum._types import AxisName, Grads, Params, Scalar, Tree
 # The primitives that reduce. (Gathering does not: a contrastive loss gathers.)
 _REDUCTIONS = ("psum", "psum_invariant", "pmax", "pmin")
 
+# Those that name an axis without exchanging anything.
+_SILENT = ("axis_index", "pvary", "pcast")
+
 _CONSTANT, _REDUCED, _LOCAL = range(3)
 
 # --- Axes ---
@@ -88,6 +91,43 @@ def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
         return _tree.masked_sum(x, is_this, lambda part: lax.psum(part, axis_name))
 
     return jax.tree.map(choose, tree)
+
+
+def may_exchange(jaxpr: Any) -> bool:
+    """Whether devices that may differ in what they do meet in `jaxpr`.
+
+    There no branch may depend on a device's own values: the others would wait forever.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        # Any `jax.shard_map` in `jaxpr` is run by all of its devices alike.
+        return bool(_named_axes(jaxpr, _SILENT))
+    others = set(mesh.axis_names) - set(mesh.manual_axes)
+    # Over the other axes the compiler exchanges what it must.
+    compiled_for_several = any(mesh.shape[name] > 1 for name in others)
+    return compiled_for_several or any(
+        _named_axes(part, _SILENT) for part in _flow.with_inner(jaxpr)
+    )
+
+
+def mapped_axes(jaxpr: Any) -> frozenset[Any]:
+    """The axes in `jaxpr` that are not of devices, but of a `jax.vmap`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return _named_axes(jaxpr) - frozenset(manual)
+
+
+def _named_axes(jaxpr: Any, without: tuple[str, ...] = ()) -> frozenset[Any]:
+    """The axes, bound outside of `jaxpr`, that its operations name."""
+    names: frozenset[Any] = frozenset()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in without:
+            for parameter in ("axes", "axis_name"):
+                given = _tree.axes_of(equation.params.get(parameter))
+                names |= {n for n in given if not isinstance(n, int)}
+        bound = equation.params.get("newly_manual_axes", frozenset())
+        for inner in _flow.functions_in(equation):
+            names |= _named_axes(inner, without) - frozenset(bound)
+    return names
 
 
 # --- Local until then ---

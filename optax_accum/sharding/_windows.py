@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optax_accum import _tree, _validate
+from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState, map_states, states_in
 from optax_accum._types import AxisName, Grads, Scalar, Specs, Tree
@@ -251,14 +252,18 @@ def stacked(state: AccumulateState) -> AccumulateState:
 
 
 def add_in_place(
-    window: Window, grads: Grads, *args: Any, has_devices: bool, **kwargs: Any
+    window: Window,
+    grads: Grads | Pullback,
+    *args: Any,
+    has_devices: bool,
+    **kwargs: Any,
 ) -> Window:
     """`window.add`, in the shape in which the accumulator lies in memory.
 
     Under `pmap` and in a stacked state the buffer has an axis of devices. XLA adds in
     place only in the buffer's own shape, and copies S otherwise.
     """
-    if not has_devices:
+    if not has_devices or isinstance(grads, Pullback):
         return window.add(grads, *args, **kwargs)
     window = window._replace(grads=with_leading_axis(window.grads))
     window = window.add(with_leading_axis(grads), *args, **kwargs)

@@ -1,0 +1,132 @@
+"""Gradients that the backward pass adds straight into their sum.
+
+A gradient that is computed first and added after is one more buffer as large as the
+parameters, and with layers in a `jax.lax.scan` the largest temporary of a training
+step. JAX's pullback can add to a `jax.Ref` instead, in place and layer by layer
+(https://docs.jax.dev/en/latest/301/refs.html). The cotangent is the micro-batch's
+weight, so that what is added is wᵢ·gᵢ.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas
+
+from optax_accum import _tree
+from optax_accum._types import Grads, Leaf, Reduction, Scalar
+
+
+class Pullback(NamedTuple):
+    """A micro-batch's gradient that has yet to be computed.
+
+    Attributes:
+      function: What `jax.vjp` returned besides a scalar loss. What it was taken with
+        respect to is `like`.
+      loss: ``[]``, the loss, or something of its type.
+      like: Arrays, or shapes, of the gradient's types.
+    """
+
+    function: Any
+    loss: Scalar
+    like: Grads
+
+    def gradients(self) -> Grads:
+        """The gradient by itself."""
+        (grads,) = self.function(self._cotangent())
+        return grads
+
+    def added_to(
+        self,
+        sums: Grads,
+        weight: Scalar,
+        reduction: Reduction,
+        *,
+        counted: bool | Scalar,
+        first: Scalar | None = None,
+    ) -> Grads:
+        """`sums` with one more gradient in them, as from `_window.add`."""
+        cotangent = self._cotangent()
+        if reduction == "mean":
+            cotangent = cotangent * weight.astype(cotangent.dtype)
+
+        def add(sums: Grads) -> Grads:
+            return _add(sums, self, cotangent)
+
+        if first is not None:
+            # In a branch: a select would read and write S on every micro-step.
+            sums = lax.cond(first, _zeros_like, lambda sums: sums, sums)
+        if counted is True:
+            return add(sums)
+        # A gradient that is NaN is not multiplied by 0, but never computed.
+        return lax.cond(counted, add, lambda sums: sums, sums)
+
+    def _cotangent(self) -> Scalar:
+        return _tree.vary_like(jnp.ones_like(self.loss), self.loss)
+
+
+def _add(sums: Grads, pullback: Pullback, cotangent: Scalar) -> Grads:
+    """`sums` with a gradient in them: in place where a sum is of the gradient's type.
+
+    Where it is not (a sum of bfloat16 gradients, in float32), the gradient is held.
+    """
+    fits = jax.tree.map(is_like, sums, pullback.like)
+
+    def buffer(is_in_place: bool, s: jax.Array, like: Leaf) -> jax.Array:
+        return s if is_in_place else _zeros_like(like)
+
+    def total(is_in_place: bool, s: jax.Array, buffer: jax.Array) -> jax.Array:
+        if is_in_place:
+            return buffer
+        wide = _tree.widened(s)
+        return (wide + buffer.astype(wide.dtype)).astype(s.dtype)
+
+    if any(jax.tree.leaves(fits)):
+        buffers = jax.tree.map(buffer, fits, sums, pullback.like)
+        buffers = _add_in_place(buffers, pullback.function, cotangent)
+    else:
+        (buffers,) = pullback.function(cotangent)
+    return jax.tree.map(total, fits, sums, buffers)
+
+
+def is_like(s: jax.Array, like: Leaf) -> bool:
+    """Whether a gradient like `like` can be added to `s` in place."""
+    return _tree.type_of(s) == _tree.type_of(like)
+
+
+def _zeros_like(tree: Grads) -> Grads:
+    return jax.tree.map(lambda x: _tree.vary_like(_tree.zeros_like(x), x), tree)
+
+
+def _add_after(sums: Grads, function: Any, cotangent: Scalar) -> Grads:
+    (grads,) = function(cotangent)
+    return jax.tree.map(jnp.add, sums, grads)
+
+
+# JAX neither maps a scan that adds to a ref, nor compiles one in a function with a
+# derivative of its own, as the loop is, if the ref is made by `jax.new_ref`. Both find
+# the same sum here, without refs.
+
+
+@custom_vmap
+def _add_or_map(sums: Grads, function: Any, cotangent: Scalar) -> Grads:
+    return pallas.run_state(lambda refs: function.with_refs(refs)(cotangent))(sums)
+
+
+@_add_or_map.def_vmap
+def _add_mapped(
+    size: int, is_mapped: Any, sums: Grads, function: Any, cotangent: Scalar
+) -> tuple[Grads, Grads]:
+    axes = jax.tree.map(lambda is_: 0 if is_ else None, is_mapped)
+    add = jax.vmap(_add_after, in_axes=tuple(axes), axis_size=size)
+    return add(sums, function, cotangent), jax.tree.map(lambda _: True, sums)
+
+
+_add_in_place = jax.custom_jvp(_add_or_map)
+
+
+@_add_in_place.defjvp
+def _add_jvp(primals: Any, tangents: Any) -> tuple[Grads, Grads]:
+    return _add_in_place(*primals), jax.jvp(_add_after, primals, tangents)[1]
