@@ -702,7 +702,8 @@ class _Accumulation:
     ) -> AccumulateState:
         """The state after the boundary has been passed, or not reached."""
         sums = buffers.sums
-        if not (self.has_accumulator and closing.writes_sums):
+        is_written = closing.writes_sums or isinstance(step.grads, Pullback)
+        if not (self.has_accumulator and is_written):
             # What is there instead is cleared by the next window's first micro-step.
             sums = step.state.window.grads
         state = state._replace(
