@@ -232,7 +232,7 @@ class _Kind(NamedTuple):
 
     size: int
     run: Any
-    weight: Callable[[Tree, Any], Scalar]
+    weight: Callable[[Tree, Scalar], Scalar]
 
 
 class _Totals(NamedTuple):
@@ -293,9 +293,10 @@ class _Loop:
         last = self._kind(lambda batch, _: split.take_remainder(batch), split.remainder)
 
         indices = jnp.arange(split.whole, dtype=jnp.int32)
+        last_index = jnp.asarray(split.whole, jnp.int32)
         is_written = _is_written(whole.run, before, indices[0])
         if split.remainder:
-            also = _is_written(last.run, before, np.int32(split.whole))
+            also = _is_written(last.run, before, last_index)
             is_written = [a or b for a, b in zip(is_written, also, strict=True)]
         carry, shapes, program = self._first_carry(
             whole.run, before, is_written, indices[0]
@@ -313,16 +314,15 @@ class _Loop:
         accumulators = _accumulators.plan(settings.aux, shapes.aux, split)
         leaves_out = self._may_leave_out(accumulators, program)
 
-        def step(kind: _Kind, totals: _Totals, index: Any) -> _Totals:
-            carry = _tree.filled(before, totals.carry)
-
+        def step(kind: _Kind, totals: _Totals, index: Scalar) -> _Totals:
             def run(totals: _Totals) -> _Totals:
-                new = kind.run(carry, index)
+                new = kind.run(_tree.filled(before, totals.carry), index)
                 return self._add(totals, new, accumulators, index, kind.size)
 
             if not leaves_out:
                 return run(totals)
-            runs = _anywhere(kind.weight(carry, index) != 0)
+            weight = kind.weight(_tree.filled(before, totals.carry), index)
+            runs = _anywhere(weight != 0)
             return lax.cond(runs, run, lambda totals: totals, totals)
 
         totals = self._start(shapes, accumulators, carry)
@@ -337,7 +337,7 @@ class _Loop:
                 unroll=settings.unroll,
             )
             if number > split.whole:
-                totals = step(last, totals, np.int32(split.whole))
+                totals = step(last, totals, last_index)
         return self._finish(totals, shapes, accumulators, before)
 
     def _kind(self, take: Callable[[Batch, Scalar], Batch], size: int) -> _Kind:
@@ -381,7 +381,7 @@ class _Loop:
     def _some(
         self,
         number: Scalar,
-        step: Callable[[_Kind, _Totals, Any], _Totals],
+        step: Callable[[_Kind, _Totals, Scalar], _Totals],
         whole: _Kind,
         last: _Kind,
         totals: _Totals,
@@ -403,7 +403,7 @@ class _Loop:
             return totals
         return lax.cond(
             number > count,
-            lambda totals: vary(step(last, totals, np.int32(count))),
+            lambda totals: vary(step(last, totals, jnp.asarray(count, jnp.int32))),
             lambda totals: totals,
             totals,
         )
