@@ -64,9 +64,9 @@ def value_and_grad(
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
     The same call and the same result, in the memory of one micro-batch and of one sum
-    as large as the gradient. The batch arguments are cut into K micro-batches, `fun`
-    and its gradient run on each inside one `jax.lax.scan`, and the sums are divided
-    once:
+    as large as the gradient, to which the backward pass adds in place. The batch
+    arguments are cut into K micro-batches, `fun` and its gradient run on each inside
+    one `jax.lax.scan`, and the sums are divided once:
 
         value = Σ wᵢ·vᵢ / Σ wᵢ        gradient = Σ wᵢ·gᵢ / Σ wᵢ
 
@@ -146,7 +146,8 @@ def value_and_grad(
     Raises:
       TypeError: An option of another type. At the call: `fun` does not return a real
         scalar, or a carry of another type than it took.
-      ValueError: Options that do not fit each other. At the call: a size that does not
+      ValueError: Options that do not fit each other. At the call: ``in_place=True``
+        where that cannot be; a size that does not
         fit the batch; leaves with different numbers of examples; an argument with two
         roles, or none of that position or name; an argument that looks like a batch
         or a raw key and is not named as one, or a closure over such a thing; an `aux`
@@ -177,13 +178,27 @@ def value_and_grad(
       >>> print(jax.jit(in_parts)(w, x, mask)[0], token_loss(w, x, mask))
       13.0 13.0
 
+    Note: Gradients in place
+      The backward pass adds each gradient straight into its sum, with the weight as its
+      cotangent, so that a whole gradient never exists. If that cannot be, it is
+      computed first and added after, and the result is the same: before JAX 0.11; for
+      `skip` and `noise_scale`, which read gradients; for leaves whose sum has another
+      dtype, as of bfloat16 parameters; for a weighted mean of a loss that computes in
+      float16 or is no float32; for one that exchanges data between devices while some
+      may have weight 0; for a `jax.Ref` in `fun`; for leaves that are overwritten, no
+      floats, or tagged ``reduced``; with `holomorphic` or a named axis of `jax.vmap` in
+      `fun`.
+
     Note: Micro-batches of weight 0
       In a ``"mean"`` they contribute nothing, even if their gradient is NaN, and leave
-      a carry as it was. In a ``"ratio"`` or ``"sum"`` a weight is a share of the
-      denominator and no mask: gradient, value and carry count, whatever it is. What is
-      to be left out of these is rejected, by `skip`, whose micro-batches contribute
-      nothing to any reduction. If the weights of a mean or ratio are all 0, so are
-      value and gradient.
+      a carry as it was. If their weight depends on the arguments alone, they do not
+      run at all, unless something needs what they return: an output that is stacked,
+      concatenated or the last one's, `skip`, or another device.
+
+      In a ``"ratio"`` or ``"sum"`` a weight is a share of the denominator and no mask:
+      gradient, value and carry count, whatever it is. What is to be left out of these
+      is rejected, by `skip`, whose micro-batches contribute nothing to any reduction.
+      If the weights of a mean or ratio are all 0, so are value and gradient.
 
     Note: Auxiliary outputs and carries
       ``"stack"`` gives all outputs on a new first axis; ``"concat"`` one entry per
