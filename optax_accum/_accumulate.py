@@ -371,7 +371,7 @@ class _MicroStep(NamedTuple):
     is_stacked: bool  # whether it came, and is to go, as one window of a stack
     grads: Grads | Pullback  # with None for what is not accumulated
     weight: Scalar
-    is_positive: bool  # whether the weight is known to be
+    known_weight: float | None  # if it is known when tracing
     boundary: Boundary
     value: Scalar
     arguments: _optimizer.Arguments
@@ -552,17 +552,19 @@ class _Accumulation:
             _validate.gradients(grads, _tree.trained(params), narrow=True)
         _collectives.check_local(axis_name, _tree.keep_inexact(grads))
         _collectives.check_same(axis_name, params)
-        number, is_positive = _validate.weight(weight, state.window.weight.dtype)
-        if pullback is not None and not self._adds_in_place(pullback, weight):
+        number, known_weight = _validate.weight(weight, state.window.weight.dtype)
+        if pullback is not None and not self._adds_in_place(
+            pullback, is_masked=self.reduction == "mean" and not known_weight
+        ):
             grads, pullback = pullback.gradients(), None
         given = _optimizer.Arguments(grads, params, value is not None, extra_args)
         value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
         return _MicroStep(
             state=state,
             is_stacked=is_stacked,
-            grads=pullback or _tree.as_arrays(_tree.keep_inexact(grads)),
+            grads=pullback if pullback else _tree.as_arrays(_tree.keep_inexact(grads)),
             weight=number,
-            is_positive=is_positive,
+            known_weight=known_weight,
             boundary=boundary,
             value=value.astype(state.window.loss.dtype),
             arguments=given,
@@ -581,22 +583,15 @@ class _Accumulation:
             )
         return _validate.pullback(grads)
 
-    def _adds_in_place(self, pullback: Pullback, weight: ArrayLike) -> bool:
+    def _adds_in_place(self, pullback: Pullback, *, is_masked: bool) -> bool:
         """Whether the backward pass can add to the window."""
         leaves = jax.tree.leaves(pullback.like)
         if not self.has_accumulator or not all(map(_tree.is_inexact, leaves)):
             return False
         if _obstacle.in_jax() or self.overwritten.any_in(pullback.like):
             return False
-        is_mean = self.reduction == "mean"
-        _, is_positive = _validate.weight(weight, jnp.float32)
-        obstacle = _obstacle.in_program(
-            pullback,
-            _obstacle.backward_of(pullback),
-            is_scaled=is_mean and not (is_positive and weight == 1),
-            is_masked=is_mean and not is_positive,
-        )
-        return obstacle is None
+        backward = _obstacle.backward_of(pullback)
+        return not _obstacle.in_program(pullback, backward, is_masked=is_masked)
 
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""
@@ -605,7 +600,7 @@ class _Accumulation:
         if not self.has_accumulator:
             window = window._replace(grads=_window.zeros(step.grads))
         counted: bool | Scalar = True
-        if not step.is_positive or self.skip is not None:
+        if not step.known_weight or self.skip is not None:
             counted = _window.counts(weight, self.reduction, rejected)
         window = _windows.add_in_place(
             window,
@@ -618,6 +613,7 @@ class _Accumulation:
             rejected=rejected,
             # Without an accumulator every micro-step is the first of its window.
             first=(state.micro_step == 0) | (not self.has_accumulator),
+            is_weighted=step.known_weight != 1,
             overwritten=self.overwritten,
         )
         if not self.tracker.measures:
@@ -643,7 +639,7 @@ class _Accumulation:
         if ends is None:
             ends = self._count_ends(step, state)
         runs = ends
-        checks_total = not step.is_positive or self.skip is not None
+        checks_total = not step.known_weight or self.skip is not None
         if checks_total and ends is not False and not self.has_devices:
             # One device knows W before the boundary, several only at it.
             runs, checks_total = ends & (window.weight != 0), False

@@ -107,6 +107,23 @@ def functions_in(equation: Any) -> Iterator[Any]:
             yield function
 
 
+def has(jaxpr: Any, primitive: str) -> bool:
+    """Whether this primitive is anywhere in `jaxpr`."""
+    equations = (e for part in with_inner(jaxpr) for e in part.eqns)
+    return any(equation.primitive.name == primitive for equation in equations)
+
+
+def dtypes_in(jaxpr: Any) -> set[Any]:
+    """The dtypes of all variables in `jaxpr`."""
+    return {
+        variable.aval.dtype
+        for part in with_inner(jaxpr)
+        for variables in (part.invars, *(equation.outvars for equation in part.eqns))
+        for variable in variables
+        if hasattr(variable.aval, "dtype")
+    }
+
+
 def has_refs(jaxpr: Any) -> bool:
     """Whether `jaxpr` takes, makes or calls anything with a `jax.Ref`.
 

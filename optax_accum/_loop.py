@@ -305,7 +305,6 @@ class _Loop:
             obstacle = _obstacle.in_program(
                 shapes.grads,
                 program,
-                is_scaled=self._is_weighted or self._has_fractions,
                 is_masked=self._is_weighted,
             )
             if not settings.is_free(obstacle):
@@ -424,11 +423,6 @@ class _Loop:
         """Whether every micro-batch contributes for certain."""
         return not self._is_weighted and self.settings.skip is None
 
-    @property
-    def _has_fractions(self) -> bool:
-        """Whether a smaller last micro-batch has a weight of less than 1."""
-        return self.settings.reduction == "mean" and self.split.remainder != 0
-
     def _arguments(
         self, part: Batch, carry: Tree, index: Scalar
     ) -> tuple[list[Any], Kwargs]:
@@ -478,7 +472,7 @@ class _Loop:
             _check_reads(settings, grads)
 
         more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
-        weight, is_positive = _validate.weight(
+        weight, known = _validate.weight(
             self._weight(args, kwargs, size, **more),
             _tree.scalar_dtype((value, own, aux)),
         )
@@ -486,7 +480,7 @@ class _Loop:
             settings.skip, weight, grads, None, _tree.keep_inexact(own)
         )
         counted: bool | Scalar = True
-        if not is_positive or settings.skip is not None:
+        if not known or settings.skip is not None:
             counted = _window.counts(weight, settings.reduction, rejected)
         if counted is not True:
             new_carry = jax.tree.map(
@@ -564,6 +558,7 @@ class _Loop:
                 new.weight,
                 reduction=self.settings.reduction,
                 counted=True if self._all_count else new.counted,
+                is_weighted=self._is_weighted or size != self._examples_per_weight,
                 rejected=new.rejected,
                 overwritten=self.settings.overwritten,
             ),

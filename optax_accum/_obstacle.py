@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_accum import _flow, _tree
 from optax_accum._backward import Pullback
@@ -25,29 +24,18 @@ def in_jax() -> str | None:
     return None
 
 
-def in_program(
-    pullback: Pullback, program: Any, *, is_scaled: bool, is_masked: bool
-) -> str | None:
+def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | None:
     """What is in the way in this one, or ``None``.
 
     Args:
       pullback: Of arrays or shapes.
       program: The loss, or its backward pass, traced.
-      is_scaled: Whether the cotangent may be another one than 1.
       is_masked: Whether a micro-batch of weight 0 must contribute nothing.
     """
-    dtype = pullback.loss.dtype
-    is_narrow = dtype != _tree.at_least_float32(dtype)
     obstacle = first(
         {
             "a parameter is tagged `reduced`": any(
                 map(_tree.is_partial, jax.tree.leaves(pullback.like))
-            ),
-            f"the loss is {dtype}, to which weights would be rounded": (
-                is_scaled and is_narrow
-            ),
-            "the loss computes in float16, which a gradient times a weight overflows": (
-                is_scaled and _has_float16(program)
             ),
             "the loss has a `jax.Ref`": _flow.has_refs(program),
             "the loss names an axis of `jax.vmap`": _collectives.mapped_axes(program),
@@ -72,12 +60,3 @@ def first(obstacles: Mapping[str, Any]) -> str | None:
 def backward_of(pullback: Pullback) -> Any:
     """The backward pass, traced."""
     return jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr
-
-
-def _has_float16(program: Any) -> bool:
-    return any(
-        getattr(variable.aval, "dtype", None) == jnp.float16
-        for part in _flow.with_inner(program)
-        for equation in part.eqns
-        for variable in equation.outvars
-    )

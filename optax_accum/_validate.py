@@ -160,8 +160,8 @@ def _brief(tree: Tree) -> str:
     return shown if len(shown) < 200 else f"{shown[:200]}..."
 
 
-def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
-    """The weight as an array ``dtype[]``, and whether it is known to be positive."""
+def weight(value: Any, dtype: DType) -> tuple[Scalar, float | None]:
+    """The weight as an array ``dtype[]``, and as a number if that is known."""
     is_known = isinstance(value, bool | int | float | np.generic | np.ndarray)
     is_number = is_known or isinstance(value, jax.Array)
     if not is_number or _tree.is_complex(value):
@@ -179,7 +179,7 @@ def weight(value: Any, dtype: DType) -> tuple[Scalar, bool]:
             f"`weight` must be finite and >= 0; got {value}. Use 0 for the mean of a "
             "micro-batch that is all padding"
         )
-    return jnp.asarray(value).astype(dtype), bool(is_known and value > 0)
+    return jnp.asarray(value).astype(dtype), float(value) if is_known else None
 
 
 def scalar_value(value: Any) -> Scalar:

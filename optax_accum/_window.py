@@ -262,6 +262,7 @@ class Window(NamedTuple):
         counted: bool | Scalar,
         rejected: bool | Scalar = False,
         first: Scalar | None = None,
+        is_weighted: bool = True,
         overwritten: Overwritten,
     ) -> "Window":
         """With one more micro-batch in it.
@@ -275,6 +276,7 @@ class Window(NamedTuple):
           counted: ``bool[]``, whether it does, from `counts`; True if that is certain.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
+          is_weighted: Whether its weight may be another one than 1.
           overwritten: Which leaves are no gradients.
         """
         how: Any = {"counted": counted, "first": first}
@@ -286,7 +288,8 @@ class Window(NamedTuple):
             noise=self.noise,
         )
         if isinstance(grads, Pullback):
-            sums = grads.added_to(self.grads, weight, reduction, **how)
+            factor = weight if reduction == "mean" and is_weighted else None
+            sums = grads.added_to(self.grads, factor, **how)
             return window._replace(grads=sums)
         gradients = overwritten.gradients(grads)
         sums = add(
