@@ -8,11 +8,15 @@ from optax_accum.flax._optimizer import Optimizer as Optimizer
 from optax_accum.flax._optimizer import window_sharding as window_sharding
 from optax_accum.flax._train_state import TrainState as TrainState
 from optax_accum.flax._value_and_grad import value_and_grad as value_and_grad
+from optax_accum.flax._value_and_pullback import (
+    value_and_pullback as value_and_pullback,
+)
 
 __all__ = [
     "Optimizer",
     "TrainState",
     "combine_batch_stats",
     "value_and_grad",
+    "value_and_pullback",
     "window_sharding",
 ]

@@ -8,8 +8,9 @@ from flax.nnx.filterlib import Filter
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from optax_accum import _validate
 from optax_accum._accumulate import Boundary
-from optax_accum._types import AxisName
+from optax_accum._types import AxisName, Params
 from optax_accum.flax import _accumulating, _module
 from optax_accum.sharding import window_specs
 
@@ -73,7 +74,11 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
 
         Args:
           model: The module.
-          grads: As `nnx.grad` and `value_and_grad` return them.
+          grads: As `nnx.grad` and `value_and_grad` return them. Or a pullback, as
+            `value_and_pullback` returns it for the same `wrt`, whose backward pass adds
+            the gradient straight to the window. In an `optax.chain` that needs
+            `oa.accumulate` to come first; elsewhere the gradient is computed and added
+            after.
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
@@ -85,7 +90,8 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
 
         Raises:
           TypeError: `model` is no module.
-          ValueError: As ``update`` of `oa.accumulate`.
+          ValueError: As ``update`` of `oa.accumulate`; a pullback with respect to
+            something else than the optimizer's `wrt` selects.
         """
         if isinstance(model, nnx.State) or not isinstance(model, nnx.Pytree):
             raise TypeError(
@@ -94,11 +100,16 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
                 "update(model, grads)"
             )
         mode = {"graph": self.graph} if hasattr(self, "graph") else {}  # Flax 0.12.8 on
+        params = nnx.as_pure(nnx.state(model, self.wrt, **mode))
+        if callable(grads):
+            _check_pullback(grads, params)
+        else:
+            grads = nnx.as_pure(nnx.state(grads, self.wrt, **mode))
         params, opt_state = _accumulating.apply(
             self.tx,
-            nnx.as_pure(nnx.state(grads, self.wrt, **mode)),
+            grads,
             nnx.as_pure(self.opt_state),
-            nnx.as_pure(nnx.state(model, self.wrt, **mode)),
+            params,
             **nnx.as_pure(
                 dict(weight=weight, boundary=boundary, value=value, **extra_args)
             ),
@@ -106,6 +117,22 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(opt_state, **mode))
         self.step[...] += 1
+
+
+def _check_pullback(pullback: Any, params: Params) -> None:
+    """Raises unless it is JAX's own, with respect to something like `params`."""
+    advice = (
+        "A pullback is made by optax_accum.flax.value_and_pullback(loss_fn, wrt=...), "
+        "with the `wrt` of this optimizer"
+    )
+    if not _validate.is_pullback(pullback):
+        raise TypeError(
+            f"`grads` must be gradients or JAX's own pullback; got another function, "
+            f"as nnx.vjp returns one. {advice}"
+        )
+    wrt = jax.tree.unflatten(pullback.in_tree, [...] * pullback.in_tree.num_leaves)
+    if len(wrt) == 1:
+        _validate.same_structure("grads", wrt[0], "model", params, advice)
 
 
 def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateSharding:

@@ -99,7 +99,11 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         every micro-step that counts.
 
         Args:
-          grads: A tree like `params`.
+          grads: A tree like `params`. Or the pullback of the loss with respect to
+            `params`, ``jax.vjp(loss_fn, state.params)[1]``, whose backward pass adds
+            the gradient straight to the window, as in `oa.accumulate`. In an
+            `optax.chain` that needs `oa.accumulate` to come first; elsewhere, and
+            beside what is overwritten, the gradient is computed and added after.
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
@@ -121,8 +125,11 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           ValueError: As ``update`` of `oa.accumulate`; `batch_stats` of another
             structure.
         """
-        # What stands around `oa.accumulate` is not to see what is overwritten.
-        is_apart = _has_overwritten(grads) and not _accumulating.takes_all(self.tx)
+        is_apart = False
+        if _has_overwritten(self.params) and not _accumulating.takes_all(self.tx):
+            # What stands around `oa.accumulate` is not to see what is overwritten.
+            grads = _accumulating.as_gradients(grads)
+            is_apart = _has_overwritten(grads)
         params, opt_state = _accumulating.apply(
             self.tx,
             grads["params"] if is_apart else grads,

@@ -102,19 +102,19 @@ def value_and_grad(
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
         calls.note(args, kwargs)
         _module.check_module(model)
-        nodes, call = _taken_apart(
+        nodes, call = taken_apart(
             model, settings.roles.bind(loss_fn, (None, *args), kwargs)
         )
         _module.check_not_shared(nodes, wrt)
         graphdef, params, state = _module.split(nodes, wrt)
         call = call._replace(args=[params, *call.args[1:]])
-        loss = _Loss(settings, wrt, graphdef)
+        loss = Loss(settings, wrt, graphdef)
         functional = dataclasses.replace(
             settings,
             fun=loss.value,
             weight=None if settings.weight is None else loss.weight,
         )
-        (value, grads), info = functional.run_bound(call.with_carry(_STATE, state))
+        (value, grads), info = functional.run_bound(call.with_carry(STATE, state))
         value, after = value
         if has_aux:
             aux, after = after
@@ -126,10 +126,10 @@ def value_and_grad(
     return value_and_grad_of_batch
 
 
-_STATE = "the module's state"  # an argument that no loss has by this name
+STATE = "the module's state"  # an argument that no loss has by this name
 
 
-def _taken_apart(
+def taken_apart(
     model: Any, call: _arguments.Call
 ) -> tuple[_module.Nodes, _arguments.Call]:
     """What in the arguments can change, and the call with places for it."""
@@ -146,7 +146,7 @@ def _taken_apart(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loss:
+class Loss:
     """A loss over a module, as functions of its parameters and its state."""
 
     settings: Settings  # with `loss_fn` as the function
@@ -155,7 +155,7 @@ class _Loss:
 
     def value(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What `loss_fn` returns, and the state after it as a carry."""
-        state = kwargs.pop(_STATE)
+        state = kwargs.pop(STATE)
         result, after = self._run(params, state, args, kwargs)
         before, structure = jax.tree.flatten(state.params)
         is_same = _module.same_leaves(params, after.params)
@@ -174,7 +174,7 @@ class _Loss:
     def weight(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What the user's `weight` returns."""
         assert self.settings.weight is not None
-        nodes = self._nodes(params, kwargs.pop(_STATE))
+        nodes = self._nodes(params, kwargs.pop(STATE))
         args, kwargs = _module.put_back((args, kwargs), nodes.others)
         return self.settings.weight(nodes.model, *args, **kwargs)
 
