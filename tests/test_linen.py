@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.linen import fp8_ops
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 from jax.sharding import AxisType
@@ -19,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 import optax_accum as oa
 from optax_accum.flax import TrainState
 from tests.support import hlo
-from tests.support.training import promoting, slow
+from tests.support.training import needs_in_place, promoting, slow
+from tests.support.xla import optimized
 
 SIZES = (3, 1, 4, 4, 1, 3)  # examples in six micro-batches: two windows of three
 X = jnp.asarray(np.random.default_rng(0).normal(size=(sum(SIZES), 4)), jnp.float32)
@@ -341,3 +343,175 @@ def test_an_optimizer_that_does_not_accumulate_is_refused():
     tx = optax.partition(parts, {"Dense_0": "a", "Dense_1": "b"})
     with pytest.raises(ValueError, match=r"`tx` must accumulate in one place.*holds 2"):
         create(tx)
+
+
+def by_gradient(loss, state, **kwargs):
+    """``loss(params) -> (value, fields)`` goes into the window as its gradient."""
+    (value, fields), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, value=value, **fields, **kwargs)
+
+
+def by_pullback(loss, state, **kwargs):
+    """The same, as its pullback."""
+    value, pullback, fields = jax.vjp(loss, state.params, has_aux=True)
+    return state.apply_gradients(grads=pullback, value=value, **fields, **kwargs)
+
+
+@pytest.mark.core
+class TestPullbacks:
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda tx: tx,
+            lambda tx: optax.chain(tx, optax.scale(0.5)),
+            lambda tx: optax.chain(optax.clip_by_global_norm(0.1), tx),
+            slow(lambda tx: optax.chain(optax.chain(tx), optax.scale(0.5))),
+            slow(lambda tx: optax.named_chain(("clip", optax.clip(0.1)), ("tx", tx))),
+        ],
+        ids=["alone", "first", "second", "nested", "named"],
+    )
+    def test_they_train_as_gradients_do(self, wrap):
+        """What comes before `oa.accumulate` sees gradients, and not residuals."""
+
+        def step(how, state, x, boundary):
+            def loss(params):
+                return loss_fn(params, state.apply_fn, x), {}
+
+            return how(loss, state, weight=len(x), boundary=boundary)
+
+        states = [create(wrap(oa.accumulate(optax.sgd(0.1)))) for _ in range(2)]
+        program = jax.jit(step, static_argnums=0)
+        for i, x in enumerate(PARTS):
+            ends = jnp.array(i in (3, 5))
+            pairs = zip((by_gradient, by_pullback), states, strict=True)
+            states = [program(how, state, x, ends) for how, state in pairs]
+        expected, state = states
+        chex.assert_trees_all_close(state.params, expected.params, rtol=1e-5, atol=1e-7)
+        assert (state.step, state.gradient_step) == (6, 2)
+
+    def test_windows_of_uneven_micro_batches_equal_global_batches(self):
+        def step(state, x, weight):
+            def loss(params):
+                return loss_fn(params, state.apply_fn, x), {}
+
+            return by_pullback(loss, state, weight=weight)
+
+        state = create(oa.accumulate(INNER, 3))
+        values = []
+        for x in PARTS:
+            state = jax.jit(step)(state, x, jnp.float32(len(x)))
+            if state.has_updated:
+                window = state.opt_state.window
+                values.append(window.loss / window.weight)
+        cut = sum(SIZES[:3])
+        expected = global_batches(INNER, X[:cut], X[cut:])
+        chex.assert_trees_all_close(state.params, expected, rtol=1e-5, atol=1e-7)
+        first = create(oa.accumulate(INNER, 3))
+        wanted = loss_fn(first.params, first.apply_fn, X[:cut])
+        np.testing.assert_allclose(values[0], wanted, rtol=1e-6)
+
+    @pytest.mark.parametrize("how", [slow(by_gradient), by_pullback])
+    def test_statistics_are_those_of_the_micro_batches_that_count(self, how):
+        @jax.jit
+        def step(state, x, weight):
+            def loss(params):
+                prediction, changed = state.apply_fn(
+                    {"params": params, "batch_stats": state.batch_stats},
+                    x,
+                    mutable="batch_stats",
+                    rngs={"dropout": jax.random.fold_in(jax.random.key(0), state.step)},
+                )
+                return jnp.mean(prediction**2), changed
+
+            return how(loss, state, weight=weight)
+
+        state = create(oa.accumulate(INNER, 3), Normalised())
+        state = step(state, PARTS[2], 4.0)
+        stats = state.batch_stats["BatchNorm_0"]
+        assert np.any(stats["mean"] != 0)
+        state = step(state, jnp.full_like(PARTS[2], jnp.nan), 0.0)
+        same(state.batch_stats["BatchNorm_0"], stats)
+        state = step(state, PARTS[2], 4.0)
+        assert np.any(state.batch_stats["BatchNorm_0"]["mean"] != stats["mean"])
+        assert state.has_updated
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+    @pytest.mark.parametrize("place", [slow("alone"), "in a chain"])
+    def test_what_is_overwritten_is_what_gradients_make_of_it(self, place):
+        model = nn.Dense(16, dot_general_cls=fp8_ops.Fp8DirectDotGeneralOp)
+        x = jax.random.normal(jax.random.key(0), (8, 16))
+        tx = oa.accumulate(optax.sgd(0.1), 2)
+        if place == "in a chain":
+            tx = optax.chain(tx, optax.scale(1.0))
+        variables = model.init(jax.random.key(1), x)
+        states = []
+        for how in (by_gradient, by_pullback):
+            state = TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+            for part in (x[:5], x[5:]):
+                loss = lambda v: (jnp.mean(model.apply(v, part) ** 2), {})  # noqa: B023, E731
+                state = how(loss, state, weight=len(part))
+            states.append(state)
+        expected, state = states
+        chex.assert_trees_all_close(state.params, expected.params, rtol=1e-6)
+        (history,) = state.params[OVERWRITE_WITH_GRADIENT].values()
+        assert np.any(history["input_amax_history"] != 0)
+
+    @needs_in_place
+    @pytest.mark.parametrize("place", [slow("alone"), "in a chain"])
+    def test_no_gradient_stands_beside_the_window(self, place):
+        """One of layers in a scan is as large as all parameters."""
+        width, count = 64, 8
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(width)(nn.tanh(nn.Dense(2 * width)(x))), None
+
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=count,
+        )()
+        tx = oa.accumulate(promoting(optax.adamw(1e-3)), 4)
+        if place == "in a chain":
+            tx = optax.chain(tx, optax.scale(1.0))
+        x = jnp.ones((2, width))
+        params = layers.init(jax.random.key(0), x, None)["params"]
+        state = TrainState.create(apply_fn=layers.apply, params=params, tx=tx)
+        size = hlo.nbytes(params)
+
+        def program(how):
+            def step(state, x):
+                def loss(params):
+                    y, _ = state.apply_fn({"params": params}, x, None)
+                    return jnp.mean(y**2), {}
+
+                return how(loss, state, weight=len(x))
+
+            return optimized(jax.jit(step, donate_argnums=0).lower(state, x))
+
+        assert hlo.temporaries(program(by_gradient)) > size
+        compiled = program(by_pullback)
+        assert hlo.temporaries(compiled) < 0.3 * size
+        assert hlo.large_copies(compiled, count * width * 2 * width) == []
+
+    @pytest.mark.several_devices
+    def test_windows_in_pmap_equal_the_global_batch(self):
+        def step(state, x):
+            def loss(params):
+                return loss_fn(params, state.apply_fn, x), {}
+
+            return by_pullback(loss, state, weight=len(x))
+
+        inner = optax.sgd(0.1)
+        count = jax.device_count()
+        state = create(oa.accumulate(inner, 2, axis_name="batch"))
+        state = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), state)
+        x = jnp.stack([jnp.roll(X[:8], i, 0) for i in range(count)]) * 1.5
+        for part in (x[:, :3], x[:, 3:]):
+            state = jax.pmap(step, axis_name="batch")(state, part)
+        assert state.has_updated.all()
+        expected = global_batches(inner, x.reshape(-1, 4))
+        one = jax.tree.map(lambda leaf: leaf[0], state.params)
+        chex.assert_trees_all_close(one, expected, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,11 @@ import pytest
 
 WAYS = ("update", "update_params")
 
+needs_in_place = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="older JAX adds no gradient straight to its sum",
+)
+
 
 def slow(value, **kwargs):
     """A parameter that is left out of the usual run, being like another."""
