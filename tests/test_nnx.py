@@ -14,7 +14,7 @@ import optax_accum as oa
 import optax_accum.flax as oaf
 from optax_accum import _eager
 from tests.support import hlo
-from tests.support.training import promoting, slow
+from tests.support.training import needs_in_place, promoting, slow
 from tests.support.xla import optimized
 
 pytestmark = pytest.mark.core
@@ -750,6 +750,262 @@ class TestOptimizer:
 
 MESH = jax.make_mesh((COUNT,), ("data",), axis_types=(AxisType.Auto,))
 BATCH = jnp.asarray(np.random.default_rng(1).normal(size=(4 * COUNT, 4)), jnp.float32)
+
+
+def pullback_step(model, optimizer, x, loss_fn=loss_fn, wrt=nnx.Param, **kwargs):
+    value, pullback = oaf.value_and_pullback(loss_fn, wrt=wrt)(model, x)
+    optimizer.update(model, pullback, weight=len(x), value=value, **kwargs)
+
+
+class Layer(nnx.Module):
+    """One of the layers of a scan."""
+
+    def __init__(self, width, rngs):
+        self.hidden = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.out = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.out(jnp.tanh(self.hidden(x)))
+
+
+class Scanned(nnx.Module):
+    """Rematerialised layers in a scan, NNX's or JAX's."""
+
+    def __init__(self, way, count, width):
+        self.way = way
+
+        @nnx.split_rngs(splits=count)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def layers(rngs):
+            return Layer(width, rngs)
+
+        self.layers = layers(nnx.Rngs(0))
+
+    def __call__(self, x):
+        if self.way == "nnx.scan":
+            body = nnx.remat(lambda x, layer: layer(x))
+            return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.layers
+            )
+        graphdef, layers = nnx.split(self.layers)
+        body = jax.checkpoint(lambda x, layer: (nnx.merge(graphdef, layer)(x), None))
+        return jax.lax.scan(body, x, layers)[0]
+
+
+class TestPullbacks:
+    @pytest.mark.parametrize("compiled", [True, slow(False)])
+    @pytest.mark.parametrize("reduction", ["mean", slow("ratio")])
+    def test_windows_of_uneven_micro_batches_equal_global_batches(
+        self, compiled, reduction
+    ):
+        def loss(model, x):
+            errors = (model(x) - 1) ** 2
+            return errors.sum() if reduction == "ratio" else errors.mean()
+
+        model = MLP()
+        tx = oa.accumulate(INNER, 3, reduction=reduction)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        program = nnx.jit(pullback_step, static_argnums=3)
+        for x in PARTS:
+            (program if compiled else pullback_step)(model, optimizer, x, loss)
+        cut = sum(SIZES[:3])
+        close(model, global_batches(X[:cut], X[cut:]))
+        assert (optimizer.step[...], optimizer.gradient_step) == (6, 2)
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_in_a_chain_they_train_as_gradients_do(self, first):
+        """What comes before `oa.accumulate` sees gradients, and not residuals."""
+        trained = []
+        for take in (step, pullback_step):
+            model = MLP()
+            parts = oa.accumulate(optax.sgd(0.1), 2), optax.clip_by_global_norm(0.01)
+            tx = optax.chain(*(parts if first else parts[::-1]))
+            optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+            program = nnx.jit(take)
+            for x in (PARTS[2], PARTS[3]):
+                program(model, optimizer, x)
+            trained.append(model)
+        close(*trained, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("compiled", [True, slow(False)])
+    def test_statistics_streams_and_outputs_are_those_of_value_and_grad(self, compiled):
+        def with_aux(model, x):
+            prediction = model(x)
+            return jnp.mean(prediction**2), (prediction, model.norm.mean[...])
+
+        def run(way, model, optimizer, x):
+            (value, aux), grads = way(with_aux, has_aux=True)(model, x)
+            optimizer.update(model, grads, weight=len(x), value=value)
+            return value, aux
+
+        ways = nnx.value_and_grad, oaf.value_and_pullback
+        models, results = [], []
+        for way in ways:
+            model = Normalised()
+            tx = oa.accumulate(optax.sgd(0.1), 2)
+            optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+            program = nnx.jit(run, static_argnums=0) if compiled else run
+            results.append([program(way, model, optimizer, x) for x in PARTS[2:6]])
+            models.append(model)
+        same_numbers = {"rtol": 1e-5, "atol": 1e-6}
+        chex.assert_trees_all_close(*results, **same_numbers)
+        close(*models)
+        assert models[1].dropout.rngs.count[...] == 4
+
+    def test_a_micro_batch_of_weight_0_contributes_nothing(self):
+        @nnx.jit
+        def run(model, optimizer, x, weight):
+            _, pullback = oaf.value_and_pullback(loss_fn)(model, x)
+            optimizer.update(model, pullback, weight=weight)
+
+        model = MLP()
+        tx = oa.accumulate(optax.sgd(0.1), 3)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        parts = (PARTS[2], 4), (PARTS[2] * jnp.nan, 0), (PARTS[3], 4)
+        for x, weight in parts:
+            run(model, optimizer, x, jnp.float32(weight))
+        expected = MLP()
+        own = nnx.Optimizer(expected, optax.sgd(0.1), wrt=nnx.Param)
+        both = jnp.concatenate(PARTS[2:4])
+        own.update(expected, nnx.grad(loss_fn)(expected, both))
+        close(model, expected)
+
+    @pytest.mark.parametrize("kind", ["Adapted", "Rematerialised"])
+    def test_a_frozen_base_stays_the_same_arrays(self, kind):
+        model, wrt = globals()[kind](jnp.bfloat16), nnx.LoRAParam
+        before = values(model)
+        _, pullback = oaf.value_and_pullback(loss_fn, wrt=wrt)(model, X)
+        assert all(x is y for x, y in zip(before, values(model), strict=True))
+        assert model.calls[...] == 1
+        grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, wrt))(model, X)
+        close(pullback(jnp.ones([]))[0], grads)
+        optimizer = oaf.Optimizer(model, oa.accumulate(optax.sgd(0.1), 2), wrt=wrt)
+        program = nnx.jit(pullback_step, static_argnums=(3, 4))
+        program(model, optimizer, X, loss_fn, wrt)
+        close(oa.accumulated(optimizer), grads)
+
+    def test_random_streams_and_modules_among_the_arguments_move_on(self):
+        model, rngs = Noisy(), streams()
+        module = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+        def loss(model, x, others):
+            return noise(model, others["norm"](x), others["rngs"])
+
+        with_aux = oaf.value_and_pullback(loss, has_aux=True)
+        others = {"norm": module, "rngs": rngs}
+        (value, drawn), pullback = nnx.jit(with_aux)(model, X, others)
+        expected = {"norm": nnx.BatchNorm(4, rngs=nnx.Rngs(0)), "rngs": streams()}
+        alone = nnx.value_and_grad(loss, has_aux=True)
+        (wanted, drawn_alone), grads = alone(Noisy(), X, expected)
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+        assert drawn == drawn_alone
+        close(pullback(jnp.ones([]))[0], grads)
+        close(module, expected["norm"])
+        close(nnx.state(rngs), nnx.state(expected["rngs"]))
+
+    def test_they_may_pass_from_one_compiled_function_to_another(self):
+        model = MLP()
+        tx = oa.accumulate(optax.sgd(0.1), 2)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+
+        def update(model, optimizer, pullback, weight):
+            optimizer.update(model, pullback, weight=weight)
+
+        forward = nnx.jit(oaf.value_and_pullback(loss_fn))
+        backward = nnx.jit(chex.assert_max_traces(update, n=1))
+        for x in (PARTS[2], PARTS[3]):
+            _, pullback = forward(model, x)
+            backward(model, optimizer, pullback, jnp.float32(len(x)))
+        expected = MLP()
+        own = nnx.Optimizer(expected, optax.sgd(0.1), wrt=nnx.Param)
+        own.update(expected, nnx.grad(loss_fn)(expected, jnp.concatenate(PARTS[2:4])))
+        close(model, expected)
+
+    @needs_in_place
+    @pytest.mark.parametrize("way", ["nnx.scan", "jax.lax.scan"])
+    def test_no_gradient_stands_beside_the_window(self, way):
+        """One of layers in a scan is as large as all parameters."""
+        count, width = 8, 64
+
+        def program(take):
+            model = Scanned(way, count, width)
+            tx = oa.accumulate(promoting(optax.adamw(1e-3)), 8)
+            optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+            jitted = nnx.jit(take, donate_argnums=(0, 1))
+            return optimized(jitted.lower(model, optimizer, jnp.ones((2, width))))
+
+        params = nnx.state(Scanned(way, count, width), nnx.Param)
+        size = hlo.nbytes(jax.tree.leaves(params))
+        assert hlo.temporaries(program(step)) > size
+        compiled = program(pullback_step)
+        assert hlo.temporaries(compiled) < 0.3 * size
+        assert hlo.large_copies(compiled, count * width * 2 * width) == []
+
+    def test_wrong_arguments_are_refused(self):
+        model = MLP()
+        tx = oa.accumulate(optax.sgd(0.1), 2)
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        with pytest.raises(TypeError, match=r"must be an NNX module; got an array\."):
+            oaf.value_and_pullback(lambda x: loss_fn(model, x))(X)
+        around = oaf.value_and_pullback(lambda _, x: loss_fn(model, x))
+        for call in (around, nnx.jit(around)):
+            with pytest.raises(ValueError, match=r"`loss_fn` must depend on .*around"):
+                call(model, X)
+        with pytest.raises(ValueError, match=r"that `wrt` selects, here .*LoRAParam"):
+            oaf.value_and_pullback(loss_fn, wrt=nnx.LoRAParam)(model, X)
+        with pytest.raises(TypeError, match=r"a tuple of 2.*pass has_aux=True"):
+            oaf.value_and_pullback(lambda m, x: (loss_fn(m, x), x))(model, X)
+        with pytest.raises(TypeError, match=r"`fun` must return \(value, aux\)"):
+            oaf.value_and_pullback(loss_fn, has_aux=True)(model, X)
+        with pytest.raises(TypeError, match=r"scalar to differentiate; got shape \("):
+            oaf.value_and_pullback(lambda m, x: m(x))(model, X)
+        with pytest.raises(ValueError, match=r"`last` must not hold.*last\.bias"):
+            oaf.value_and_pullback(lambda m, last: loss_fn(m, last(m.first(X))))(
+                model, model.last
+            )
+
+        last = nnx.PathContains("last")
+        params = nnx.split(model, nnx.Param, ...)[1]  # variables, not arrays
+        others = {
+            "wrt": oaf.value_and_pullback(loss_fn, wrt=last)(model, X)[1],
+            "variables": jax.vjp(lambda p: jnp.sum(p.first.bias[...]), params)[1],
+        }
+        for pullback in others.values():
+            with pytest.raises(
+                ValueError, match=r"`grads` must .* of `model`: .*value_and_pullback\("
+            ):
+                optimizer.update(model, pullback)
+        with pytest.raises(TypeError, match=r"another function.*value_and_pullback\("):
+            optimizer.update(model, lambda _: params)
+        _, pullback = oaf.value_and_pullback(loss_fn)(model, X)
+        with pytest.raises(TypeError, match=r"`model` must be .* update\(model, gr"):
+            optimizer.update(pullback, model)
+        for options in ({"skip": oa.skip_not_finite}, {"noise_decay": 0.9}):
+            alone = oa.accumulate(optax.sgd(0.1), 2, **options)
+            with pytest.raises(ValueError, match="reads every micro-batch's gradient"):
+                oaf.Optimizer(model, alone, wrt=nnx.Param).update(model, pullback)
+
+    @pytest.mark.several_devices
+    def test_windows_in_shard_map_equal_the_global_batch(self):
+        model = MLP()
+        tx = oa.accumulate(INNER, 2, axis_name="data")
+        optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+        stacked = oa.sharding.stack_windows(optimizer.opt_state, COUNT)
+        optimizer.opt_state = nnx.data(stacked)
+        windows = oaf.window_sharding(optimizer, "data")
+
+        @nnx.jit
+        @nnx.shard_map(mesh=MESH, in_specs=(P(), windows, P("data")), out_specs=P())
+        def program(model, optimizer, x):
+            local = nnx.clone(model)
+            params = nnx.state(local, nnx.Param)
+            nnx.update(local, jax.lax.pcast(params, "data", to="varying"))
+            _, pullback = oaf.value_and_pullback(loss_fn)(local, x)
+            optimizer.update(model, pullback, weight=len(x))
+
+        for x in BATCH.reshape(2, 2 * COUNT, 4):
+            program(model, optimizer, x)
+        close(model, global_batches(BATCH))
 
 
 @pytest.mark.several_devices

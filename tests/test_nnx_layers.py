@@ -7,11 +7,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import optax_accum as oa
 import optax_accum.flax as oaf
 from tests.support.training import slow
 
@@ -481,3 +483,40 @@ def test_a_transformation_in_a_module_writes_nothing(name):
     same(grads, expected_grads)
     after = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
     assert all(x is y for x, y in zip(before, after, strict=True))
+
+
+# --- Pullbacks in place of gradients ---
+
+
+PULLED = {"Embed", "WeightNorm", "cond", "scan, remat"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in PULLED else slow(n) for n in LAYERS | TRANSFORMED]
+)
+def test_a_pullback_adds_the_gradient_to_the_window(name):
+    """And leaves in the module what `nnx.value_and_grad` leaves there."""
+    skip_without(transformation(name))
+    if name in LAYERS:
+        build, x, apply = LAYERS[name]
+    else:
+        (build, apply), x = TRANSFORMED[name], ROWS
+
+    def loss(model, x):
+        return jnp.mean((apply(model, x) - 1) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        value, pullback = oaf.value_and_pullback(loss)(model, x)
+        optimizer.update(model, pullback, weight=2.0)
+        return value
+
+    model, other = build(nnx.Rngs(0)), build(nnx.Rngs(0))
+    tx = oa.accumulate(optax.sgd(0.1), 2)
+    optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
+    value = step(model, optimizer, x)
+    expected, grads = nnx.jit(nnx.value_and_grad(loss))(other, x)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    same(oa.accumulated(optimizer), grads)
+    for kept in (nnx.Param, nnx.Not((nnx.Param, nnx.RngKey))):
+        same(nnx.state(model, kept), nnx.state(other, kept))
