@@ -448,7 +448,11 @@ class TestPullbacks:
         for how in (by_gradient, by_pullback):
             state = TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
             for part in (x[:5], x[5:]):
-                loss = lambda v: (jnp.mean(model.apply(v, part) ** 2), {})  # noqa: B023, E731
+
+                def loss(variables, part=part):
+                    prediction: Any = model.apply(variables, part)
+                    return jnp.mean(prediction**2), {}
+
                 state = how(loss, state, weight=len(part))
             states.append(state)
         expected, state = states

@@ -72,6 +72,7 @@ def value_and_pullback(
       Make the pullback and use it in the same compiled function. Between two it is
       passed as all that the backward pass reads, the activations of every layer.
     """
+    # A batch of one micro-batch, which is not taken apart.
     settings = settings_of(
         _value_and_grad.value_and_grad(
             loss_fn, 0, has_aux, num_microbatches=1, batch_argnums=()
