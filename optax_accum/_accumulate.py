@@ -7,7 +7,6 @@ check, add, decide, close.
 
 import dataclasses
 import functools
-import inspect
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,7 +27,6 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
-from optax_accum._closures import cells_of
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
@@ -443,6 +441,8 @@ class _Accumulation:
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
         self.check_names(extra_args, is_chained=True)
+        if _validate.is_pullback(grads):
+            _validate.comes_from_jax()
         arguments = _Arguments(grads, state, params, weight, value, extra_args)
         return self._call(arguments, boundary, applies=False)
 
@@ -744,13 +744,6 @@ def reduction_of(tx: Any) -> Reduction:
         if isinstance(node, _Accumulation):
             return node.reduction
     return "mean"
-
-
-def gets_unchanged(update: Any) -> bool:
-    """Whether `accumulate` gets the gradient as `update` does: as first of a chain."""
-    while inspect.isfunction(update):
-        update = cells_of(update).get("update_fns", (None,))[0]  # of `optax.chain`
-    return isinstance(getattr(update, "__self__", None), _Accumulation)
 
 
 def _accumulation_of(tx: AccumulateTransformation) -> _Accumulation | None:

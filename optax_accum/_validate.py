@@ -5,6 +5,7 @@ what to do. What passes comes back normalised. What Python or JAX explains well 
 itself is not checked.
 """
 
+import inspect
 import math
 import operator
 from numbers import Real
@@ -285,6 +286,26 @@ def same_structure(
 def is_pullback(value: Any) -> bool:
     """Whether `value` is what `jax.vjp` returns besides the function's value."""
     return hasattr(type(value), "with_refs")
+
+
+def comes_from_jax() -> None:
+    """Raises if a pullback comes from another transformation, and not from its maker.
+
+    It is a tree of all that the backward pass reads, which `optax.scale` would scale.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and _package_of(frame) == __name__.partition(".")[0]:
+        frame = frame.f_back
+    if frame is not None and _package_of(frame) == "optax":
+        raise ValueError(
+            "`grads` is a pullback, and comes through another of Optax's "
+            "transformations, which would have changed what it is made of. Put the "
+            "others inside, oa.accumulate(optax.chain(...)), or pass gradients"
+        )
+
+
+def _package_of(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def pullback(value: Any) -> Pullback:

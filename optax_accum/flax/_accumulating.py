@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optax_accum import _state, _validate, _window
-from optax_accum._accumulate import gets_unchanged, reduction_of
+from optax_accum._accumulate import reduction_of
 from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum._updates import apply_updates
 
@@ -66,9 +66,8 @@ def apply(
     """
     if takes_all(tx):
         return tx.update_params(grads, opt_state, params, **arguments)
-    if not gets_unchanged(tx.update):
-        # To what stands before `oa.accumulate` a pullback is a tree of residuals.
-        grads = as_gradients(grads)
+    # To what stands before `oa.accumulate` a pullback is a tree of residuals.
+    grads = as_gradients(grads)
     # What was not given is not to be given to the transformations around it either.
     for name in ("boundary", "value"):
         if arguments[name] is None:

@@ -76,9 +76,8 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
           model: The module.
           grads: As `nnx.grad` and `value_and_grad` return them. Or a pullback, as
             `value_and_pullback` returns it for the same `wrt`, whose backward pass adds
-            the gradient straight to the window. In an `optax.chain` that needs
-            `oa.accumulate` to come first; elsewhere the gradient is computed and added
-            after.
+            the gradient straight to the window. If `tx` is an `optax.chain` with
+            `oa.accumulate` in it, the gradient is computed first.
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``

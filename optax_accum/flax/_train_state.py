@@ -101,9 +101,8 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         Args:
           grads: A tree like `params`. Or the pullback of the loss with respect to
             `params`, ``jax.vjp(loss_fn, state.params)[1]``, whose backward pass adds
-            the gradient straight to the window, as in `oa.accumulate`. In an
-            `optax.chain` that needs `oa.accumulate` to come first; elsewhere, and
-            beside what is overwritten, the gradient is computed and added after.
+            the gradient straight to the window, as in `oa.accumulate`. If `tx` is an
+            `optax.chain` with `oa.accumulate` in it, the gradient is computed first.
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
