@@ -70,7 +70,7 @@ class Pullback(NamedTuple):
                 counted = lax.optimization_barrier(weight) != 0
         if first is not None:
             # In a branch: a select would read and write S on every micro-step.
-            sums = lax.cond(first, _zeros_like, lambda sums: sums, sums)
+            sums = lax.cond(first, _tree.zeros, lambda sums: sums, sums)
 
         def if_counted(function: Callable[[Grads], Grads], sums: Grads) -> Grads:
             # A gradient that is NaN is not multiplied by 0, but never computed.
@@ -120,7 +120,7 @@ def _add(
     fits = jax.tree.map(is_like, sums, pullback.like)
 
     def buffer(is_in_place: bool, s: jax.Array, like: Leaf) -> jax.Array:
-        return s if is_in_place else _zeros_like(like)
+        return s if is_in_place else _tree.zeros(like)
 
     def total(is_in_place: bool, s: jax.Array, buffer: jax.Array) -> jax.Array:
         if is_in_place:
@@ -142,10 +142,6 @@ def _add(
 def is_like(s: jax.Array, like: Leaf) -> bool:
     """Whether a gradient like `like` can be added to `s` in place."""
     return _tree.type_of(s) == _tree.type_of(like)
-
-
-def _zeros_like(tree: Grads) -> Grads:
-    return jax.tree.map(lambda x: _tree.vary_like(_tree.zeros_like(x), x), tree)
 
 
 def _add_after(sums: Grads, function: Any, cotangent: Scalar) -> Grads:

@@ -589,7 +589,9 @@ class _Loop:
             for a, carried in zip(accumulators, totals.aux, strict=True)
         ]
         value, grads = _tree.cast_like(
-            total.result(settings.reduction, settings.overwritten),
+            total.result(
+                settings.reduction, settings.overwritten, in_place=self.is_in_place
+            ),
             (shapes.value, shapes.grads),
         )
         grads = settings.overwritten.unless_empty(

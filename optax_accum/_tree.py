@@ -288,6 +288,11 @@ def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
     return vary_over(varying(x), zeros)
 
 
+def zeros(tree: Tree) -> Tree:
+    """`tree` with zeros of its types."""
+    return jax.tree.map(lambda x: vary_like(zeros_like(x), x), tree)
+
+
 def masked_sum(
     x: jax.Array, mask: jax.Array, total: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optax_accum import _tree
 from optax_accum._backward import Pullback
@@ -128,6 +129,21 @@ def divide(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
         return result.astype(s.dtype)
 
     return jax.tree.map(quotient, sums)
+
+
+def divide_in_place(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
+    """As `divide`, in the buffers of `sums`.
+
+    A branch that may leave them as they are makes XLA divide them where they are.
+    Otherwise a second S may stand beside them.
+    """
+    if reduction == "ratio":  # If W is 0, S need not be 0.
+        sums = lax.cond(weight == 0, _tree.zeros, lambda s: s, sums)
+    # XLA takes away a branch that is always taken, as for a constant W.
+    is_divided = lax.optimization_barrier(weight) != 0
+    return lax.cond(
+        is_divided, lambda s: divide(s, weight, reduction), lambda s: s, sums
+    )
 
 
 class NoiseSums(NamedTuple):
@@ -314,10 +330,11 @@ class Window(NamedTuple):
         return _tree.cast_like(total, rest)._replace(grads=grads)
 
     def result(
-        self, reduction: Reduction, overwritten: Overwritten
+        self, reduction: Reduction, overwritten: Overwritten, *, in_place: bool = False
     ) -> tuple[Scalar, Grads]:
         """Loss and gradient of the global batch; of a mean or ratio 0 if W is 0."""
-        loss, gradients = divide(
-            (self.loss, overwritten.gradients(self.grads)), self.weight, reduction
-        )
+        function = divide_in_place if in_place else divide
+        gradients = overwritten.gradients(self.grads)
+        gradients = function(gradients, self.weight, reduction)
+        loss = divide(self.loss, self.weight, reduction)
         return loss, _tree.merge(gradients, self.grads)
