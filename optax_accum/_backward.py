@@ -10,7 +10,6 @@ cotangent wᵢ, it does so at no cost. If not, S is divided by wᵢ before and m
 it after, in place, which takes time but no memory.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,26 +70,8 @@ class Pullback(NamedTuple):
         if first is not None:
             # In a branch: a select would read and write S on every micro-step.
             sums = lax.cond(first, _tree.zeros, lambda sums: sums, sums)
-
-        def if_counted(function: Callable[[Grads], Grads], sums: Grads) -> Grads:
-            # A gradient that is NaN is not multiplied by 0, but never computed.
-            if counted is True:
-                return function(sums)
-            return lax.cond(counted, function, lambda sums: sums, sums)
-
-        def scaled(factor: Scalar, sums: Grads) -> Grads:
-            fits = jax.tree.map(is_like, sums, self.like)
-            return jax.tree.map(
-                lambda is_, s: s * factor.astype(s.dtype) if is_ else s, fits, sums
-            )
-
-        # Each in a branch of its own, or else XLA has a second S in between.
-        if factor is not None:
-            sums = if_counted(functools.partial(scaled, 1 / factor), sums)
-        sums = if_counted(lambda sums: _add(sums, self, cotangent, factor), sums)
-        if factor is not None:
-            sums = if_counted(functools.partial(scaled, factor), sums)
-        return sums
+        how = _How(cotangent, factor, None if counted is True else jnp.asarray(counted))
+        return _add(sums, self, how)
 
     def _cotangent(self) -> Scalar:
         return _tree.vary_like(jnp.ones_like(self.loss), self.loss)
@@ -109,68 +90,118 @@ class Pullback(NamedTuple):
         return has_range and has_digits and not _flow.has(program, "custom_lin")
 
 
-def _add(
-    sums: Grads, pullback: Pullback, cotangent: Scalar, factor: Scalar | None
-) -> Grads:
-    """`sums` with a gradient times `factor` in them.
+class _How(NamedTuple):
+    """How a gradient is added.
 
-    In place where a sum is of the gradient's type. Where it is not (a sum of bfloat16
+    Attributes:
+      cotangent: With which it is computed.
+      factor: By what it is multiplied then, or ``None`` for 1.
+      counted: ``bool[]``, whether it is added, or ``None`` if it is.
+    """
+
+    cotangent: Scalar
+    factor: Scalar | None
+    counted: Scalar | None
+
+
+# Leaves by their number among all.
+Leaves = dict[int, jax.Array]
+
+
+def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
+    """`sums` with a gradient in them.
+
+    In place where a sum is of the gradient's type. Where it is not (of bfloat16
     gradients, in float32), the gradient is held.
     """
-    fits = jax.tree.map(is_like, sums, pullback.like)
-
-    def buffer(is_in_place: bool, s: jax.Array, like: Leaf) -> jax.Array:
-        return s if is_in_place else _tree.zeros(like)
-
-    def total(is_in_place: bool, s: jax.Array, buffer: jax.Array) -> jax.Array:
-        if is_in_place:
-            return buffer
-        wide = _tree.widened(s)
-        added = buffer.astype(wide.dtype)
-        if factor is not None:
-            added = added * factor.astype(wide.dtype)
-        return (wide + added).astype(s.dtype)
-
-    if any(jax.tree.leaves(fits)):
-        buffers = jax.tree.map(buffer, fits, sums, pullback.like)
-        buffers = _add_in_place(buffers, pullback.function, cotangent)
-    else:
-        (buffers,) = pullback.function(cotangent)
-    return jax.tree.map(total, fits, sums, buffers)
+    leaves, structure = jax.tree.flatten(sums)
+    like = dict(enumerate(jax.tree.leaves(pullback.like)))
+    own = {i: s for i, s in enumerate(leaves) if is_like(s, like[i])}
+    held = {i: _tree.zeros(x) for i, x in like.items() if i not in own}
+    add = _add_in_place if own else _add_after
+    own, held = add(own, held, pullback.function, how)
+    for i, g in held.items():
+        wide = _tree.widened(leaves[i])
+        total = wide + _times(g.astype(wide.dtype), how.factor)
+        own[i] = total.astype(leaves[i].dtype)
+    return jax.tree.unflatten(structure, [own[i] for i in range(len(leaves))])
 
 
 def is_like(s: jax.Array, like: Leaf) -> bool:
-    """Whether a gradient like `like` can be added to `s` in place."""
-    return _tree.type_of(s) == _tree.type_of(like)
+    """Whether a gradient like `like` can be added to `s` in place.
+
+    Not to a narrow sum: a parameter that is used many times is added to many times, and
+    each of these small parts would be rounded against the whole window.
+    """
+    is_narrow = s.dtype != _tree.at_least_float32(s.dtype)
+    return not is_narrow and _tree.type_of(s) == _tree.type_of(like)
 
 
-def _add_after(sums: Grads, function: Any, cotangent: Scalar) -> Grads:
-    (grads,) = function(cotangent)
-    return jax.tree.map(jnp.add, sums, grads)
+def _times(x: jax.Array, factor: Scalar | None) -> jax.Array:
+    return x if factor is None else x * factor.astype(x.dtype)
+
+
+def _add_after(
+    own: Leaves, held: Leaves, function: Any, how: _How
+) -> tuple[Leaves, Leaves]:
+    """`own` with the gradient times the factor, and `held` with the gradient."""
+    grads = dict(enumerate(jax.tree.leaves(function(how.cotangent))))
+
+    def added(x: jax.Array, g: jax.Array) -> jax.Array:
+        return x + g if how.counted is None else jnp.where(how.counted, x + g, x)
+
+    return (
+        {i: added(s, _times(grads[i], how.factor)) for i, s in own.items()},
+        {i: added(zeros, grads[i]) for i, zeros in held.items()},
+    )
 
 
 # JAX neither maps a scan that adds to a ref, nor compiles one in a function with a
 # derivative of its own, as the loop is, if the ref is made by `jax.new_ref`. Both find
-# the same sum here, without refs.
+# the same sum here, without refs, and without branches, through which JAX does not
+# differentiate backwards once they are mapped.
 
 
 @custom_vmap
-def _add_or_map(sums: Grads, function: Any, cotangent: Scalar) -> Grads:
-    return pallas.run_state(lambda refs: function.with_refs(refs)(cotangent))(sums)
+def _add_or_map(
+    own: Leaves, held: Leaves, function: Any, how: _How
+) -> tuple[Leaves, Leaves]:
+    """As `_add_after`, in place."""
+
+    def if_counted(change: Callable[[Any], Any], x: Any) -> Any:
+        # A gradient that is NaN is not multiplied by 0, but never computed.
+        if how.counted is None:
+            return change(x)
+        return lax.cond(how.counted, change, lambda x: x, x)
+
+    def scaled(own: Leaves, factor: Scalar | None) -> Leaves:
+        # In a branch of its own, or else XLA has a second S in between.
+        if factor is None:
+            return own
+        return if_counted(
+            lambda own: {i: _times(s, factor) for i, s in own.items()}, own
+        )
+
+    def run(refs: tuple[Any, Any]) -> None:
+        leaves = refs[0] | refs[1]
+        leaves = [leaves[i] for i in range(len(leaves))]
+        function.with_refs(*jax.tree.unflatten(function.in_tree, leaves))(how.cotangent)
+
+    own = scaled(own, None if how.factor is None else 1 / how.factor)
+    own, held = if_counted(pallas.run_state(run), (own, held))
+    return scaled(own, how.factor), held
 
 
 @_add_or_map.def_vmap
-def _add_mapped(
-    size: int, is_mapped: Any, sums: Grads, function: Any, cotangent: Scalar
-) -> tuple[Grads, Grads]:
+def _add_mapped(size: int, is_mapped: Any, *args: Any) -> tuple[Any, Any]:
     axes = jax.tree.map(lambda is_: 0 if is_ else None, is_mapped)
-    add = jax.vmap(_add_after, in_axes=tuple(axes), axis_size=size)
-    return add(sums, function, cotangent), jax.tree.map(lambda _: True, sums)
+    result = jax.vmap(_add_after, in_axes=tuple(axes), axis_size=size)(*args)
+    return result, jax.tree.map(lambda _: True, result)
 
 
 _add_in_place = jax.custom_jvp(_add_or_map)
 
 
 @_add_in_place.defjvp
-def _add_jvp(primals: Any, tangents: Any) -> tuple[Grads, Grads]:
+def _add_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _add_in_place(*primals), jax.jvp(_add_after, primals, tangents)[1]
