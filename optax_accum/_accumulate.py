@@ -576,6 +576,7 @@ class _Accumulation:
         """The pullback that a caller has given in place of gradients, or ``None``."""
         if not _validate.is_pullback(grads):
             return None
+        _validate.unchanged_pullback()
         readers = {"skip": self.skip is not None, "noise_decay": self.tracker.measures}
         for name in (name for name, is_given in readers.items() if is_given):
             raise ValueError(
