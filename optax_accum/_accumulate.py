@@ -544,6 +544,7 @@ class _Accumulation:
             has_accumulator=self.has_accumulator,
             has_devices=self.has_devices,
         )
+        _validate.not_a_function(grads, _tree.trained(params), state.window.grads)
         is_stacked = _windows.is_stacked(state)
         state = _windows.unstacked(state) if is_stacked else state
         self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)

@@ -5,6 +5,7 @@ what to do. What passes comes back normalised. What Python or JAX explains well 
 itself is not checked.
 """
 
+import functools
 import inspect
 import math
 import operator
@@ -282,6 +283,20 @@ def same_structure(
         f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
         f"Got {got}, needed {needed}. {advice}"
     )
+
+
+def not_a_function(grads: Grads, *like: Tree) -> None:
+    """Raises if `grads` is a function, unless one of `like` is one of its type.
+
+    A loss is one, and what `jax.linearize` returns.
+    """
+    is_function = inspect.isroutine(grads) or isinstance(grads, functools.partial)
+    if is_function and type(grads) not in map(type, like):
+        raise TypeError(
+            "`grads` must be the gradient, or its pullback, as jax.vjp returns it; got "
+            f"a function of type {type(grads).__name__}. Take one of the two: value, "
+            "pullback = jax.vjp(lambda params: loss(params, batch), params)"
+        )
 
 
 def is_pullback(value: Any) -> bool:
