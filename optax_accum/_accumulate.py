@@ -578,7 +578,11 @@ class _Accumulation:
         if not _validate.is_pullback(grads):
             return None
         _validate.unchanged_pullback()
-        readers = {"skip": self.skip is not None, "noise_decay": self.tracker.measures}
+        readers = {
+            "skip": self.skip is not None,
+            "every_k=oa.noise.adaptive_k": isinstance(self.every_k, AdaptiveK),
+            "noise_decay": self.tracker.measures,
+        }
         for name in (name for name, is_given in readers.items() if is_given):
             raise ValueError(
                 f"`{name}` reads every micro-batch's gradient alone, and `grads` is "
