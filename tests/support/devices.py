@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from tests.support.training import slow, stepper
+from tests.support.training import differentiated, slow, stepper
 
 COUNT = jax.device_count()
 AXIS = "data"
@@ -102,7 +102,7 @@ def examples(steps, per_device=3, count=COUNT, seed=0):
     return jnp.asarray(x.reshape(*shape, 3)), jnp.asarray(mask.reshape(shape))
 
 
-def windows(way, tx, update="update_params", **static):
+def windows(way, tx, update="update_params", takes="gradients", loss=loss, **static):
     """``step(params, state, x, mask, boundary)`` on all devices, and its start.
 
     `static` reaches every update, with a Python-bool `boundary` in place of the
@@ -113,7 +113,7 @@ def windows(way, tx, update="update_params", **static):
         local = params
         if way == "checked":
             local = jax.lax.pcast(params, AXIS, to="varying")
-        value, grads = jax.value_and_grad(loss)(local, x, mask)
+        value, grads = differentiated(takes, loss, local, x, mask)
         given = {"weight": mask.sum(), "boundary": boundary, "value": value} | static
         return stepper(tx, update)(params, state, grads, **given)
 

@@ -7,6 +7,11 @@ import optax
 import pytest
 
 WAYS = ("update", "update_params")
+TAKES = ("gradients", "pullbacks")  # what both of them take
+
+# Older versions add some gradients in place wrongly; there they are added as before.
+ADDS_IN_PLACE = jax.__version_info__ >= (0, 11)
+needs_in_place = pytest.mark.skipif(not ADDS_IN_PLACE, reason="needs JAX 0.11")
 
 needs_in_place = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
@@ -73,6 +78,13 @@ def stepper(tx, way="update_params"):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def differentiated(takes, loss, params, *batch):
+    """The loss, and its gradient or its pullback, as `takes` says."""
+    if takes == "pullbacks":
+        return jax.vjp(lambda params: loss(params, *batch), params)
+    return jax.value_and_grad(loss)(params, *batch)
 
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
