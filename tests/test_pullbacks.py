@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import optax_accum as oa
-from tests.support import devices
+from tests.support import devices, hlo
 from tests.support.devices import AXIS
 from tests.support.errors import refused
 from tests.support.training import (
@@ -26,9 +26,11 @@ from tests.support.training import (
     WAYS,
     differentiated,
     needs_in_place,
+    promoting,
     slow,
     stepper,
 )
+from tests.support.xla import optimized
 
 pytestmark = pytest.mark.core
 
@@ -675,3 +677,145 @@ class TestDevices:
                 params, state = step(params, state, *devices.whole(way, batch), None)
             results.append(devices.result(way, params))
         close(*results)
+
+
+LAYERS, WIDTH, TOKENS = 16, 64, 8
+SHAPES = {
+    "embeddings": (32, WIDTH),
+    "layers": {
+        "qkv": (LAYERS, WIDTH, 3 * WIDTH),
+        "out": (LAYERS, WIDTH, WIDTH),
+        "up": (LAYERS, WIDTH, 4 * WIDTH),
+        "down": (LAYERS, 4 * WIDTH, WIDTH),
+    },
+}
+
+
+def decoder_loss(params, tokens):
+    """That of a decoder, whose scanned layers compute in bfloat16."""
+
+    def layer(h, own):
+        own = jax.tree.map(lambda w: w.astype(jnp.bfloat16), own)
+        h = h.astype(jnp.bfloat16)
+        q, k, v = jnp.split(h @ own["qkv"], 3, -1)
+        h = h + jax.nn.softmax(q @ k.T) @ v @ own["out"]
+        h = h + jax.nn.gelu(h @ own["up"]) @ own["down"]
+        return h.astype(jnp.float32), None
+
+    h = params["embeddings"][tokens]
+    h, _ = lax.scan(jax.checkpoint(layer), h, params["layers"])
+    logits = h @ params["embeddings"].T
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
+
+
+@needs_in_place
+@pytest.mark.usefixtures("loose_promotion")
+class TestCompiled:
+    """Of layers in a scan the gradient is the largest temporary that there is."""
+
+    PARAMS = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        SHAPES,
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
+    TOKENS = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+    SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+    SIZE = hlo.nbytes(PARAMS)
+
+    @functools.cached_property
+    def least(self):
+        """The temporaries of the gradient of one micro-batch, and a tenth more."""
+        step = jax.value_and_grad(decoder_loss)
+        program = hlo.compiled(step, self.PARAMS, self.TOKENS, donate=())
+        return hlo.temporaries(program) + 0.1 * self.SIZE
+
+    def program(self, takes="pullbacks", way="update_params", weight=None, **kwargs):
+        """A donated micro-step with AdamW; a weight of None is traced."""
+        tx = oa.accumulate(promoting(optax.adamw(1e-3)), every_k=4)
+
+        def step(params, state, tokens, traced):
+            value, grads = differentiated(takes, decoder_loss, params, tokens)
+            return stepper(tx, way)(
+                params,
+                state,
+                grads,
+                weight=traced if weight is None else weight,
+                value=value,
+                **kwargs,
+            )
+
+        state = jax.eval_shape(tx.init, self.PARAMS)
+        return hlo.compiled(step, self.PARAMS, state, self.TOKENS, self.SCALAR)
+
+    @pytest.mark.parametrize(
+        ("way", "weight", "boundary"),
+        [
+            ("update_params", None, None),
+            ("update", 2, True),
+            pytest.param("update", None, None, marks=pytest.mark.slow),
+            pytest.param("update_params", 2, None, marks=pytest.mark.slow),
+            pytest.param("update_params", 2, False, marks=pytest.mark.slow),
+            pytest.param("update_params", 2, True, marks=pytest.mark.slow),
+            pytest.param("update_params", None, True, marks=pytest.mark.slow),
+            pytest.param("update", None, False, marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_micro_step_holds_no_gradient(self, way, weight, boundary):
+        program = self.program(way=way, weight=weight, boundary=boundary)
+        assert hlo.temporaries(program) < self.least
+        assert hlo.large_copies(program, LAYERS * WIDTH**2) == []
+
+    def test_with_gradients_in_place_of_pullbacks_it_holds_one(self):
+        """The same measurement, on a program that is known to hold one."""
+        program = self.program("gradients")
+        assert hlo.temporaries(program) > self.least + 0.8 * self.SIZE
+
+    @pytest.mark.several_devices
+    @pytest.mark.parametrize("boundary", [None, slow(False)])
+    @pytest.mark.parametrize("way", [slow("pmap"), "checked", slow("unchecked")])
+    def test_devices_exchange_sums_in_the_boundary_alone(self, way, boundary):
+        """There what is exchanged has a buffer of its own."""
+        tx = oa.accumulate(promoting(optax.adamw(1e-3)), every_k=4, axis_name=AXIS)
+
+        def step(params, state, tokens, weight):
+            local = params
+            if way == "checked":
+                local = lax.pcast(params, AXIS, to="varying")
+            value, pullback = differentiated("pullbacks", decoder_loss, local, tokens)
+            return tx.update_params(
+                pullback,
+                state,
+                params,
+                weight=weight.reshape(()),
+                value=value,
+                boundary=boundary,
+            )
+
+        def several(tree):
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((devices.COUNT, *x.shape), x.dtype), tree
+            )
+
+        params, state = self.PARAMS, jax.eval_shape(tx.init, self.PARAMS)
+        tokens, weight = several((self.TOKENS, self.SCALAR))
+        if way == "pmap":
+            params, state = several((params, state))
+        else:
+            state = jax.eval_shape(
+                lambda state: oa.sharding.stack_windows(state, devices.COUNT), state
+            )
+            tokens = jax.ShapeDtypeStruct((devices.COUNT * TOKENS,), jnp.int32)
+        mapped = devices.inside(
+            way,
+            step,
+            (None if way != "pmap" else 0, "state", 0, 0),
+            (None, "state"),
+            (0, 1),
+        )
+        program = optimized(mapped.lower(params, state, tokens, weight))
+        if boundary is None:
+            assert hlo.exchanges(program) == {"all-reduce, branch": 1}
+            assert hlo.temporaries(program) < self.least + 1.01 * self.SIZE
+        else:
+            assert hlo.exchanges(program) == {}
+            assert hlo.temporaries(program) < self.least
