@@ -10,6 +10,7 @@ import optax_accum as oa
 from tests.support import catalogue
 from tests.support.training import (
     WAYS,
+    differentiated,
     micro_batches,
     promoting,
     slow,
@@ -30,15 +31,39 @@ def loss(params):
     return sum(jnp.sum(jnp.sin(x) ** 2) for x in jax.tree.leaves(params))
 
 
+# What runs with pullbacks usually: what takes gradients in other ways than the rest.
+WITH_PULLBACKS = (
+    "optax.adafactor",
+    "optax.adamw",
+    "optax.lbfgs",
+    "optax.novograd",
+    "optax.polyak_sgd",
+    "optax.sgd",
+    "optax.contrib.muon",
+)
+
+
+def has_gradient(params, grads):
+    """A loss whose gradient is `grads`, wherever it is taken."""
+    return optax.tree.vdot(params, grads)
+
+
 def slow_parts(names):
-    """What is no optimizer of Optax's own is slow: their parts, what is contributed."""
+    """What is no optimizer of Optax's own is slow: their parts, what is contributed.
+
+    Most are slow with pullbacks: once a window is full, nothing knows how it was.
+    """
     usual = {name for name in catalogue.optimizers() if ".contrib." not in name}
     usual |= {"optax.contrib.muon", "optax.clip_by_global_norm"}
-    return [name if name in usual else slow(name) for name in names]
+    cases = []
+    for takes, few in (("gradients", usual), ("pullbacks", WITH_PULLBACKS)):
+        marks = {name: () if name in few else pytest.mark.slow for name in names}
+        cases += [pytest.param(n, takes, marks=marks[n]) for n in names]
+    return cases
 
 
-@pytest.mark.parametrize("name", slow_parts(TRANSFORMATIONS))
-def test_any_transformation_updates_as_with_the_global_batch(name):
+@pytest.mark.parametrize(("name", "takes"), slow_parts(TRANSFORMATIONS))
+def test_any_transformation_updates_as_with_the_global_batch(name, takes):
     """Three windows of uneven weights against the weighted mean gradients."""
     inner = promoting(TRANSFORMATIONS[name]())
     tx = oa.accumulate(inner, every_k=K)
@@ -56,6 +81,7 @@ def test_any_transformation_updates_as_with_the_global_batch(name):
 
     @jax.jit
     def micro_step(params, state, grads, weight, value):
+        _, grads = differentiated(takes, has_gradient, params, grads)
         step = stepper(tx, "update")
         return step(params, state, grads, weight=weight, **extra(grads, value))
 
