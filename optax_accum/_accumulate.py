@@ -94,7 +94,9 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         Args:
           grads: The micro-batch's gradient, built like the parameters. Integer and
             float0 leaves, ``None`` and `optax.MaskedNode` pass through to the inner
-            optimizer without an accumulator.
+            optimizer without an accumulator. Or its pullback, from `jax.vjp` of the
+            loss with respect to the parameters alone: the backward pass then adds the
+            gradient straight into the window (see the note in `accumulate`).
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
           weight: A real scalar >= 0: how many units (examples, tokens) this
@@ -112,21 +114,26 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             window, as the gradients are. Give it on every micro-step of a window or on
             none.
           **extra_args: What else the inner optimizer takes. It gets them as the
-            boundary micro-step gave them, except `grad`, the gradient once more, which
-            line searches take: like `value` it becomes the window's.
+            boundary micro-step gave them, except `grad`, which line searches take:
+            the very `grads` once more, gradient or pullback. Like `value` it becomes
+            the window's.
 
         Returns:
           ``(updates, state)``. Off the boundary the updates are zeros.
 
         Raises:
           TypeError: A `state` of something else; a `weight`, `boundary` or `skip`
-            result of another type; complex gradients of real parameters; a keyword that
-            the inner optimizer does not take.
+            result of another type; complex gradients of real parameters; a function
+            that is not a pullback in place of gradients; a keyword that the inner
+            optimizer does not take.
           ValueError: Gradients without the parameters' structure and shapes; a state of
             other parameters or of another optimizer; a `weight` that is not a scalar,
             or a negative number; a `grad` that is not `grads`; no `boundary` with
             ``every_k=None``; an `axis_name` that is not bound; gradients that were
-            summed over it already; a state for another number of devices.
+            summed over it already; a state for another number of devices; a pullback
+            of something else than one real scalar, with respect to more than the
+            parameters, behind another transformation in an `optax.chain`, or together
+            with `skip`, `noise_decay` or `oa.noise.adaptive_k`.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -186,7 +193,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           ValueError: As `update`.
 
         Examples:
-          >>> import jax.numpy as jnp, optax, optax_accum as oa
+          >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
           >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2)
           >>> params = jnp.zeros(2)
           >>> state = tx.init(params)
@@ -195,6 +202,23 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           ...     print(params)
           [0. 0.]
           [-2. -2.]
+
+          With pullbacks, of micro-batches of three examples and of one:
+
+          >>> def loss(params, x):
+          ...     return jnp.mean(x @ params)
+          >>> @jax.jit
+          ... def step(params, state, x):
+          ...     value, pullback = jax.vjp(lambda params: loss(params, x), params)
+          ...     return tx.update_params(
+          ...         pullback, state, params, weight=len(x), value=value
+          ...     )
+          >>> params = jnp.zeros(2)
+          >>> state = tx.init(params)
+          >>> params, state = step(params, state, jnp.full((3, 2), 2.0))
+          >>> params, state = step(params, state, jnp.full((1, 2), 6.0))
+          >>> print(params)
+          [-3. -3.]
         """
         arguments: Kwargs = {"weight": weight, "boundary": boundary, "value": value}
         accumulation = _accumulation_of(self)
@@ -277,7 +301,7 @@ def accumulate(
     Returns:
       An `oa.AccumulateTransformation`: ``init(params)``, ``update(grads, state, params,
       weight=, boundary=, value=)`` and ``update_params``, which updates and applies in
-      one.
+      one. Both take a pullback in place of `grads`.
 
     Raises:
       TypeError: `inner` is not a gradient transformation; `every_k` is not an int, a
@@ -304,6 +328,26 @@ def accumulate(
       [-2. -3.]
 
     Note:
+      A micro-batch's gradient takes as much memory as the parameters, beside the
+      window, which takes as much again. `update` and `update_params` also take its
+      pullback, ``value, pullback = jax.vjp(lambda params: loss(params, batch),
+      params)``, whose backward pass adds to the window layer by layer, so the gradient
+      is never held. That saves most with layers in a `jax.lax.scan`. The result is the
+      same, with any weight, reduction and boundary.
+
+      It needs JAX 0.11 and a compiled step. On an older JAX and outside of `jax.jit`
+      the gradient is computed first and then added, as always. So it is with
+      ``every_k=1``; for the leaves whose window has another dtype than the parameter
+      (bfloat16 parameters); with integers or overwritten leaves among the parameters;
+      in a mean, unless the weight is the number 1, if the loss computes in float16,
+      which the weight could overflow, or is itself float16 or bfloat16, to which the
+      weight would be rounded; and in a mean whose weight may be 0 on one device, if
+      the loss exchanges data between devices.
+
+      What reads every micro-batch's gradient (`skip`, `noise_decay`,
+      `oa.noise.adaptive_k`) cannot be used with pullbacks. In an `optax.chain`,
+      `accumulate` must come first to be given one.
+
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
 
