@@ -269,8 +269,7 @@ def _check_in_place(sums: Grads, grads: Grads) -> None:
                 f"`in_place=True` cannot be had here: {_validate.named('grads', path)} "
                 f"is {_validate.shown_type(g)}, and its sum {_validate.shown_type(s)}. "
                 "Leave `in_place` out, and such gradients are added after they have "
-                "been computed, or give the parameter or `accumulator_dtype` the other "
-                "dtype"
+                "been computed, or make both of one dtype, at least float32"
             )
 
 

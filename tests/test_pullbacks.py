@@ -247,6 +247,27 @@ class TestTypes:
     def test_a_narrow_accumulator_takes_pullbacks(self, dtype):
         self.check(accumulator_dtype=dtype, tolerance=1e-2)
 
+    def test_a_narrow_accumulator_is_rounded_once_per_micro_batch(self):
+        """And not once for each use of a parameter, each against the whole window."""
+
+        def often(params, x, mask):
+            del mask
+
+            def add(h, x):
+                return h + (params["w"] * x).astype(jnp.float32), None
+
+            return jnp.sum(lax.scan(add, jnp.zeros(3), jnp.stack([x[0]] * 32))[0])
+
+        params = {"w": jnp.ones(3, jnp.bfloat16)}
+        tx = oa.accumulate(SGD, accumulator_dtype=jnp.bfloat16)
+        step = jax.jit(training_step(tx, loss=often), static_argnames="boundary")
+        x = jnp.ones((16, 4, 3), jnp.bfloat16)
+        masks = jnp.ones((16, 1), bool)
+        _, state = run(step, tx, params, x, masks, boundary=[False] * 16)
+        chex.assert_trees_all_close(
+            state.window.grads["w"], jnp.full(3, 512.0, "bfloat16")
+        )
+
     def test_a_large_weight_does_not_overflow_float16(self):
         """The gradient is computed with a cotangent of 1 there."""
         tx = oa.accumulate(SGD, K)
@@ -424,13 +445,7 @@ class TestTransformations:
         close(params, global_batches(SGD))
 
     def test_of_layers_in_a_scan(self):
-        """Rematerialised, with an inner `jax.jit` and a derivative of its own."""
-
-        @jax.custom_vjp
-        def square(x):
-            return x**2
-
-        square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+        """Rematerialised, with an inner `jax.jit`."""
         params = PARAMS | {"layers": jnp.stack([jnp.eye(4), jnp.ones((4, 4)) / 2])}
 
         def deep(params, x, mask):
@@ -438,7 +453,7 @@ class TestTransformations:
                 return h + jnp.tanh(h @ w) * params["b"][None], None
 
             h, _ = lax.scan(jax.checkpoint(layer), x @ params["w"], params["layers"])
-            squares = jax.jit(square)(h @ params["out"])
+            squares = jax.jit(jnp.square)(h @ params["out"])
             return jnp.sum(jnp.where(mask, squares, 0)) / mask.sum().astype(x.dtype)
 
         tx = oa.accumulate(SGD, K)
