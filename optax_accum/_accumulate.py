@@ -132,7 +132,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             ``every_k=None``; an `axis_name` that is not bound; gradients that were
             summed over it already; a state for another number of devices; a pullback
             of something else than one real scalar, with respect to more than the
-            parameters, behind another transformation in an `optax.chain`, or together
+            parameters, from another transformation, such as `optax.chain`, or together
             with `skip`, `noise_decay` or `oa.noise.adaptive_k`.
 
         Examples:
@@ -338,15 +338,14 @@ def accumulate(
       It needs JAX 0.11 and a compiled step. On an older JAX and outside of `jax.jit`
       the gradient is computed first and then added, as always. So it is with
       ``every_k=1``; for the leaves whose window has another dtype than the parameter
-      (bfloat16 parameters); with integers or overwritten leaves among the parameters;
-      in a mean, unless the weight is the number 1, if the loss computes in float16,
-      which the weight could overflow, or is itself float16 or bfloat16, to which the
-      weight would be rounded; and in a mean whose weight may be 0 on one device, if
-      the loss exchanges data between devices.
+      (bfloat16 parameters), or a narrow one; with integers or overwritten leaves among
+      the parameters; and in a mean whose weight may be 0 on one device, if the loss
+      exchanges data between devices.
 
       What reads every micro-batch's gradient (`skip`, `noise_decay`,
-      `oa.noise.adaptive_k`) cannot be used with pullbacks. In an `optax.chain`,
-      `accumulate` must come first to be given one.
+      `oa.noise.adaptive_k`) cannot be used with pullbacks, nor can `accumulate` be given
+      one by another transformation, such as `optax.chain`, which would change what is
+      in it.
 
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
@@ -621,7 +620,6 @@ class _Accumulation:
         """The pullback that a caller has given in place of gradients, or ``None``."""
         if not _validate.is_pullback(grads):
             return None
-        _validate.unchanged_pullback()
         readers = {
             "skip": self.skip is not None,
             "every_k=oa.noise.adaptive_k": isinstance(self.every_k, AdaptiveK),

@@ -9,7 +9,6 @@ import functools
 import inspect
 import math
 import operator
-import types
 from numbers import Real
 from typing import Any
 
@@ -349,34 +348,6 @@ def pullback(value: Any) -> Pullback:
         loss = _tree.vary_over(outputs[0].mat.varying, loss)
     unlike = Pullback(value, loss, like=None)
     return unlike._replace(like=jax.eval_shape(unlike.gradients))
-
-
-def unchanged_pullback() -> None:
-    """Raises if Optax may have changed the pullback that it calls this package with.
-
-    To `jax.tree.map` a pullback is a tree, of what the backward pass needs from the
-    forward pass. A transformation that stands before, such as clipping, maps that in
-    place of the gradient, without a word.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and _is_from("optax_accum", frame):
-        frame = frame.f_back
-    while frame is not None and _is_from("optax", frame):
-        # In `optax.chain` and `optax.named_chain`, what came before has left a state.
-        if frame.f_locals.get("new_state", True):
-            raise ValueError(
-                "`grads` is a pullback, and reaches `accumulate` through another "
-                "transformation, which would change the numbers inside of it and not "
-                "the gradient. In an optax.chain, put `accumulate` first, or put the "
-                "others inside: oa.accumulate(optax.chain(...)), where they see the "
-                "window's gradient; or pass the gradient, as jax.value_and_grad "
-                "returns it"
-            )
-        frame = frame.f_back
-
-
-def _is_from(package: str, frame: types.FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] == package
 
 
 def _is_real_scalar(aval: Any) -> bool:

@@ -503,25 +503,15 @@ class TestOptax:
     @pytest.mark.parametrize(
         "around",
         [
-            lambda tx: optax.chain(tx, optax.scale(1.0)),
-            slow(lambda tx: optax.named_chain(("inner", optax.chain(tx)))),
-        ],
-    )
-    def test_first_in_a_chain(self, around):
-        params, _ = train(around(oa.accumulate(SGD, K)), way="update")
-        close(params, global_batches(SGD))
-
-    @pytest.mark.parametrize(
-        "around",
-        [
             lambda tx: optax.chain(optax.clip_by_global_norm(0.1), tx),
+            lambda tx: optax.chain(tx, optax.scale(1.0)),
             lambda tx: optax.chain(optax.identity(), optax.chain(tx)),
             lambda tx: optax.chain(optax.scale(2.0), optax.named_chain(("tx", tx))),
             lambda tx: optax.named_chain(("scale", optax.scale(2.0)), ("tx", tx)),
             lambda tx: optax.apply_if_finite(tx, 3),
         ],
     )
-    def test_behind_another_transformation_a_pullback_is_refused(self, around):
+    def test_from_another_transformation_a_pullback_is_refused(self, around):
         """It would be another one, of which nobody would know: it is a tree to JAX."""
         tx = around(oa.accumulate(SGD, K))
 
@@ -529,8 +519,7 @@ class TestOptax:
             del mask  # Optax does not clip booleans.
             return jnp.mean((x @ params["w"] + params["b"][None]) ** 2)
 
-        words = ("`grads` is a pullback", "put `accumulate` first", "value_and_grad")
-        with refused(*words):
+        with refused("`grads` is a pullback", "Put the others inside", "gradients"):
             traced(tx, unmasked)
 
     @pytest.mark.slow
