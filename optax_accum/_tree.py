@@ -213,7 +213,12 @@ def squared_norm(tree: Tree, dtype: DType) -> Scalar:
 
 def type_of(x: Leaf) -> Any:
     """The type of an array, or of its shape, whether it is weak or not."""
-    return jax.typeof(x).update(weak_type=False)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        # In a `jax.shard_map` over some of a mesh's axes `jax.typeof` fails.
+        (type_,) = jax.make_jaxpr(lambda: zeros_like(x))().out_avals
+    else:
+        type_ = jax.typeof(x)
+    return type_.update(weak_type=False)
 
 
 def varying(x: Leaf) -> Axes:
@@ -263,7 +268,7 @@ def unreduced(x: Leaf) -> Axes:
 
 def is_partial(x: Leaf) -> bool:
     """Whether `x` is tagged as ``reduced``, or as ``unreduced``."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    sharding = getattr(type_of(x), "sharding", None)
     return bool(sharding and (sharding.spec.reduced or sharding.spec.unreduced))
 
 
