@@ -11,10 +11,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import optax_accum as oa
+
+pytestmark = pytest.mark.core
 
 shapes = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 trees = st.recursive(
@@ -31,14 +34,16 @@ trees = st.recursive(
 
 @st.composite
 def problems(draw):
-    """Shapes of the parameters, a seed, the number of examples, how to split them."""
+    """Shapes of the parameters, a seed, the number of examples, how they run."""
     examples = draw(st.integers(1, 13))
     if draw(st.booleans()):
         size = {"microbatch_size": draw(st.integers(1, examples))}
     else:
         divisors = [n for n in range(1, examples + 1) if examples % n == 0]
         size = {"num_microbatches": draw(st.sampled_from(divisors))}
-    return draw(trees), draw(st.integers(0, 2**16)), examples, size
+    # Added in place, where that is possible, and after.
+    options = size | {"in_place": draw(st.sampled_from([None, False]))}
+    return draw(trees), draw(st.integers(0, 2**16)), examples, options
 
 
 def make(tree, seed, examples, axis=0):
@@ -98,7 +103,7 @@ def assert_close(got, wanted, params):
 
 @given(problems(), st.sampled_from(["mean", "ratio", "sum"]), st.sampled_from([0, -1]))
 def test_any_batch_in_any_parts_equals_the_whole_batch(problem, reduction, axis):
-    tree, seed, examples, size = problem
+    tree, seed, examples, options = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples, axis)
     reduce = jnp.mean if reduction == "mean" else jnp.sum
 
@@ -113,7 +118,7 @@ def test_any_batch_in_any_parts_equals_the_whole_batch(problem, reduction, axis)
         batch_axis=axis,
         reduction=reduction,
         return_info=True,
-        **size,
+        **options,
     )
     ((value, joined), grads), info = jax.jit(f)(params, batch)
     divisor = 1 if reduction == "sum" else examples
@@ -127,7 +132,7 @@ def test_any_batch_in_any_parts_equals_the_whole_batch(problem, reduction, axis)
 @given(problems(), st.sampled_from(["mean", "ratio"]), st.data())
 def test_any_weights_give_the_weighted_mean(problem, reduction, data):
     """Masked means: zero weights, all zero, and NaN where nothing is valid."""
-    tree, seed, examples, size = problem
+    tree, seed, examples, options = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples)
     weight = st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0])
     weights = np.array(
@@ -143,7 +148,7 @@ def test_any_weights_give_the_weighted_mean(problem, reduction, data):
         return weights.sum()
 
     f = oa.value_and_grad(
-        fun, batch_argnums=(1, 2), reduction=reduction, weight=count, **size
+        fun, batch_argnums=(1, 2), reduction=reduction, weight=count, **options
     )
     got = jax.jit(f)(params, batch, weights.astype(np.float32))
     total = weights.sum()
@@ -153,7 +158,7 @@ def test_any_weights_give_the_weighted_mean(problem, reduction, data):
 @given(problems(), st.data())
 def test_any_bad_example_is_left_out_with_its_micro_batch(problem, data):
     """`skip` leaves out the micro-batches with a NaN, and counts them."""
-    tree, seed, examples, size = problem
+    tree, seed, examples, options = problem
     numpy_params, numpy_batch, params, batch = make(tree, seed, examples)
     bad = np.array(
         data.draw(st.lists(st.booleans(), min_size=examples, max_size=examples))
@@ -169,11 +174,11 @@ def test_any_bad_example_is_left_out_with_its_micro_batch(problem, data):
         batch_argnums=(1, 2),
         skip=oa.skip_not_finite,
         return_info=True,
-        **size,
+        **options,
     )
     got, info = jax.jit(f)(params, batch, bad)
     # Which examples share a micro-batch is documented: strided, or contiguous.
-    m = size.get("microbatch_size") or examples // size["num_microbatches"]
+    m = options.get("microbatch_size") or examples // options["num_microbatches"]
     whole, tail = divmod(examples, m)
     index = np.arange(examples)
     part = index // m if tail else index % whole
