@@ -174,6 +174,7 @@ def test_weighted_micro_batches_of_any_model_equal_the_whole_batch(model):
 def test_jax_adds_in_place_rightly_where_it_is_asked_to():
     """On older versions a parameter gets another one's gradient, without a word."""
     fun, params, batch = masked(crossed), MODELS[crossed], make_batch()
+    pullback: Any
     _, pullback = jax.vjp(lambda params: fun(params, batch), params)
     sums = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
     pullback.with_refs(sums)(jnp.float32(1))
@@ -283,45 +284,53 @@ def test_keys_and_a_carry_go_through_the_loop_as_by_hand(has_own_key):
         (_, new), grads = by_hand(params, part, carry, jax.random.fold_in(key, i))
         parts.append((count(params, part), (new - 0.5 * carry, grads)))
         carry = new
-    total = sum(weight for weight, _ in parts)
-    value, grads = functools.reduce(
-        lambda a, b: jax.tree.map(jnp.add, a, b),
-        [jax.tree.map(lambda x, w=w: x * (w / total), part) for w, part in parts],
-    )
+    value, grads = mean_of(parts)
     close(got, ((value, carry), grads))
 
 
 @pytest.mark.usefixtures("float64")
 def test_double_precision_stays_double():
     params, batch = (
-        jax.tree.map(lambda x: x.astype(float), tree) for tree in cases_of(layers)
+        jax.tree.map(lambda x: x.astype(float), tree)
+        for tree in (MODELS[layers], make_batch())
     )
     batch["valid"] = batch["valid"] > 0
     got = jax.jit(in_parts(masked(layers), weight=count))(params, batch)
     close(got, whole(masked(layers))(params, batch), 1e-13)
 
 
-def cases_of(model):
-    return MODELS[model], make_batch()
+def mean_of(parts):
+    """The weighted mean of ``(weight, tree)``."""
+    total = sum(weight for weight, _ in parts)
+
+    def mean(*leaves):
+        pairs = zip(parts, leaves, strict=True)
+        return sum(x * (weight / total) for (weight, _), x in pairs)
+
+    return jax.tree.map(mean, *(tree for _, tree in parts))
 
 
 def test_a_call_without_jit_equals_the_whole_batch():
-    params, batch = cases_of(layers)
+    params, batch = MODELS[layers], make_batch()
     got = in_parts(masked(layers), weight=count)(params, batch)
     close(got, whole(masked(layers))(params, batch))
 
 
-def test_a_rule_of_its_own_sees_the_micro_batch_s_gradient():
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ([slice(i, None, K) for i in range(K)], EQUAL | {"in_place": IN_PLACE}),
+        ([slice(0, 5), slice(5, 10), slice(10, 12)], RAGGED | {"in_place": None}),
+    ],
+    ids=["equal", "ragged"],
+)
+def test_a_rule_of_its_own_sees_the_micro_batch_s_gradient(parts, options):
     """Clipping what comes back does not scale with a weight."""
-    params, batch = MODELS[dense], make_batch()
     fun = masked(lambda params, x: clipped(dense(params, x)))
-    args = params, batch | {"valid": jnp.ones(B, bool)}
-    each = [
-        whole(fun)(params, jax.tree.map(lambda x, i=i: x[i::K], args[1]))
-        for i in range(K)
-    ]
-    wanted = jax.tree.map(lambda *parts: sum(parts) / K, *each)
-    close(jax.jit(in_parts(fun))(*args), wanted)
+    params, batch = MODELS[dense], make_batch() | {"valid": jnp.ones(B, bool)}
+    each = [jax.tree.map(lambda x, part=part: x[part], batch) for part in parts]
+    wanted = mean_of([(count(params, part), whole(fun)(params, part)) for part in each])
+    close(jax.jit(in_parts(fun, **options))(params, batch), wanted)
 
 
 @jax.custom_vjp
@@ -338,7 +347,8 @@ clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.05, 0.05),))
 @pytest.mark.usefixtures("float64")
 def test_other_transformations_equal_those_of_the_whole_batch():
     params, batch = jax.tree.map(
-        lambda x: x.astype(float) if x.dtype == jnp.float32 else x, cases_of(layers)
+        lambda x: x.astype(float) if x.dtype == jnp.float32 else x,
+        (MODELS[crossed], make_batch()),
     )
     several = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
     some = jnp.stack([batch["valid"], ~batch["valid"], jnp.zeros(B, bool)])
@@ -348,7 +358,7 @@ def test_other_transformations_equal_those_of_the_whole_batch():
     ones = jax.tree.map(jnp.ones_like, params)
 
     def all_of(value_and_grad, nan):
-        f = functools.partial(value_and_grad, masked(layers))
+        f = functools.partial(value_and_grad, masked(crossed))
 
         def value(params):
             return f()(params, batch)[0]
@@ -358,9 +368,9 @@ def test_other_transformations_equal_those_of_the_whole_batch():
             return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
 
         def of_closed_over(scale):
-            fun = masked(lambda params, x: layers(params, x) * scale)
+            fun = masked(lambda params, x: crossed(params, x) * scale)
             value, grads = value_and_grad(fun)(params, batch)
-            return value + jnp.sum(grads["w"] ** 2)
+            return value + jnp.sum(grads["a"] ** 2)
 
         over_masks = {"x": None, "y": None, "valid": 0}
         batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch)
@@ -372,7 +382,7 @@ def test_other_transformations_equal_those_of_the_whole_batch():
             ),
             "grad": jax.grad(value)(params),
             "jvp": jax.jvp(value, (params,), (ones,)),
-            "hessian": jax.hessian(lambda w: value(params | {"w": w}))(params["w"]),
+            "hessian": jax.hessian(lambda a: value(params | {"a": a}))(params["a"]),
             "grad of gradient": jax.grad(square_of_the_gradient)(params),
             "closed over": jax.grad(of_closed_over)(2.0),
         }
@@ -450,7 +460,7 @@ def exchanges_forwards(params, batch):
 
 
 @pytest.mark.several_devices
-@everywhere
+@pytest.mark.parametrize("way", ["pmap", "checked", "auto"])
 @pytest.mark.parametrize("fun", [exchanges_backwards, exchanges_forwards])
 def test_a_device_whose_micro_batch_has_no_weight_meets_the_others(fun, way):
     """Where they exchange anything: they would wait for it forever."""
@@ -501,9 +511,13 @@ def narrow_loss(dtype):
 def through(dtype):
     """A loss whose gradient passes through a dtype, in which large weights overflow."""
 
+    @jax.jit
+    @jax.checkpoint
+    def rounded(params):
+        return jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float32), params)
+
     def fun(params, batch):
-        scaled = jax.tree.map(lambda p: p.astype(dtype).astype(jnp.float32), params)
-        return masked(dense)(scaled, batch)
+        return masked(dense)(rounded(params), batch)
 
     return fun
 
@@ -531,7 +545,9 @@ def widened(params, batch):
 
 
 def with_own_rule(params, batch):
-    return masked(lambda params, x: doubled(dense(params, x)))(params, batch)
+    rule = jax.checkpoint(jax.jit(doubled))
+    predict = lambda params, x: jax.lax.map(rule, dense(params, x))  # noqa: E731
+    return masked(predict)(params, batch)
 
 
 @jax.custom_vjp
