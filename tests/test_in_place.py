@@ -352,9 +352,10 @@ def test_other_transformations_equal_those_of_the_whole_batch():
     )
     several = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
     some = jnp.stack([batch["valid"], ~batch["valid"], jnp.zeros(B, bool)])
-    # Under one of the masks a micro-batch has no weight, and under one none has any.
-    nan = batch | {"x": batch["x"].at[1::K].set(jnp.nan)}
-    some = some.at[:, 1::K].set(False)
+    nan = batch | {"x": jnp.stack([batch["x"]] * 3), "valid": some}
+    for i in range(3):  # another micro-batch of each has no weight
+        nan["x"] = nan["x"].at[i, i::K].set(jnp.nan)
+        nan["valid"] = nan["valid"].at[i, i::K].set(False)
     ones = jax.tree.map(jnp.ones_like, params)
 
     def all_of(value_and_grad, nan):
@@ -372,18 +373,21 @@ def test_other_transformations_equal_those_of_the_whole_batch():
             value, grads = value_and_grad(fun)(params, batch)
             return value + jnp.sum(grads["a"] ** 2)
 
-        over_masks = {"x": None, "y": None, "valid": 0}
+        def of_mapped(x):
+            grads = jax.vmap(f(), (None, 0))(params, batches | {"x": x})[1]
+            return jnp.sum(grads["a"] ** 2)
+
+        over_masks = {"x": 0, "y": None, "valid": 0}
         batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), batch)
         return {
             "vmap over parameters": jax.vmap(f(), (0, None))(several, batch),
             "vmap over batches": jax.vmap(f(), (None, 0))(params, batches),
-            "vmap over masks": jax.vmap(f(), (None, over_masks))(
-                params, nan | {"valid": some}
-            ),
+            "vmap over masks": jax.vmap(f(), (None, over_masks))(params, nan),
             "grad": jax.grad(value)(params),
             "jvp": jax.jvp(value, (params,), (ones,)),
             "hessian": jax.hessian(lambda a: value(params | {"a": a}))(params["a"]),
             "grad of gradient": jax.grad(square_of_the_gradient)(params),
+            "grad of mapped": jax.grad(of_mapped)(batches["x"]),
             "closed over": jax.grad(of_closed_over)(2.0),
         }
 
