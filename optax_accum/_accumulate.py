@@ -343,8 +343,8 @@ def accumulate(
       exchanges data between devices.
 
       What reads every micro-batch's gradient (`skip`, `noise_decay`,
-      `oa.noise.adaptive_k`) cannot be used with pullbacks, nor can `accumulate` be given
-      one by another transformation, such as `optax.chain`, which would change what is
+      `oa.noise.adaptive_k`) cannot be used with pullbacks. Nor does `accumulate` take
+      one from another transformation, such as `optax.chain`, which would change what is
       in it.
 
       Inside `jax.shard_map` a state may come with one window per device, as

@@ -65,13 +65,9 @@ class Pullback(NamedTuple):
             cotangent = cotangent * weight.astype(cotangent.dtype)
         elif weight is not None:
             factor = weight
-            if counted is True:  # XLA takes away a branch that is always taken.
-                counted = lax.optimization_barrier(weight) != 0
-        if first is not None:
-            # In a branch: a select would read and write S on every micro-step.
-            sums = lax.cond(first, _tree.zeros, lambda sums: sums, sums)
-        how = _How(cotangent, factor, None if counted is True else jnp.asarray(counted))
-        return _add(sums, self, how)
+            counted = _tree.opaque_true() if counted is True else counted
+        mask = None if counted is True else jnp.asarray(counted)
+        return _add(sums, self, _How(cotangent, factor, mask, first))
 
     def _cotangent(self) -> Scalar:
         return _tree.vary_like(jnp.ones_like(self.loss), self.loss)
@@ -97,11 +93,13 @@ class _How(NamedTuple):
       cotangent: With which it is computed.
       factor: By what it is multiplied then, or ``None`` for 1.
       counted: ``bool[]``, whether it is added, or ``None`` if it is.
+      first: ``bool[]``, whether the sums start again, or ``None`` if they do not.
     """
 
     cotangent: Scalar
     factor: Scalar | None
     counted: Scalar | None
+    first: Scalar | None
 
 
 # Leaves by their number among all.
@@ -121,7 +119,7 @@ def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
     add = _add_in_place if own else _add_after
     own, held = add(own, held, pullback.function, how)
     for i, g in held.items():
-        wide = _tree.widened(leaves[i])
+        wide = _tree.widened(_start(leaves[i], how.first))
         total = wide + _times(g.astype(wide.dtype), how.factor)
         own[i] = total.astype(leaves[i].dtype)
     return jax.tree.unflatten(structure, [own[i] for i in range(len(leaves))])
@@ -135,6 +133,10 @@ def is_like(s: jax.Array, like: Leaf) -> bool:
     """
     is_narrow = s.dtype != _tree.at_least_float32(s.dtype)
     return not is_narrow and _tree.type_of(s) == _tree.type_of(like)
+
+
+def _start(s: jax.Array, first: Scalar | None) -> jax.Array:
+    return s if first is None else jnp.where(first, jnp.zeros_like(s), s)
 
 
 def _times(x: jax.Array, factor: Scalar | None) -> jax.Array:
@@ -151,7 +153,10 @@ def _add_after(
         return x + g if how.counted is None else jnp.where(how.counted, x + g, x)
 
     return (
-        {i: added(s, _times(grads[i], how.factor)) for i, s in own.items()},
+        {
+            i: added(_start(s, how.first), _times(grads[i], how.factor))
+            for i, s in own.items()
+        },
         {i: added(zeros, grads[i]) for i, zeros in held.items()},
     )
 
@@ -187,6 +192,9 @@ def _add_or_map(
         leaves = [leaves[i] for i in range(len(leaves))]
         function.with_refs(*jax.tree.unflatten(function.in_tree, leaves))(how.cotangent)
 
+    if how.first is not None:
+        # In a branch: a select would read and write S on every micro-step.
+        own = lax.cond(how.first, _tree.zeros, lambda own: own, own)
     own = scaled(own, None if how.factor is None else 1 / how.factor)
     own, held = if_counted(pallas.run_state(run), (own, held))
     return scaled(own, how.factor), held

@@ -587,10 +587,10 @@ class _Loop:
             a.finish(a.over_devices(carried, devices.axis_name), total.weight)
             for a, carried in zip(accumulators, totals.aux, strict=True)
         ]
+        # Several devices have another buffer, for the exchange.
+        in_place = self.is_in_place and devices.axis_name is None
         value, grads = _tree.cast_like(
-            total.result(
-                settings.reduction, settings.overwritten, in_place=self.is_in_place
-            ),
+            total.result(settings.reduction, settings.overwritten, in_place=in_place),
             (shapes.value, shapes.grads),
         )
         grads = settings.overwritten.unless_empty(

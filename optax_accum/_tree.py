@@ -298,6 +298,11 @@ def zeros(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: vary_like(zeros_like(x), x), tree)
 
 
+def opaque_true() -> Scalar:
+    """True, which the compiler cannot know: it takes away a branch that it does."""
+    return lax.optimization_barrier(jnp.ones([], bool))
+
+
 def masked_sum(
     x: jax.Array, mask: jax.Array, total: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:

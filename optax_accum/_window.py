@@ -137,12 +137,11 @@ def divide_in_place(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
     A branch that may leave them as they are makes XLA divide them where they are.
     Otherwise a second S may stand beside them.
     """
-    if reduction == "ratio":  # If W is 0, S need not be 0.
-        sums = lax.cond(weight == 0, _tree.zeros, lambda s: s, sums)
-    # XLA takes away a branch that is always taken, as for a constant W.
-    is_divided = lax.optimization_barrier(weight) != 0
     return lax.cond(
-        is_divided, lambda s: divide(s, weight, reduction), lambda s: s, sums
+        _tree.opaque_true(),
+        lambda sums: divide(sums, weight, reduction),
+        lambda sums: sums,
+        sums,
     )
 
 
