@@ -608,7 +608,7 @@ class _Accumulation:
         return _MicroStep(
             state=state,
             is_stacked=is_stacked,
-            grads=pullback if pullback else _tree.as_arrays(_tree.keep_inexact(grads)),
+            grads=pullback or _tree.as_arrays(_tree.keep_inexact(grads)),
             weight=number,
             known_weight=known_weight,
             boundary=boundary,
@@ -640,8 +640,8 @@ class _Accumulation:
             return False
         if _obstacle.in_jax() or self.overwritten.any_in(pullback.like):
             return False
-        backward = _obstacle.backward_of(pullback)
-        return not _obstacle.in_program(pullback, backward, is_masked=is_masked)
+        linear = pullback.function.jaxpr
+        return not _obstacle.in_program(pullback, linear, is_masked=is_masked)
 
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""
@@ -669,11 +669,11 @@ class _Accumulation:
         if not self.tracker.measures:
             # The sums that an older state may have stay, and cost nothing.
             window = window._replace(noise=state.window.noise)
-        counts = jnp.ones([], bool)
+        happened = jnp.ones([], bool)
         if self.on_skip == "wait":
-            counts = jnp.logical_not(rejected)
+            happened = jnp.logical_not(rejected)
         return state._replace(
-            micro_step=_count(state.micro_step, counts),
+            micro_step=_count(state.micro_step, happened),
             window=window,
             skip_state=skip_state,
         )

@@ -29,34 +29,27 @@ def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | No
 
     Args:
       pullback: Of arrays or shapes.
-      program: The loss, or its backward pass, traced.
+      program: The loss, or its derivative, traced.
       is_masked: Whether a micro-batch of weight 0 must contribute nothing.
     """
+    is_partial = any(map(_tree.is_partial, jax.tree.leaves(pullback.like)))
     obstacle = first(
         {
-            "a parameter is tagged `reduced`": any(
-                map(_tree.is_partial, jax.tree.leaves(pullback.like))
-            ),
+            "a parameter is tagged `reduced`": is_partial,
             "the loss has a `jax.Ref`": _flow.has_refs(program),
             "the loss names an axis of `jax.vmap`": _collectives.mapped_axes(program),
         }
     )
-    if obstacle is None and is_masked:
-        may_exchange = _collectives.may_exchange(backward_of(pullback))
-        obstacle = first(
-            {
+    if obstacle is None and is_masked and _collectives.may_differ():
+        backward = jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr
+        if _collectives.may_exchange(backward):
+            return (
                 "the loss exchanges data between devices, one of which may have a "
-                "micro-batch of weight 0": may_exchange
-            }
-        )
+                "micro-batch of weight 0"
+            )
     return obstacle
 
 
 def first(obstacles: Mapping[str, Any]) -> str | None:
     """The first one that is there."""
     return next((name for name, is_there in obstacles.items() if is_there), None)
-
-
-def backward_of(pullback: Pullback) -> Any:
-    """The backward pass, traced."""
-    return jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr

@@ -93,13 +93,18 @@ def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
     return jax.tree.map(choose, tree)
 
 
+def may_differ() -> bool:
+    """Whether devices may differ in what they do here: in a `shard_map` or `pmap`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def may_exchange(jaxpr: Any) -> bool:
     """Whether devices that may differ in what they do meet in `jaxpr`.
 
     There no branch may depend on a device's own values: the others would wait forever.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes:
+    if not may_differ():
         # Any `jax.shard_map` in `jaxpr` is run by all of its devices alike.
         return bool(_named_axes(jaxpr, _SILENT))
     others = set(mesh.axis_names) - set(mesh.manual_axes)
