@@ -481,7 +481,7 @@ def check(rows: list[Row]) -> str:
             f"{layers} layers: straight into the sum, {saved[0]:.2f} times the "
             f"parameters less in one step, {saved[1]:.2f} less across steps"
         )
-        if layers == SCANNED and not min(saved) > 0.5:
+        if layers == SCANNED and not min(saved) > 0.75:
             raise SystemExit(lines[-1])
     return "\n".join(lines)
 
