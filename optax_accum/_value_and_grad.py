@@ -179,15 +179,14 @@ def value_and_grad(
       13.0 13.0
 
     Note: Gradients in place
-      The backward pass adds each gradient straight into its sum, with the weight as its
-      cotangent, so that a whole gradient never exists. If that cannot be, it is
-      computed first and added after, and the result is the same: before JAX 0.11; for
-      `skip` and `noise_scale`, which read gradients; for leaves whose sum has another
-      dtype, as of bfloat16 parameters; for a weighted mean of a loss that computes in
-      float16 or is no float32; for one that exchanges data between devices while some
-      may have weight 0; for a `jax.Ref` in `fun`; for leaves that are overwritten, no
-      floats, or tagged ``reduced``; with `holomorphic` or a named axis of `jax.vmap` in
-      `fun`.
+      The backward pass adds each gradient straight into its sum, so that a whole
+      gradient never exists. If that cannot be, it is computed first and added after,
+      and the result is the same: before JAX 0.11; for `skip` and `noise_scale`, which
+      read gradients; for leaves whose sum has another dtype, as of bfloat16 parameters,
+      or is narrower than float32; in a weighted mean, if `fun` exchanges data between
+      devices, of which one may have weight 0; for a `jax.Ref` in `fun`; for leaves that
+      are overwritten, no floats, or tagged ``reduced``; with `holomorphic`, or if `fun`
+      names an axis of `jax.vmap`.
 
     Note: Micro-batches of weight 0
       In a ``"mean"`` they contribute nothing, even if their gradient is NaN, and leave
