@@ -15,6 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_accum import (
+    _backward,
     _boundary,
     _eager,
     _extra_args,
@@ -94,9 +95,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         Args:
           grads: The micro-batch's gradient, built like the parameters. Integer and
             float0 leaves, ``None`` and `optax.MaskedNode` pass through to the inner
-            optimizer without an accumulator. Or its pullback, from `jax.vjp` of the
-            loss with respect to the parameters alone: the backward pass then adds the
-            gradient straight into the window (see the note in `accumulate`).
+            optimizer without an accumulator. In place of the gradient, its pullback:
+            `jax.vjp` of the loss with respect to the parameters alone. The backward
+            pass then adds the gradient straight into the window (see the note in
+            `accumulate`).
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
           weight: A real scalar >= 0: how many units (examples, tokens) this
@@ -115,7 +117,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             none.
           **extra_args: What else the inner optimizer takes. It gets them as the
             boundary micro-step gave them, except `grad`, which line searches take:
-            the very `grads` once more, gradient or pullback. Like `value` it becomes
+            the same object as `grads`. Like `value` it becomes
             the window's.
 
         Returns:
@@ -131,9 +133,9 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             or a negative number; a `grad` that is not `grads`; no `boundary` with
             ``every_k=None``; an `axis_name` that is not bound; gradients that were
             summed over it already; a state for another number of devices; a pullback
-            of something else than one real scalar, with respect to more than the
-            parameters, from another transformation, such as `optax.chain`, or together
-            with `skip`, `noise_decay` or `oa.noise.adaptive_k`.
+            of anything but one real scalar, with respect to more than the parameters,
+            from another transformation, such as `optax.chain`, or together with `skip`,
+            `noise_decay` or `oa.noise.adaptive_k`.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -327,26 +329,26 @@ def accumulate(
       >>> print(params)
       [-2. -3.]
 
-    Note:
-      A micro-batch's gradient takes as much memory as the parameters, beside the
-      window, which takes as much again. `update` and `update_params` also take its
-      pullback, ``value, pullback = jax.vjp(lambda params: loss(params, batch),
-      params)``, whose backward pass adds to the window layer by layer, so the gradient
-      is never held. That saves most with layers in a `jax.lax.scan`. The result is the
-      same, with any weight, reduction and boundary.
+    Note: Pullbacks
+      A micro-batch's gradient is as large as the parameters, and so is the window.
+      `update` and `update_params` also take its pullback, ``value, pullback =
+      jax.vjp(lambda params: loss(params, batch), params)``, whose backward pass adds to
+      the window layer by layer, so the gradient is never held. That saves most with
+      layers in a `jax.lax.scan`. The result is the same, with any weight, reduction and
+      boundary.
 
       It needs JAX 0.11 and a compiled step. On an older JAX and outside of `jax.jit`
-      the gradient is computed first and then added, as always. So it is with
-      ``every_k=1``; for the leaves whose window has another dtype than the parameter
-      (bfloat16 parameters), or a narrow one; with integers or overwritten leaves among
-      the parameters; and in a mean whose weight may be 0 on one device, if the loss
-      exchanges data between devices.
+      the gradient is computed first and then added. The same happens with
+      ``every_k=1``; for leaves whose window has another dtype than the parameter
+      (bfloat16 parameters), or is narrower than float32; with integers or overwritten
+      leaves among the parameters; and in a mean whose weight may be 0 on one device,
+      if the loss exchanges data between devices.
 
       What reads every micro-batch's gradient (`skip`, `noise_decay`,
       `oa.noise.adaptive_k`) cannot be used with pullbacks. Nor does `accumulate` take
-      one from another transformation, such as `optax.chain`, which would change what is
-      in it.
+      one from another transformation, such as `optax.chain`, which would modify it.
 
+    Note: Buffers and devices
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
 
@@ -419,6 +421,11 @@ class _MicroStep(NamedTuple):
     value: Scalar
     arguments: _optimizer.Arguments
 
+    @property
+    def is_positive(self) -> bool:
+        """Whether the weight is known to be."""
+        return bool(self.known_weight)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Accumulation:
@@ -484,8 +491,8 @@ class _Accumulation:
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
         self.check_names(extra_args, is_chained=True)
-        if _validate.is_pullback(grads):
-            _validate.comes_from_jax()
+        if _backward.is_pullback(grads):
+            _validate.not_inside_another()
         arguments = _Arguments(grads, state, params, weight, value, extra_args)
         return self._call(arguments, boundary, applies=False)
 
@@ -618,7 +625,7 @@ class _Accumulation:
 
     def _pullback_in(self, grads: Grads) -> Pullback | None:
         """The pullback that a caller has given in place of gradients, or ``None``."""
-        if not _validate.is_pullback(grads):
+        if not _backward.is_pullback(grads):
             return None
         readers = {
             "skip": self.skip is not None,
@@ -627,9 +634,9 @@ class _Accumulation:
         }
         for name in (name for name, is_given in readers.items() if is_given):
             raise ValueError(
-                f"`{name}` reads every micro-batch's gradient alone, and `grads` is "
-                "a pullback, which adds it to the window unseen. Pass the gradient, as "
-                f"jax.value_and_grad returns it, or leave `{name}` out"
+                f"`{name}` needs every micro-batch's gradient, and `grads` is a "
+                "pullback, which adds it to the window without holding it. Pass the "
+                f"gradient, as jax.value_and_grad returns it, or leave `{name}` out"
             )
         return _validate.pullback(grads)
 
@@ -650,9 +657,9 @@ class _Accumulation:
         if not self.has_accumulator:
             window = window._replace(grads=_window.zeros(step.grads))
         counted: bool | Scalar = True
-        if not step.known_weight or self.skip is not None:
+        if not step.is_positive or self.skip is not None:
             counted = _window.counts(weight, self.reduction, rejected)
-        window = _windows.add_in_place(
+        window = _windows.add_as_stored(
             window,
             step.grads,
             step.value,
@@ -689,7 +696,7 @@ class _Accumulation:
         if ends is None:
             ends = self._count_ends(step, state)
         runs = ends
-        checks_total = not step.known_weight or self.skip is not None
+        checks_total = not step.is_positive or self.skip is not None
         if checks_total and ends is not False and not self.has_devices:
             # One device knows W before the boundary, several only at it.
             runs, checks_total = ends & (window.weight != 0), False

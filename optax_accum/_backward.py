@@ -7,7 +7,7 @@ step. JAX's pullback can add to a `jax.Ref` instead, in place and layer by layer
 
 For a mean, wᵢ·gᵢ is to be added. If the backward pass is sure to give that for the
 cotangent wᵢ, it does so at no cost. If not, S is divided by wᵢ before and multiplied by
-it after, in place, which takes time but no memory.
+it after, in place: that takes time and two more roundings, but no memory.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.experimental import pallas
+from jax.experimental import pallas  # for `run_state`; there is no kernel here
 
 from optax_accum import _flow, _tree
 from optax_accum._types import Grads, Leaf, Scalar
 
 _FLOAT32 = jnp.finfo(jnp.float32)
+
+
+def is_pullback(x: Any) -> bool:
+    """Whether `x` is what `jax.vjp` returns besides the function's value."""
+    return hasattr(type(x), "with_refs")
+
+
+def arguments_of(function: Any) -> tuple[Any, ...]:
+    """What a pullback was taken with respect to, with `...` for every leaf."""
+    return jax.tree.unflatten(function.in_tree, [...] * function.in_tree.num_leaves)
+
+
+def outputs_of(function: Any) -> list[Any]:
+    """The types of what was differentiated and depends on these arguments."""
+    return [variable.aval for variable in function.jaxpr.outvars]
 
 
 class Pullback(NamedTuple):
@@ -31,17 +46,17 @@ class Pullback(NamedTuple):
     Attributes:
       function: What `jax.vjp` returned besides a scalar loss. What it was taken with
         respect to is `like`.
-      loss: ``[]``, the loss, or something of its type.
+      one: ``[]``, the cotangent 1, in the loss's type.
       like: Arrays, or shapes, of the gradient's types.
     """
 
     function: Any
-    loss: Scalar
+    one: Scalar
     like: Grads
 
     def gradients(self) -> Grads:
         """The gradient by itself."""
-        (grads,) = self.function(self._cotangent())
+        (grads,) = self.function(self.one)
         return grads
 
     def added_to(
@@ -60,8 +75,8 @@ class Pullback(NamedTuple):
           counted: As in `Window.add`.
           first: As in `Window.add`.
         """
-        cotangent, factor = self._cotangent(), None
-        if weight is not None and self._takes_weights():
+        cotangent, factor = self.one, None
+        if weight is not None and self._scales_with_cotangent():
             cotangent = cotangent * weight.astype(cotangent.dtype)
         elif weight is not None:
             factor = weight
@@ -69,21 +84,23 @@ class Pullback(NamedTuple):
         mask = None if counted is True else jnp.asarray(counted)
         return _add(sums, self, _How(cotangent, factor, mask, first))
 
-    def _cotangent(self) -> Scalar:
-        return _tree.vary_like(jnp.ones_like(self.loss), self.loss)
-
-    def _takes_weights(self) -> bool:
-        """Whether the gradient is sure to grow with the cotangent, whatever its size.
+    def _scales_with_cotangent(self) -> bool:
+        """Whether the gradient is sure to be w times as large for the cotangent w.
 
         A weight of 301 is no bfloat16, and may overflow in float16. A rule written by
         hand, with `jax.custom_vjp`, may clip.
         """
         program = self.function.jaxpr  # linear; the backward pass is its transpose
-        dtypes = [self.loss.dtype, *_flow.dtypes_in(program)]
+        dtypes = [self.one.dtype, *_flow.dtypes_in(program)]
         floating = [x for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
         has_range = all(jnp.finfo(x).maxexp >= _FLOAT32.maxexp for x in floating)
-        has_digits = jnp.finfo(self.loss.dtype).bits >= _FLOAT32.bits
+        has_digits = jnp.finfo(self.one.dtype).bits >= _FLOAT32.bits
         return has_range and has_digits and not _flow.has(program, "custom_lin")
+
+
+def one_like(loss: jax.Array) -> Scalar:
+    """The cotangent 1 of `loss`."""
+    return _tree.vary_like(jnp.ones_like(loss), loss)
 
 
 class _How(NamedTuple):
@@ -102,8 +119,7 @@ class _How(NamedTuple):
     first: Scalar | None
 
 
-# Leaves by their number among all.
-Leaves = dict[int, jax.Array]
+_Numbered = dict[int, jax.Array]  # leaves by their number among all
 
 
 def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
@@ -114,7 +130,7 @@ def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
     """
     leaves, structure = jax.tree.flatten(sums)
     like = dict(enumerate(jax.tree.leaves(pullback.like)))
-    own = {i: s for i, s in enumerate(leaves) if is_like(s, like[i])}
+    own = {i: s for i, s in enumerate(leaves) if can_add_in_place(s, like[i])}
     held = {i: _tree.zeros(x) for i, x in like.items() if i not in own}
     add = _add_in_place if own else _add_after
     own, held = add(own, held, pullback.function, how)
@@ -125,8 +141,8 @@ def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
     return jax.tree.unflatten(structure, [own[i] for i in range(len(leaves))])
 
 
-def is_like(s: jax.Array, like: Leaf) -> bool:
-    """Whether a gradient like `like` can be added to `s` in place.
+def can_add_in_place(s: jax.Array, like: Leaf) -> bool:
+    """Whether the backward pass can add a gradient like `like` to `s`.
 
     Not to a narrow sum: a parameter that is used many times is added to many times, and
     each of these small parts would be rounded against the whole window.
@@ -144,9 +160,12 @@ def _times(x: jax.Array, factor: Scalar | None) -> jax.Array:
 
 
 def _add_after(
-    own: Leaves, held: Leaves, function: Any, how: _How
-) -> tuple[Leaves, Leaves]:
-    """`own` with the gradient times the factor, and `held` with the gradient."""
+    own: _Numbered, held: _Numbered, function: Any, how: _How
+) -> tuple[_Numbered, _Numbered]:
+    """`own` with the gradient times the factor, and `held` with the gradient.
+
+    `held` is multiplied by the caller, in the sum's dtype.
+    """
     grads = dict(enumerate(jax.tree.leaves(function(how.cotangent))))
 
     def added(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -161,16 +180,16 @@ def _add_after(
     )
 
 
-# JAX neither maps a scan that adds to a ref, nor compiles one in a function with a
-# derivative of its own, as the loop is, if the ref is made by `jax.new_ref`. Both find
-# the same sum here, without refs, and without branches, through which JAX does not
-# differentiate backwards once they are mapped.
+# A scan that adds to a ref cannot be mapped by `jax.vmap`, and one whose ref comes from
+# `jax.new_ref` cannot be compiled inside a function with a derivative of its own, as
+# the loop is. So refs come from `pallas.run_state`, and where it is mapped or
+# differentiated, `_add_after` makes the same sum, without refs and branches.
 
 
 @custom_vmap
 def _add_or_map(
-    own: Leaves, held: Leaves, function: Any, how: _How
-) -> tuple[Leaves, Leaves]:
+    own: _Numbered, held: _Numbered, function: Any, how: _How
+) -> tuple[_Numbered, _Numbered]:
     """As `_add_after`, in place."""
 
     def if_counted(change: Callable[[Any], Any], x: Any) -> Any:
@@ -179,7 +198,7 @@ def _add_or_map(
             return change(x)
         return lax.cond(how.counted, change, lambda x: x, x)
 
-    def scaled(own: Leaves, factor: Scalar | None) -> Leaves:
+    def scaled(own: _Numbered, factor: Scalar | None) -> _Numbered:
         # In a branch of its own, or else XLA has a second S in between.
         if factor is None:
             return own

@@ -132,7 +132,7 @@ class Settings:
         for name, argument in call.named():
             self.devices.check_whole(name, argument)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
-        is_in_place = self.is_free(self._obstacle(call))
+        is_in_place = self.check_in_place(self._why_not_in_place(call))
         number = self.num_real_microbatches
         if number is not None:
             number = _validate.real_microbatches(number, split.num_microbatches)
@@ -181,11 +181,11 @@ class Settings:
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
 
-    def _obstacle(self, call: _arguments.Call) -> str | None:
-        """Why gradients are not to be added in place, or ``None``."""
+    def _why_not_in_place(self, call: _arguments.Call) -> str | None:
+        """Why gradients cannot be added in place, whatever the program, or ``None``."""
         own = call.differentiated
         is_floating = all(map(_tree.is_inexact, jax.tree.leaves(own)))
-        obstacles = {
+        reasons = {
             "`in_place` is False": self.in_place is False,
             "`skip` reads every micro-batch's gradient": self.skip is not None,
             "`noise_scale` reads every micro-batch's gradient": self.noise_scale,
@@ -193,20 +193,21 @@ class Settings:
             "some of what is differentiated is not floating": not is_floating,
             "some parameters are overwritten": self.overwritten.any_in(own),
         }
-        return _obstacle.first(obstacles) or _obstacle.in_jax()
+        found = (reason for reason, is_true in reasons.items() if is_true)
+        return next(found, None) or _obstacle.in_jax()
 
-    def is_free(self, obstacle: str | None) -> bool:
-        """Whether there is no obstacle to adding gradients in place.
+    def check_in_place(self, reason: str | None) -> bool:
+        """Whether gradients are added in place: there is no `reason` against it.
 
         Raises:
-          ValueError: There is, and ``in_place=True``.
+          ValueError: There is one, and ``in_place=True``.
         """
-        if obstacle is not None and self.in_place:
+        if reason is not None and self.in_place:
             raise ValueError(
-                f"`in_place=True` cannot be had here: {obstacle}. Leave `in_place` "
-                "out, and gradients are added after they have been computed"
+                f"`in_place=True` is not possible here: {reason}. Leave `in_place` "
+                "out, and gradients are computed first and then added"
             )
-        return obstacle is None
+        return reason is None
 
 
 class _Microbatch(NamedTuple):
@@ -221,13 +222,14 @@ class _Microbatch(NamedTuple):
     counted: Scalar  # whether it contributes
 
 
-class _Kind(NamedTuple):
-    """The whole micro-batches, or the smaller last one.
+class _Runner(NamedTuple):
+    """How micro-batches of one size run: the whole ones, or the smaller last one.
 
     Attributes:
       size: How many examples one has.
       run: ``run(carry, index)`` runs one.
-      weight: ``weight(carry, index)``, its weight, without running it.
+      weight: ``weight(carry, index)``, its weight, without running it. (If it runs,
+        the weight is computed twice, which depends on the arguments alone.)
     """
 
     size: int
@@ -258,19 +260,19 @@ def _check_reads(settings: Settings, grads: Grads) -> None:
                 )
 
 
-def _check_in_place(sums: Grads, grads: Grads) -> None:
-    """Raises where a sum is of another type than its gradient, with `in_place`."""
+def _why_not_all(sums: Grads, grads: Grads) -> str | None:
+    """Which leaf of `grads` cannot be added to its sum in place, or ``None``."""
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(grads), strict=True
     )
     for (path, s), g in pairs:
-        if not _backward.is_like(s, g):
-            raise ValueError(
-                f"`in_place=True` cannot be had here: {_validate.named('grads', path)} "
-                f"is {_validate.shown_type(g)}, and its sum {_validate.shown_type(s)}. "
-                "Leave `in_place` out, and such gradients are added after they have "
-                "been computed, or make both of one dtype, at least float32"
+        if not _backward.can_add_in_place(s, g):
+            return (
+                f"{_validate.named('grads', path)} is {_validate.shown_type(g)}, and "
+                f"its sum {_validate.shown_type(s)}; both must be of one dtype, at "
+                "least float32"
             )
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +290,10 @@ class _Loop:
         """One micro-batch after another, the sum over devices, and the division."""
         split, settings = self.split, self.settings
         before = _tree.strongly_typed(self.call.carry)
-        whole = self._kind(split.take, split.size)
-        last = self._kind(lambda batch, _: split.take_remainder(batch), split.remainder)
+        whole = self._runner(split.take, split.size)
+        last = self._runner(
+            lambda batch, _: split.take_remainder(batch), split.remainder
+        )
 
         indices = jnp.arange(split.whole, dtype=jnp.int32)
         last_index = jnp.asarray(split.whole, jnp.int32)
@@ -301,25 +305,23 @@ class _Loop:
             whole.run, before, is_written, indices[0]
         )
         if isinstance(shapes.grads, Pullback):
-            obstacle = _obstacle.in_program(
-                shapes.grads,
-                program,
-                is_masked=self._is_weighted,
+            reason = _obstacle.in_program(
+                shapes.grads, program, is_masked=self._may_have_weight_0
             )
-            if not settings.is_free(obstacle):
+            if not settings.check_in_place(reason):
                 return dataclasses.replace(self, is_in_place=False).run()
             shapes = shapes._replace(grads=shapes.grads.like)
         accumulators = _accumulators.plan(settings.aux, shapes.aux, split)
         leaves_out = self._may_leave_out(accumulators, program)
 
-        def step(kind: _Kind, totals: _Totals, index: Scalar) -> _Totals:
+        def step(runner: _Runner, totals: _Totals, index: Scalar) -> _Totals:
             def run(totals: _Totals) -> _Totals:
-                new = kind.run(_tree.filled(before, totals.carry), index)
-                return self._add(totals, new, accumulators, index, kind.size)
+                new = runner.run(_tree.filled(before, totals.carry), index)
+                return self._add(totals, new, accumulators, index, runner.size)
 
             if not leaves_out:
                 return run(totals)
-            weight = kind.weight(_tree.filled(before, totals.carry), index)
+            weight = runner.weight(_tree.filled(before, totals.carry), index)
             runs = _anywhere(weight != 0)
             return lax.cond(runs, run, lambda totals: totals, totals)
 
@@ -338,7 +340,7 @@ class _Loop:
                 totals = step(last, totals, last_index)
         return self._finish(totals, shapes, accumulators, before)
 
-    def _kind(self, take: Callable[[Batch, Scalar], Batch], size: int) -> _Kind:
+    def _runner(self, take: Callable[[Batch, Scalar], Batch], size: int) -> _Runner:
         """Micro-batches of `size` examples; `take` takes one out of the batch."""
 
         def arguments(carry: Tree, index: Scalar) -> tuple[list[Any], Kwargs]:
@@ -352,11 +354,11 @@ class _Loop:
         def weight(carry: Tree, index: Scalar) -> Scalar:
             return jnp.asarray(self._weight(*arguments(carry, index), size))
 
-        return _Kind(size, run, weight)
+        return _Runner(size, run, weight)
 
     @property
-    def _is_weighted(self) -> bool:
-        """Whether micro-batches of a mean may have any weight, such as 0."""
+    def _may_have_weight_0(self) -> bool:
+        """Whether a micro-batch may have weight 0, and so contribute nothing."""
         return self.settings.weight is not None and self.settings.reduction == "mean"
 
     def _may_leave_out(
@@ -368,7 +370,7 @@ class _Loop:
         """
         settings = self.settings
         return (
-            self._is_weighted
+            self._may_have_weight_0
             and not settings.weight_takes_aux
             and settings.skip is None
             and not any(accumulator.keeps_all for accumulator in accumulators)
@@ -379,9 +381,9 @@ class _Loop:
     def _some(
         self,
         number: Scalar,
-        step: Callable[[_Kind, _Totals, Scalar], _Totals],
-        whole: _Kind,
-        last: _Kind,
+        step: Callable[[_Runner, _Totals, Scalar], _Totals],
+        whole: _Runner,
+        last: _Runner,
         totals: _Totals,
     ) -> _Totals:
         """As many micro-batches as `number` says when it runs."""
@@ -420,7 +422,7 @@ class _Loop:
     @property
     def _all_count(self) -> bool:
         """Whether every micro-batch contributes for certain."""
-        return not self._is_weighted and self.settings.skip is None
+        return not self._may_have_weight_0 and self.settings.skip is None
 
     def _arguments(
         self, part: Batch, carry: Tree, index: Scalar
@@ -459,7 +461,7 @@ class _Loop:
         grads: Grads | Pullback
         if self.is_in_place:
             value, function, (aux, new_carry) = jax.vjp(unpacked, own, has_aux=True)
-            grads = Pullback(function, value, own)
+            grads = Pullback(function, _backward.one_like(value), own)
         else:
             (value, (aux, new_carry)), grads = jax.value_and_grad(
                 unpacked,
@@ -471,7 +473,7 @@ class _Loop:
             _check_reads(settings, grads)
 
         more = {"aux": lax.stop_gradient(aux)} if settings.weight_takes_aux else {}
-        weight, known = _validate.weight(
+        weight, known_weight = _validate.weight(
             self._weight(args, kwargs, size, **more),
             _tree.scalar_dtype((value, own, aux)),
         )
@@ -479,7 +481,7 @@ class _Loop:
             settings.skip, weight, grads, None, _tree.keep_inexact(own)
         )
         counted: bool | Scalar = True
-        if not known or settings.skip is not None:
+        if not known_weight or settings.skip is not None:
             counted = _window.counts(weight, settings.reduction, rejected)
         if counted is not True:
             new_carry = jax.tree.map(
@@ -535,8 +537,9 @@ class _Loop:
             measure_noise=self.settings.noise_scale,
             overwritten=self.settings.overwritten,
         )
-        if self.settings.in_place:
-            _check_in_place(window.grads, shapes.grads)
+        if self.is_in_place:
+            why_not = _why_not_all(window.grads, shapes.grads)
+            self.settings.check_in_place(why_not)
         aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
         return _Totals(window, aux, carry)
 
@@ -556,8 +559,10 @@ class _Loop:
                 new.value,
                 new.weight,
                 reduction=self.settings.reduction,
+                # What has been through `jax.jit` is no Python bool any more.
                 counted=True if self._all_count else new.counted,
-                is_weighted=self._is_weighted or size != self._examples_per_weight,
+                is_weighted=self._may_have_weight_0
+                or size != self._examples_per_weight,
                 rejected=new.rejected,
                 overwritten=self.settings.overwritten,
             ),
@@ -642,7 +647,7 @@ def _pairs(argnums: int | tuple[int, ...], own: Params) -> Any:
 
 @custom_vmap
 def _anywhere(happens: Scalar) -> Scalar:
-    """`happens`; under `jax.vmap` whether it happens anywhere, which is one branch."""
+    """`happens`; under `jax.vmap` whether any does, so that there is one branch."""
     return happens
 
 

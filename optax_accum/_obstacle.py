@@ -1,6 +1,5 @@
 """Why a gradient cannot be added straight into its sum (see `_backward`)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,8 +8,9 @@ from optax_accum import _flow, _tree
 from optax_accum._backward import Pullback
 from optax_accum.sharding import _collectives
 
-# Before, a scan that uses a parameter beside something computed from another one got
-# wrong gradients, without a word (https://github.com/jax-ml/jax/issues/32468).
+# Before 0.11, JAX silently computes wrong gradients in place for a scan that uses both
+# a parameter and something made of another one
+# (https://github.com/jax-ml/jax/issues/32468).
 _FIRST_JAX = (0, 11)
 
 
@@ -32,24 +32,17 @@ def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | No
       program: The loss, or its derivative, traced.
       is_masked: Whether a micro-batch of weight 0 must contribute nothing.
     """
-    is_partial = any(map(_tree.is_partial, jax.tree.leaves(pullback.like)))
-    obstacle = first(
-        {
-            "a parameter is tagged `reduced`": is_partial,
-            "the loss has a `jax.Ref`": _flow.has_refs(program),
-            "the loss names an axis of `jax.vmap`": _collectives.mapped_axes(program),
-        }
-    )
-    if obstacle is None and is_masked and _collectives.may_differ():
+    if any(map(_tree.is_partial, jax.tree.leaves(pullback.like))):
+        return "a parameter is tagged `reduced`"
+    if _flow.has_refs(program):
+        return "the loss has a `jax.Ref`"
+    if _collectives.mapped_axes(program):
+        return "the loss names an axis of `jax.vmap`"
+    if is_masked and _collectives.may_differ():
         backward = jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr
         if _collectives.may_exchange(backward):
             return (
                 "the loss exchanges data between devices, one of which may have a "
                 "micro-batch of weight 0"
             )
-    return obstacle
-
-
-def first(obstacles: Mapping[str, Any]) -> str | None:
-    """The first one that is there."""
-    return next((name for name, is_there in obstacles.items() if is_there), None)
+    return None

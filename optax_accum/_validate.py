@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_accum import _tree
+from optax_accum import _backward, _tree
 from optax_accum._backward import Pullback
 from optax_accum._types import DType, Grads, Params, Scalar, Tree
 
@@ -293,29 +293,26 @@ def not_a_function(grads: Grads, *like: Tree) -> None:
     if is_function and type(grads) not in map(type, like):
         raise TypeError(
             "`grads` must be the gradient, or its pullback, as jax.vjp returns it; got "
-            f"a function of type {type(grads).__name__}. Take one of the two: value, "
-            "pullback = jax.vjp(lambda params: loss(params, batch), params)"
+            f"a {type(grads).__name__}. Pass `pullback`, from value, pullback = "
+            "jax.vjp(lambda params: loss(params, batch), params)"
         )
 
 
-def is_pullback(value: Any) -> bool:
-    """Whether `value` is what `jax.vjp` returns besides the function's value."""
-    return hasattr(type(value), "with_refs")
+def not_inside_another() -> None:
+    """Raises if one of Optax's transformations has called `update` with a pullback.
 
-
-def comes_from_jax() -> None:
-    """Raises if a pullback comes from another transformation, and not from its maker.
-
-    It is a tree of all that the backward pass reads, which `optax.scale` would scale.
+    To `jax.tree.map` a pullback is a tree of all that the backward pass reads, and
+    `optax.scale` scales that, without a word. Nothing in it shows this afterwards; only
+    the frames of the call tell who is between.
     """
     frame = inspect.currentframe()
     while frame is not None and _package_of(frame) == __name__.partition(".")[0]:
         frame = frame.f_back
     if frame is not None and _package_of(frame) == "optax":
         raise ValueError(
-            "`grads` is a pullback, and comes through another of Optax's "
-            "transformations, which would have changed what it is made of. Put the "
-            "others inside, oa.accumulate(optax.chain(...)), or pass gradients"
+            "`grads` is a pullback, and `accumulate` is inside another transformation, "
+            "which cannot handle one. Put the others inside, "
+            "oa.accumulate(optax.chain(...)), or pass gradients"
         )
 
 
@@ -325,28 +322,25 @@ def _package_of(frame: Any) -> str:
 
 def pullback(value: Any) -> Pullback:
     """One of a scalar loss with respect to one argument."""
-    wrt = jax.tree.unflatten(value.in_tree, [...] * value.in_tree.num_leaves)
+    wrt, outputs = _backward.arguments_of(value), _backward.outputs_of(value)
     if len(wrt) != 1:
         raise ValueError(
             "`grads` must be a pullback with respect to the parameters alone; got one "
             f"with respect to {len(wrt)} arguments. Close over the others: "
             "jax.vjp(lambda params: loss(params, batch), params)"
         )
-    # What does not depend on the parameters is left out here.
-    outputs = [variable.aval for variable in value.jaxpr.outvars]
     is_scalar = all(_is_real_scalar(output) for output in outputs)
     if value.out_tree != jax.tree.structure(0) or not is_scalar:
         shown = ", ".join(map(shown_type, outputs))
         raise ValueError(
             "`grads` must be the pullback of a real scalar, the loss; got one of "
-            f"{value.out_tree.num_leaves} outputs: {shown}. Reduce the loss over the "
-            "micro-batch, with jnp.mean, say; if it returns (loss, aux), pass "
-            "has_aux=True to jax.vjp"
+            f"{shown}. Reduce the loss over the micro-batch, with jnp.mean, say; if it "
+            "returns (loss, aux), pass has_aux=True to jax.vjp"
         )
-    loss = jnp.ones([], outputs[0].dtype if outputs else jnp.float32)
-    if outputs:
-        loss = _tree.vary_over(outputs[0].mat.varying, loss)
-    unlike = Pullback(value, loss, like=None)
+    one = jnp.ones([], jnp.float32)
+    if outputs:  # if the loss depends on the parameters
+        one = _tree.vary_over(outputs[0].mat.varying, one.astype(outputs[0].dtype))
+    unlike = Pullback(value, one, like=None)
     return unlike._replace(like=jax.eval_shape(unlike.gradients))
 
 

@@ -120,9 +120,9 @@ def value_and_grad(
       accumulator_dtype: The dtype of the sums. By default at least float32 and never
         less than the gradient's own. The result has the parameters' dtypes.
       in_place: Whether the backward pass adds each gradient straight into the sum, so
-        that no micro-batch's gradient is held by itself. By default it does wherever it
-        can; ``True`` is an error, with the reason, where it cannot; ``False``: it does
-        not. See below.
+        that no micro-batch's gradient is ever held. ``None``: wherever that is
+        possible. ``True``: an error, with the reason, if it is not. ``False``: never.
+        See "Gradients in place" below.
       aux: What becomes of auxiliary outputs: ``"stack"``, ``"concat"``, ``"mean"``,
         ``"sum"``, ``"last"``, or a tree of these; see below.
       carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
@@ -147,7 +147,7 @@ def value_and_grad(
       TypeError: An option of another type. At the call: `fun` does not return a real
         scalar, or a carry of another type than it took.
       ValueError: Options that do not fit each other. At the call: ``in_place=True``
-        where that cannot be; a size that does not
+        where that is not possible; a size that does not
         fit the batch; leaves with different numbers of examples; an argument with two
         roles, or none of that position or name; an argument that looks like a batch
         or a raw key and is not named as one, or a closure over such a thing; an `aux`
@@ -180,13 +180,15 @@ def value_and_grad(
 
     Note: Gradients in place
       The backward pass adds each gradient straight into its sum, so that a whole
-      gradient never exists. If that cannot be, it is computed first and added after,
-      and the result is the same: before JAX 0.11; for `skip` and `noise_scale`, which
-      read gradients; for leaves whose sum has another dtype, as of bfloat16 parameters,
-      or is narrower than float32; in a weighted mean, if `fun` exchanges data between
-      devices, of which one may have weight 0; for a `jax.Ref` in `fun`; for leaves that
-      are overwritten, no floats, or tagged ``reduced``; with `holomorphic`, or if `fun`
-      names an axis of `jax.vmap`.
+      gradient never exists. If that is not possible, it is computed first and then
+      added, with the same result:
+
+      * before JAX 0.11, and with `skip` and `noise_scale`, which read gradients;
+      * for leaves whose sum has another dtype, as those of bfloat16 parameters do, or
+        is narrower than float32;
+      * for all leaves, if one is overwritten, not floating or tagged ``reduced``;
+      * if `fun` exchanges data between devices, and `weight` may be 0 on one of them;
+      * if `fun` has a `jax.Ref`, is `holomorphic`, or names an axis of `jax.vmap`.
 
     Note: Micro-batches of weight 0
       In a ``"mean"`` they contribute nothing, even if their gradient is NaN, and leave
@@ -305,6 +307,8 @@ def value_and_grad(
             sizes[name] = _validate.whole_number(name, size)
     if not isinstance(unroll, bool):
         unroll = _validate.whole_number("unroll", unroll, "a bool or an int >= 1")
+    if in_place not in (None, True, False):
+        raise TypeError(f"`in_place` must be None, True or False; got {in_place!r}")
     settings = Settings(
         fun=fun,
         roles=roles,

@@ -94,9 +94,9 @@ def add(
 ) -> Tree:
     """S with one more micro-batch in it, in the dtypes of `sums`.
 
-    On the `first` micro-step of a window the sums start again. That select is the only
-    thing that clears a window: no buffer is rewritten with zeros, and a NaN never
-    outlives its window.
+    On the `first` micro-step of a window the sums start again. That select clears the
+    window (`_backward` has a branch instead): no buffer is rewritten with zeros, and a
+    NaN never outlives its window.
     """
 
     def add_leaf(s: jax.Array, x: Leaf) -> jax.Array:
@@ -291,7 +291,7 @@ class Window(NamedTuple):
           counted: ``bool[]``, whether it does, from `counts`; True if that is certain.
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
-          is_weighted: Whether its weight may be another one than 1.
+          is_weighted: False if its weight is known to be 1.
           overwritten: Which leaves are no gradients.
         """
         how: Any = {"counted": counted, "first": first}

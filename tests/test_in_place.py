@@ -637,7 +637,7 @@ def test_gradients_that_cannot_be_added_in_place_are_added_after(name):
             close(*(jnp.asarray(z).astype(jnp.complex64) for z in (x, y)), tolerance)
     if not ADDS_IN_PLACE:
         reason = ""  # or that JAX is too old
-    with refused("`in_place=True` cannot be had here: ", reason):
+    with refused("`in_place=True` is not possible here: ", reason):
         jax.jit(in_parts(fun, in_place=True, **options))(params, batch)
 
 
@@ -673,7 +673,7 @@ def check_refused(reason, run, wanted):
     for in_place in (None, False):
         close(run(in_place), wanted)
     reason = reason if ADDS_IN_PLACE else "is older than 0.11"
-    with refused("`in_place=True` cannot be had here: ", reason):
+    with refused("`in_place=True` is not possible here: ", reason):
         run(True)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optax_accum import _state, _validate, _window
+from optax_accum import _backward, _state, _validate, _window
 from optax_accum._accumulate import reduction_of
 from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum._updates import apply_updates
@@ -78,7 +78,7 @@ def apply(
 
 def as_gradients(grads: Grads) -> Grads:
     """`grads`, computed if it is a pullback."""
-    if not _validate.is_pullback(grads):
+    if not _backward.is_pullback(grads):
         return grads
     return _validate.pullback(grads).gradients()
 

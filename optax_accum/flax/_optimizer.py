@@ -8,7 +8,7 @@ from flax.nnx.filterlib import Filter
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from optax_accum import _validate
+from optax_accum import _backward, _validate
 from optax_accum._accumulate import Boundary
 from optax_accum._types import AxisName, Params
 from optax_accum.flax import _accumulating, _module
@@ -100,9 +100,10 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
             )
         mode = {"graph": self.graph} if hasattr(self, "graph") else {}  # Flax 0.12.8 on
         params = nnx.as_pure(nnx.state(model, self.wrt, **mode))
-        if callable(grads):
-            _check_pullback(grads, params)
+        if _backward.is_pullback(grads):
+            _check_wrt(grads, params)
         else:
+            _validate.not_a_function(grads)
             grads = nnx.as_pure(nnx.state(grads, self.wrt, **mode))
         params, opt_state = _accumulating.apply(
             self.tx,
@@ -118,20 +119,18 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         self.step[...] += 1
 
 
-def _check_pullback(pullback: Any, params: Params) -> None:
-    """Raises unless it is JAX's own, with respect to something like `params`."""
-    advice = (
-        "A pullback is made by optax_accum.flax.value_and_pullback(loss_fn, wrt=...), "
-        "with the `wrt` of this optimizer"
-    )
-    if not _validate.is_pullback(pullback):
-        raise TypeError(
-            f"`grads` must be gradients or JAX's own pullback; got another function, "
-            f"as nnx.vjp returns one. {advice}"
-        )
-    wrt = jax.tree.unflatten(pullback.in_tree, [...] * pullback.in_tree.num_leaves)
+def _check_wrt(pullback: Any, params: Params) -> None:
+    """Raises unless it was taken with respect to something built like `params`."""
+    wrt = _backward.arguments_of(pullback)
     if len(wrt) == 1:
-        _validate.same_structure("grads", wrt[0], "model", params, advice)
+        _validate.same_structure(
+            "grads",
+            wrt[0],
+            "model",
+            params,
+            "A pullback is made by optax_accum.flax.value_and_pullback(loss_fn, "
+            "wrt=...), with the `wrt` of this optimizer",
+        )
 
 
 def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateSharding:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from optax_accum import _outputs, _value_and_grad
+from optax_accum import _backward, _outputs, _value_and_grad
 from optax_accum._types import Function, Params, Scalar, Tree
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
@@ -24,8 +24,8 @@ def value_and_pullback(
     the sum. With layers in a scan (`nnx.scan`, `jax.lax.scan`) that saves as much
     memory as the parameters take.
 
-    What `loss_fn` writes besides (statistics of BatchNorm, counts of random streams) is
-    in the module afterwards, as after `nnx.value_and_grad`.
+    Other variables that `loss_fn` writes (statistics of BatchNorm, counts of random
+    streams) are in the module afterwards, as after `nnx.value_and_grad`.
 
     Args:
       loss_fn: ``loss_fn(model, batch, ...)`` returns a real scalar, or with `has_aux` a
@@ -69,10 +69,10 @@ def value_and_pullback(
       0 True
 
     Note:
-      Make the pullback and use it in the same compiled function. Between two it is
-      passed as all that the backward pass reads, the activations of every layer.
+      Make the pullback and use it in the same compiled function. Passed from one to
+      another, it carries the activations of every layer.
     """
-    # A batch of one micro-batch, which is not taken apart.
+    # For what `Loss` reads of them; nothing is split.
     settings = settings_of(
         _value_and_grad.value_and_grad(
             loss_fn, 0, has_aux, num_microbatches=1, batch_argnums=()
@@ -93,15 +93,17 @@ def value_and_pullback(
         call = call.with_carry(STATE, state)
 
         def of_params(pure: Params) -> tuple[Scalar, Tree]:
-            params = jax.tree.unflatten(structure, jax.tree.leaves(pure))
-            args = [params, *call.args[1:]]
+            args = [
+                jax.tree.unflatten(structure, jax.tree.leaves(pure)),
+                *call.args[1:],
+            ]
             result = call.apply(loss.value, args, call.kwargs)
             value, aux, after = outputs.unpack(result, state)
             return value, (aux, after)
 
-        linearized: Any = jax.vjp(of_params, nnx.as_pure(params), has_aux=True)
-        value, pullback, (aux, after) = linearized
-        if not pullback.jaxpr.outvars:
+        result: Any = jax.vjp(of_params, nnx.as_pure(params), has_aux=True)
+        value, pullback, (aux, after) = result
+        if not _backward.outputs_of(pullback):
             raise ValueError(
                 "`loss_fn` must depend on variables of its first argument that `wrt` "
                 f"selects, here {wrt!r}, and it depends on none. Read the module "

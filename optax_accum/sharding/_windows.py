@@ -251,7 +251,7 @@ def stacked(state: AccumulateState) -> AccumulateState:
     return _map_local(with_leading_axis, state)
 
 
-def add_in_place(
+def add_as_stored(
     window: Window,
     grads: Grads | Pullback,
     *args: Any,
