@@ -284,17 +284,21 @@ def same_structure(
     )
 
 
-def not_a_function(grads: Grads, *like: Tree) -> None:
+def not_a_function(
+    grads: Grads,
+    *like: Tree,
+    maker: str = "jax.vjp(lambda params: loss(params, batch), params)",
+) -> None:
     """Raises if `grads` is a function, unless one of `like` is one of its type.
 
-    A loss is one, and what `jax.linearize` returns.
+    A loss is one, and what `jax.linearize` returns. `maker` is what makes a pullback.
     """
     is_function = inspect.isroutine(grads) or isinstance(grads, functools.partial)
     if is_function and type(grads) not in map(type, like):
         raise TypeError(
             "`grads` must be the gradient, or its pullback, as jax.vjp returns it; got "
-            f"a {type(grads).__name__}. Pass `pullback`, from value, pullback = "
-            "jax.vjp(lambda params: loss(params, batch), params)"
+            f"a function of type {type(grads).__name__}. Pass `pullback`, from value, "
+            f"pullback = {maker}"
         )
 
 

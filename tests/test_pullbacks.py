@@ -611,7 +611,7 @@ class TestErrors:
     )
     def test_what_reads_every_gradient_is_refused(self, options, name):
         tx = oa.accumulate(SGD, **({"every_k": K} | options))
-        words = (name, "every micro-batch's gradient alone", "jax.value_and_grad")
+        words = (name, "every micro-batch's gradient", "jax.value_and_grad")
         with refused(*words, name):
             traced(tx, loss)
 

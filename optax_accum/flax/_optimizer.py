@@ -103,7 +103,8 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         if _backward.is_pullback(grads):
             _check_wrt(grads, params)
         else:
-            _validate.not_a_function(grads)
+            maker = "optax_accum.flax.value_and_pullback(loss_fn)(model, batch)"
+            _validate.not_a_function(grads, maker=maker)
             grads = nnx.as_pure(nnx.state(grads, self.wrt, **mode))
         params, opt_state = _accumulating.apply(
             self.tx,
