@@ -344,6 +344,10 @@ def accumulate(
       leaves among the parameters; and in a mean whose weight may be 0 on one device,
       if the loss exchanges data between devices.
 
+      A loss that looks rows up with a `fill_value` at negative indices out of bounds
+      needs gradients: JAX 0.12 adds to another row in place, and a pullback does not
+      show it.
+
       What reads every micro-batch's gradient (`skip`, `noise_decay`,
       `oa.noise.adaptive_k`) cannot be used with pullbacks. Nor does `accumulate` take
       one from another transformation, such as `optax.chain`, which would modify it.
@@ -561,7 +565,12 @@ class _Accumulation:
         returned, or added to the parameters.
         """
         step = self._check(arguments, boundary, applies=applies)
-        state = self._add(step)
+        try:
+            state = self._add(step)
+        except _backward.NotInPlaceError:
+            grads = _validate.pullback(arguments.grads).gradients()
+            arguments = arguments._replace(grads=grads)
+            return self._micro_step(arguments, boundary, applies=applies)
         closing = self._decide(step, state)
         optimizer = self._bind_optimizer(step, closing)
         closing = _boundary.with_branches(closing, optimizer)

@@ -24,6 +24,10 @@ from optax_accum._types import Grads, Leaf, Scalar
 
 _FLOAT32 = jnp.finfo(jnp.float32)
 
+# The primitives whose backward pass is a user's function, which may clip, or a solver,
+# which may stop at a tolerance that does not grow with the cotangent.
+_BY_HAND = ("custom_lin", "linear_call", "custom_transpose_call", "custom_linear_solve")
+
 
 def is_pullback(x: Any) -> bool:
     """Whether `x` is what `jax.vjp` returns besides the function's value."""
@@ -38,6 +42,10 @@ def arguments_of(function: Any) -> tuple[Any, ...]:
 def outputs_of(function: Any) -> list[Any]:
     """The types of what was differentiated and depends on these arguments."""
     return [variable.aval for variable in function.jaxpr.outvars]
+
+
+class NotInPlaceError(Exception):
+    """JAX cannot add some gradient in place; its message is the reason."""
 
 
 class Pullback(NamedTuple):
@@ -87,15 +95,23 @@ class Pullback(NamedTuple):
     def _scales_with_cotangent(self) -> bool:
         """Whether the gradient is sure to be w times as large for the cotangent w.
 
-        A weight of 301 is no bfloat16, and may overflow in float16. A rule written by
-        hand, with `jax.custom_vjp`, may clip.
+        A weight of 301 is no bfloat16, and may overflow in float16, or where float16 is
+        emulated. A rule written by hand, with `jax.custom_vjp`, may clip.
         """
         program = self.function.jaxpr  # linear; the backward pass is its transpose
         dtypes = [self.one.dtype, *_flow.dtypes_in(program)]
         floating = [x for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
         has_range = all(jnp.finfo(x).maxexp >= _FLOAT32.maxexp for x in floating)
         has_digits = jnp.finfo(self.one.dtype).bits >= _FLOAT32.bits
-        return has_range and has_digits and not _flow.has(program, "custom_lin")
+        equations = _flow.equations_in(program)
+        return has_range and has_digits and all(map(_keeps_range, equations))
+
+
+def _keeps_range(equation: Any) -> bool:
+    """Whether what `equation` makes of a cotangent is sure to grow with it."""
+    if equation.primitive.name == "reduce_precision":
+        return equation.params["exponent_bits"] >= _FLOAT32.nexp
+    return equation.primitive.name not in _BY_HAND
 
 
 def one_like(loss: jax.Array) -> Scalar:
@@ -215,7 +231,12 @@ def _add_or_map(
         # In a branch: a select would read and write S on every micro-step.
         own = lax.cond(how.first, _tree.zeros, lambda own: own, own)
     own = scaled(own, None if how.factor is None else 1 / how.factor)
-    own, held = if_counted(pallas.run_state(run), (own, held))
+    try:
+        own, held = if_counted(pallas.run_state(run), (own, held))
+    except (NotImplementedError, AssertionError) as error:
+        # For a parameter behind a barrier, say, or one that a scan goes through and
+        # closes over. JAX says so in one way or another while it traces.
+        raise NotInPlaceError("JAX cannot add one of its gradients in place") from error
     return scaled(own, how.factor), held
 
 

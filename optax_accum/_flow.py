@@ -107,10 +107,10 @@ def functions_in(equation: Any) -> Iterator[Any]:
             yield function
 
 
-def has(jaxpr: Any, primitive: str) -> bool:
-    """Whether this primitive is anywhere in `jaxpr`."""
-    equations = (e for part in with_inner(jaxpr) for e in part.eqns)
-    return any(equation.primitive.name == primitive for equation in equations)
+def equations_in(jaxpr: Any) -> Iterator[Any]:
+    """Those of `jaxpr`, and of all functions that are called anywhere in it."""
+    for part in with_inner(jaxpr):
+        yield from part.eqns
 
 
 def dtypes_in(jaxpr: Any) -> set[Any]:

@@ -287,6 +287,14 @@ class _Loop:
     is_in_place: bool  # whether gradients are added by the backward pass
 
     def run(self) -> Result:
+        """In place, or if that cannot be after all, not."""
+        try:
+            return self._run()
+        except _backward.NotInPlaceError as error:
+            self.settings.check_in_place(str(error))
+        return dataclasses.replace(self, is_in_place=False).run()
+
+    def _run(self) -> Result:
         """One micro-batch after another, the sum over devices, and the division."""
         split, settings = self.split, self.settings
         before = _tree.strongly_typed(self.call.carry)
@@ -305,11 +313,11 @@ class _Loop:
             whole.run, before, is_written, indices[0]
         )
         if isinstance(shapes.grads, Pullback):
-            reason = _obstacle.in_program(
+            reason = _obstacle.in_forward_pass(program) or _obstacle.in_program(
                 shapes.grads, program, is_masked=self._may_have_weight_0
             )
-            if not settings.check_in_place(reason):
-                return dataclasses.replace(self, is_in_place=False).run()
+            if reason is not None:
+                raise _backward.NotInPlaceError(reason)
             shapes = shapes._replace(grads=shapes.grads.like)
         accumulators = _accumulators.plan(settings.aux, shapes.aux, split)
         leaves_out = self._may_leave_out(accumulators, program)

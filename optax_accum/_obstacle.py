@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from optax_accum import _flow, _tree
 from optax_accum._backward import Pullback
@@ -38,11 +39,33 @@ def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | No
         return "the loss has a `jax.Ref`"
     if _collectives.mapped_axes(program):
         return "the loss names an axis of `jax.vmap`"
-    if is_masked and _collectives.may_differ():
-        backward = jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr
-        if _collectives.may_exchange(backward):
-            return (
-                "the loss exchanges data between devices, one of which may have a "
-                "micro-batch of weight 0"
-            )
+    # In a `jax.shard_map` over some axes JAX traces no backward pass of shapes.
+    if is_masked and (
+        _collectives.compiler_may_exchange()
+        or (_collectives.may_differ() and _exchanges(pullback))
+    ):
+        return (
+            "the loss exchanges data between devices, one of which may have a "
+            "micro-batch of weight 0"
+        )
+    return None
+
+
+def _exchanges(pullback: Pullback) -> bool:
+    backward = jax.make_jaxpr(Pullback.gradients)(pullback).jaxpr
+    return _collectives.may_exchange(backward)
+
+
+def in_forward_pass(program: Any) -> str | None:
+    """What is in the way in the traced loss, and no more to be seen in its derivative.
+
+    A gather may fill in what is out of bounds. JAX 0.12 adds the gradient of such an
+    entry in place, to another row, if its index is negative. (Where NaN is filled in,
+    nothing is right.)
+    """
+    for equation in _flow.equations_in(program):
+        if equation.primitive.name == "gather":
+            fill = equation.params["fill_value"]
+            if fill is not None and not np.isnan(fill):
+                return "the loss has a gather with a `fill_value`"
     return None

@@ -188,7 +188,8 @@ def value_and_grad(
         is narrower than float32;
       * for all leaves, if one is overwritten, not floating or tagged ``reduced``;
       * if `fun` exchanges data between devices, and `weight` may be 0 on one of them;
-      * if `fun` has a `jax.Ref`, is `holomorphic`, or names an axis of `jax.vmap`.
+      * if `fun` has a `jax.Ref` or a gather with a `fill_value`, is `holomorphic`, or
+        names an axis of `jax.vmap`, and wherever else JAX cannot add in place.
 
     Note: Micro-batches of weight 0
       In a ``"mean"`` they contribute nothing, even if their gradient is NaN, and leave

@@ -484,14 +484,23 @@ def test_a_device_whose_micro_batch_has_no_weight_meets_the_others(fun, way):
 
 
 @pytest.mark.several_devices
-@pytest.mark.parametrize("axis_name", [slow(None), AXIS])
-def test_a_checking_shard_map_over_some_axes_adds_in_place(axis_name):
+@pytest.mark.parametrize(
+    ("axis_name", "weight"),
+    [pytest.param(None, None, marks=pytest.mark.slow), (AXIS, None), (AXIS, count)],
+)
+def test_a_checking_shard_map_over_some_axes_equals_the_whole(axis_name, weight):
     """With an axis that the compiler has, no branch may differ between devices."""
     shape = (COUNT // 2, 2)
     mesh = jax.make_mesh(shape, (AXIS, "model"), axis_types=(AxisType.Auto,) * 2)
 
     def local(params, batch):
-        f = in_parts(masked(dense), num_microbatches=2, axis_name=axis_name)
+        f = in_parts(
+            masked(dense),
+            num_microbatches=2,
+            axis_name=axis_name,
+            weight=weight,
+            in_place=None if weight else IN_PLACE,
+        )
         params = jax.lax.pcast(params, AXIS, to="varying")
         return jax.lax.pmean(f(params, batch), AXIS)
 
@@ -564,6 +573,64 @@ def doubled(x):
 doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
 
 
+def held(*arrays):
+    return jax.lax.optimization_barrier(arrays)
+
+
+def behind_a_barrier(params, batch):
+    return masked(dense)(held(params)[0], batch)
+
+
+def behind_a_barrier_in_a_loop(params, batch):
+    def layer(x, w):
+        x, w = held(x, w)
+        return jnp.tanh(x @ w), None
+
+    return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+
+
+def scanned_and_closed_over(params, batch):
+    def layer(x, w):
+        return jnp.tanh(x @ w + x @ params[0]), None
+
+    return jnp.mean(jax.lax.scan(layer, batch["x"], params)[0] ** 2)
+
+
+def filled(params, batch):
+    """Some indices are out of bounds, at either end."""
+    ids = jnp.round(20 * batch["x"][:, 0]).astype(jnp.int32)
+    rows = params.at[ids].get(mode="fill", fill_value=0.0)
+    return jnp.mean((rows + 1) ** 2)
+
+
+def small(params, batch):
+    return count(params, batch).astype(jnp.float32) * 1e-3
+
+
+def clipped_backwards(params, batch):
+    def same(_, x):
+        return x
+
+    def clip(_, cotangent):
+        return jnp.clip(cotangent, -0.01, 0.01)
+
+    x = jax.custom_derivatives.linear_call(same, clip, (), batch["x"] @ params["w"])
+    return jnp.mean(x**2)
+
+
+def solved_to_a_tolerance(params, batch):
+    def around(v):
+        return v + 0.1 * params["w"] @ (params["w"].T @ v)
+
+    cg = jax.scipy.sparse.linalg.cg
+    return jnp.mean(cg(around, batch["x"].mean(0), tol=0, atol=1e-2)[0] ** 2)
+
+
+def through_few_exponents(params, batch):
+    x = jax.lax.reduce_precision(batch["x"] @ params["w"], 5, 10)
+    return jnp.sum(x**2)
+
+
 class Case(NamedTuple):
     reason: str
     fun: Any = masked(dense)
@@ -599,6 +666,14 @@ CASES = {
         {"own": MODELS[dense], "_overwrite_with_gradient": jnp.float32(1)},
         {"overwrite": {"_overwrite_with_gradient": "last"}.get},
     ),
+    "barrier": Case("JAX cannot add", behind_a_barrier),
+    "barrier in a loop": Case(
+        "JAX cannot add", behind_a_barrier_in_a_loop, normal(2, 3, 3)
+    ),
+    "scanned and closed over": Case(
+        "JAX cannot add", scanned_and_closed_over, normal(2, 3, 3)
+    ),
+    "fill_value": Case("a gather with a `fill_value`", filled, normal(7, 4)),
     "bfloat16 leaf": Case(
         "is bfloat16[2], and its sum float32[2]", widened, bfloat16_bias, {}, 1e-2
     ),
@@ -616,7 +691,7 @@ CASES = {
     ),
 }
 
-LIKE_OTHERS = ("overwrite",)
+LIKE_OTHERS = ("overwrite", "barrier")
 
 
 @pytest.mark.parametrize(
@@ -649,6 +724,24 @@ WEIGHTED = {
     "custom_vjp": (with_own_rule, {"weight": count}, 1e-5),
     "custom_vjp, ragged": (with_own_rule, RAGGED, 1e-5),
 }
+
+
+BY_HAND = {
+    "linear_call": (clipped_backwards, large),
+    "a solver": (solved_to_a_tolerance, small),
+    "reduce_precision": (through_few_exponents, large),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_backward_pass_that_does_not_grow_with_the_weight_sees_none(name):
+    fun, weight = BY_HAND[name]
+    params, batch = MODELS[dense], make_batch() | {"valid": jnp.ones(B, bool)}
+    got, wanted = (
+        jax.jit(in_parts(fun, in_place=in_place, weight=weight))(params, batch)
+        for in_place in (IN_PLACE, False)
+    )
+    close(got, wanted)
 
 
 @pytest.mark.parametrize(

@@ -522,6 +522,20 @@ class TestOptax:
         with refused("`grads` is a pullback", "Put the others inside", "gradients"):
             traced(tx, unmasked)
 
+    @pytest.mark.parametrize("is_closed_over", [True, False])
+    def test_what_jax_cannot_add_in_place_is_added_after(self, is_closed_over):
+        def deep(params, x, mask):
+            del mask
+
+            def layer(h, w):
+                first = params["w"][0] if is_closed_over else 0
+                return jnp.tanh(lax.optimization_barrier(w) * h + first), None
+
+            return jnp.mean(lax.scan(layer, x, params["w"])[0] ** 2)
+
+        params, tx = {"w": jnp.linspace(0.1, 1, 4)}, oa.accumulate(SGD, K)
+        close(*(train(tx, t, params=params, loss=deep)[0] for t in TAKES))
+
     @pytest.mark.slow
     def test_inside_of_another_accumulate(self):
         tx = oa.accumulate(oa.accumulate(SGD, 2), K)

@@ -103,16 +103,18 @@ def may_exchange(jaxpr: Any) -> bool:
 
     There no branch may depend on a device's own values: the others would wait forever.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     if not may_differ():
         # Any `jax.shard_map` in `jaxpr` is run by all of its devices alike.
         return bool(_named_axes(jaxpr, _SILENT))
-    others = set(mesh.axis_names) - set(mesh.manual_axes)
-    # Over the other axes the compiler exchanges what it must.
-    compiled_for_several = any(mesh.shape[name] > 1 for name in others)
-    return compiled_for_several or any(
+    return compiler_may_exchange() or any(
         _named_axes(part, _SILENT) for part in _flow.with_inner(jaxpr)
     )
+
+
+def compiler_may_exchange() -> bool:
+    """Whether a `jax.shard_map` leaves axes to the compiler, which does as it must."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return may_differ() and set(mesh.axis_names) != set(mesh.manual_axes)
 
 
 def mapped_axes(jaxpr: Any) -> frozenset[Any]:
