@@ -287,11 +287,12 @@ class _Loop:
     is_in_place: bool  # whether gradients are added by the backward pass
 
     def run(self) -> Result:
-        """In place, or if that cannot be after all, not."""
+        """The result; with gradients in place, if nothing is in the way."""
         try:
             return self._run()
         except _backward.NotInPlaceError as error:
-            self.settings.check_in_place(str(error))
+            reason = str(error)
+        self.settings.check_in_place(reason)
         return dataclasses.replace(self, is_in_place=False).run()
 
     def _run(self) -> Result:
@@ -374,7 +375,7 @@ class _Loop:
     ) -> bool:
         """Whether a micro-batch of weight 0 need not run at all.
 
-        Its weight must be known before, and nobody may wait for what it would give.
+        Its weight must be known before, and nothing may need what it would give.
         """
         settings = self.settings
         return (

@@ -512,7 +512,7 @@ class TestOptax:
         ],
     )
     def test_from_another_transformation_a_pullback_is_refused(self, around):
-        """It would be another one, of which nobody would know: it is a tree to JAX."""
+        """It would have been changed without a word: it is a tree to JAX."""
         tx = around(oa.accumulate(SGD, K))
 
         def unmasked(params, x, mask):
