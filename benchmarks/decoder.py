@@ -46,6 +46,7 @@ from optax import microbatching
 
 import optax_accum as oa
 from benchmarks import shared
+from optax_accum.diagnose._memory import Memory
 from tests.support import hlo
 
 K = 4
@@ -382,24 +383,13 @@ def measure_part(
             parameters=sum(p.size for p in jax.tree.leaves(params)),
             k=K,
             temporaries=hlo.temporaries(runner.program) / nbytes,
-            in_all=in_all(runner.program) / nbytes,
+            in_all=Memory.of(runner.program).total / nbytes,
             time=shared.median_ratio(runner.seconds, runners[0].seconds),
             ms=1e3 * statistics.median(runner.seconds),
             compile_s=runner.compile_s,
         )
         for runner in runners
     ]
-
-
-def in_all(program: Any) -> int:
-    """Bytes of arguments, results and temporaries; donated ones count once."""
-    memory = program.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
 
 
 def tables(rows: list[Row]) -> list[shared.Table]:

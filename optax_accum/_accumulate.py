@@ -116,9 +116,8 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             window, as the gradients are. Give it on every micro-step of a window or on
             none.
           **extra_args: What else the inner optimizer takes. It gets them as the
-            boundary micro-step gave them, except `grad`, which line searches take:
-            the same object as `grads`. Like `value` it becomes
-            the window's.
+            boundary micro-step gave them, except `grad`, which line searches take: the
+            same object as `grads`. Like `value` it becomes the window's.
 
         Returns:
           ``(updates, state)``. Off the boundary the updates are zeros.
@@ -651,13 +650,11 @@ class _Accumulation:
 
     def _adds_in_place(self, pullback: Pullback, *, is_masked: bool) -> bool:
         """Whether the backward pass can add to the window."""
-        leaves = jax.tree.leaves(pullback.like)
-        if not self.has_accumulator or not all(map(_tree.is_inexact, leaves)):
-            return False
-        if _obstacle.in_jax() or self.overwritten.any_in(pullback.like):
-            return False
         linear = pullback.function.jaxpr
-        return not _obstacle.in_program(pullback, linear, is_masked=is_masked)
+        return self.has_accumulator and not (
+            _obstacle.in_parameters(pullback.like, self.overwritten)
+            or _obstacle.in_program(pullback, linear, is_masked=is_masked)
+        )
 
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""

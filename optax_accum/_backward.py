@@ -99,7 +99,7 @@ class Pullback(NamedTuple):
         emulated. A rule written by hand, with `jax.custom_vjp`, may clip.
         """
         program = self.function.jaxpr  # linear; the backward pass is its transpose
-        dtypes = [self.one.dtype, *_flow.dtypes_in(program)]
+        dtypes = [*_tree.dtypes_of((self.one, self.like)), *_flow.dtypes_in(program)]
         floating = [x for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
         has_range = all(jnp.finfo(x).maxexp >= _FLOAT32.maxexp for x in floating)
         has_digits = jnp.finfo(self.one.dtype).bits >= _FLOAT32.bits

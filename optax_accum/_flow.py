@@ -114,12 +114,11 @@ def equations_in(jaxpr: Any) -> Iterator[Any]:
 
 
 def dtypes_in(jaxpr: Any) -> set[Any]:
-    """The dtypes of all variables in `jaxpr`."""
+    """The dtypes of all that is computed in `jaxpr`, inner functions included."""
     return {
         variable.aval.dtype
-        for part in with_inner(jaxpr)
-        for variables in (part.invars, *(equation.outvars for equation in part.eqns))
-        for variable in variables
+        for equation in equations_in(jaxpr)
+        for variable in equation.outvars
         if hasattr(variable.aval, "dtype")
     }
 

@@ -183,18 +183,15 @@ class Settings:
 
     def _why_not_in_place(self, call: _arguments.Call) -> str | None:
         """Why gradients cannot be added in place, whatever the program, or ``None``."""
-        own = call.differentiated
-        is_floating = all(map(_tree.is_inexact, jax.tree.leaves(own)))
-        reasons = {
-            "`in_place` is False": self.in_place is False,
-            "`skip` reads every micro-batch's gradient": self.skip is not None,
-            "`noise_scale` reads every micro-batch's gradient": self.noise_scale,
-            "the loss is complex, as `holomorphic` says": self.holomorphic,
-            "some of what is differentiated is not floating": not is_floating,
-            "some parameters are overwritten": self.overwritten.any_in(own),
-        }
-        found = (reason for reason, is_true in reasons.items() if is_true)
-        return next(found, None) or _obstacle.in_jax()
+        if self.in_place is False:
+            return "`in_place` is False"
+        if self.skip is not None:
+            return "`skip` reads every micro-batch's gradient"
+        if self.noise_scale:
+            return "`noise_scale` reads every micro-batch's gradient"
+        if self.holomorphic:
+            return "the loss is complex, as `holomorphic` says"
+        return _obstacle.in_parameters(call.differentiated, self.overwritten)
 
     def check_in_place(self, reason: str | None) -> bool:
         """Whether gradients are added in place: there is no `reason` against it.

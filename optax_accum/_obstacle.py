@@ -7,6 +7,8 @@ import numpy as np
 
 from optax_accum import _flow, _tree
 from optax_accum._backward import Pullback
+from optax_accum._overwrite import Overwritten
+from optax_accum._types import Params
 from optax_accum.sharding import _collectives
 
 # Before 0.11, JAX silently computes wrong gradients in place for a scan that uses both
@@ -23,6 +25,15 @@ def in_jax() -> str | None:
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return "`jax.disable_jit` is on"
     return None
+
+
+def in_parameters(params: Params, overwritten: Overwritten) -> str | None:
+    """What is in the way in any program of these parameters, or ``None``."""
+    if not all(map(_tree.is_inexact, jax.tree.leaves(params))):
+        return "some of what is differentiated is not floating"
+    if overwritten.any_in(params):
+        return "some parameters are overwritten"
+    return in_jax()
 
 
 def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | None:

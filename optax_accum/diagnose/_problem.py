@@ -350,7 +350,7 @@ class Problem:
         """The narrowest floating dtype that `fun` or its gradient computes in."""
         arrays, function = self._traceable(self._at_once())
         jaxpr = jax.make_jaxpr(function)(arrays).jaxpr
-        dtypes = {d for d in _dtypes(jaxpr) if jnp.issubdtype(d, jnp.inexact)}
+        dtypes = {d for d in _flow.dtypes_in(jaxpr) if jnp.issubdtype(d, jnp.inexact)}
         return max(dtypes, key=lambda d: jnp.finfo(d).eps, default=np.dtype("float32"))
 
     def _at_once(self) -> Settings:
@@ -424,14 +424,3 @@ def _wide(x: ArrayLike) -> np.ndarray:
 def _real(x: ArrayLike) -> np.ndarray:
     """The same, with real and imaginary parts after one another."""
     return _wide(x).view(np.float64)
-
-
-def _dtypes(jaxpr: Any) -> set[np.dtype]:
-    """The dtypes of all that is computed in `jaxpr`, inner functions included."""
-    return {
-        v.aval.dtype
-        for part in _flow.with_inner(jaxpr)
-        for equation in part.eqns
-        for v in equation.outvars
-        if hasattr(v.aval, "dtype")
-    }
