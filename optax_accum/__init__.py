@@ -7,6 +7,7 @@ from optax_accum._accumulate import AccumulateTransformation as AccumulateTransf
 from optax_accum._accumulate import accumulate as accumulate
 from optax_accum._epochs import with_boundaries as with_boundaries
 from optax_accum._loop import MicrobatchInfo as MicrobatchInfo
+from optax_accum._microbatch import microbatch as microbatch
 from optax_accum._skip import skip_not_finite as skip_not_finite
 from optax_accum._state import AccumulateState as AccumulateState
 from optax_accum._state import accumulated as accumulated
@@ -31,6 +32,7 @@ __all__ = [
     "gradient_step",
     "has_updated",
     "micro_step",
+    "microbatch",
     "skip_not_finite",
     "value_and_grad",
     "with_boundaries",

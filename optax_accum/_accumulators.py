@@ -1,4 +1,4 @@
-"""What becomes of the auxiliary outputs of micro-batches: one accumulator per policy.
+"""What becomes of the outputs of micro-batches: one accumulator per policy.
 
 =========  ====================================================================
 policy     result
@@ -13,8 +13,9 @@ policy     result
 ``"mean"`` and ``"sum"`` leave out micro-batches that do not count (`_window.counts`),
 as all sums here do; the others keep what came.
 
-An accumulator serves one leaf of `aux`. What it carries from micro-batch to micro-batch
-it starts, adds to, joins with the other devices', and turns into the result.
+An accumulator serves one leaf of the outputs. What it carries from micro-batch to
+micro-batch it starts, adds to, joins with the other devices', and turns into the
+result. All of that is linear, and the backward pass of `add` is `cotangent`.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ class Part(NamedTuple):
     number: int | Scalar
     size: int
     weight: Scalar
-    counted: Scalar
+    counted: bool | Scalar
+    last: int | Scalar = 0  # the number of the last one that runs
 
 
 class Accumulator(Protocol):
@@ -47,11 +49,18 @@ class Accumulator(Protocol):
     # Whether outputs of micro-batches of weight 0 are part of the result.
     keeps_all: ClassVar[bool]
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether outputs are floating or complex, and so have derivatives."""
+
     def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
 
     def add(self, carried: Tree, output: jax.Array, part: Part) -> Tree:
         """With the output of one more micro-batch."""
+
+    def cotangent(self, carried: Tree, part: Part) -> jax.Array:
+        """The output's cotangent, from that of what is `carried` in the end."""
 
     def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
         """What the devices of `axis_name`, if there is one, carry together."""
@@ -71,6 +80,10 @@ class _OfLeaf:
     # Whether each device keeps its own part of the result.
     is_local: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = True
+
+    @property
+    def is_inexact(self) -> bool:
+        return _tree.is_inexact(self.shape)
 
 
 class _Reduced(_OfLeaf):
@@ -93,6 +106,11 @@ class _Reduced(_OfLeaf):
         return _window.add(
             carried, output, part.weight, self.reduction, counted=part.counted
         )
+
+    def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
+        return _window.contributions(
+            carried, part.weight, self.reduction, counted=part.counted
+        ).astype(self.shape.dtype)
 
     def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
         return _collectives.sum_over(axis_name, carried)
@@ -127,6 +145,10 @@ class Last(_OfLeaf):
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
         del carried, part
         return output
+
+    def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
+        is_last = part.number == part.last
+        return jnp.where(is_last, carried, jnp.zeros_like(carried))
 
     def over_devices(self, carried: jax.Array, axis_name: AxisName | None) -> jax.Array:
         if axis_name is None:
@@ -168,6 +190,9 @@ class Stack(_Kept):
             )
         return lax.dynamic_update_index_in_dim(carried, output, part.number, 0)
 
+    def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
+        return lax.dynamic_index_in_dim(carried, part.number, 0, keepdims=False)
+
     def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
         del weight
         return carried
@@ -179,26 +204,18 @@ class Concat(_Kept):
     def start(self, weight: Leaf) -> jax.Array:
         del weight
         self._check(self.shape.shape, self.split.size)
-        if self.split.remainder:
-            return _tree.zeros_like(
-                self.shape.update(shape=(self.split.examples, *self.shape.shape[1:]))
-            )
-        # Example i + j·K is at [j, i], as `Split.take` cuts the batch.
-        zeros = _tree.zeros_like(self.shape)
-        axes = (0, *range(2, zeros.ndim + 1))
-        shape = zeros.shape[0], self.split.whole, *zeros.shape[1:]
-        return lax.broadcast_in_dim(zeros, shape, axes)
+        return self.split.empty(self.shape, 0)
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
         self._check(output.shape, part.size)
-        if self.split.remainder:
-            start = part.number * self.split.size
-            return lax.dynamic_update_slice_in_dim(carried, output, start, 0)
-        return lax.dynamic_update_index_in_dim(carried, output, part.number, 1)
+        return self.split.put(carried, output, part.number, 0)
+
+    def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
+        return self.split.part(carried, part.number, part.size, 0)
 
     def finish(self, carried: jax.Array, weight: Scalar) -> jax.Array:
         del weight
-        return carried.reshape(self.split.examples, *self.shape.shape[1:])
+        return self.split.joined(carried, 0)
 
     def _check(self, shape: tuple[int, ...], examples: int) -> None:
         if shape[:1] != (examples,):
@@ -219,14 +236,23 @@ POLICIES: dict[str, type[_OfLeaf]] = {
 }
 
 
-def check_policies(policies: Tree) -> None:
-    """Raises unless all leaves of `policies` are policies."""
+_AS = {"aux": " as auxiliary output", "outputs": ""}
+
+
+def check_policies(option: str, policies: Tree) -> None:
+    """Raises unless all leaves of `policies`, the value of an option, are policies."""
     for policy in jax.tree.leaves(policies):
-        _validate.one_of("aux", policy, tuple(POLICIES))
+        _validate.one_of(option, policy, tuple(POLICIES))
 
 
-def plan(policies: Tree, shapes: Tree, split: Split) -> list[Accumulator]:
-    """An accumulator for each leaf of `shapes`, the `aux` of a whole micro-batch.
+def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> list[Accumulator]:
+    """An accumulator for each leaf of `shapes`, the outputs of a whole micro-batch.
+
+    Args:
+      option: Which option has the `policies`.
+      policies: A tree of policies, a prefix of `shapes`.
+      shapes: The types of the outputs.
+      split: How the batch is split.
 
     Raises:
       ValueError: `policies` is not a prefix of `shapes`.
@@ -235,13 +261,13 @@ def plan(policies: Tree, shapes: Tree, split: Split) -> list[Accumulator]:
         matched = jax.tree.leaves(jax.tree.broadcast(policies, shapes))
     except ValueError as error:
         raise ValueError(
-            "`aux` must be a policy, or a tree of policies that is a prefix of "
-            f"what `fun` returns as auxiliary output; got {policies!r} for "
+            f"`{option}` must be a policy, or a tree of policies that is a prefix of "
+            f"what `fun` returns{_AS[option]}; got {policies!r} for "
             f"{jax.tree.structure(shapes)}"
         ) from error
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     accumulators: list[Any] = [
-        POLICIES[policy](_validate.named("aux", path), leaf, split)
+        POLICIES[policy](_validate.named(option, path), leaf, split)
         for policy, (path, leaf) in zip(matched, leaves, strict=True)
     ]
     return accumulators

@@ -20,7 +20,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import pallas  # for `run_state`; there is no kernel here
 
 from optax_accum import _flow, _tree
-from optax_accum._types import Grads, Leaf, Scalar
+from optax_accum._types import Grads, Leaf, Scalar, Tree
 
 _FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -52,19 +52,19 @@ class Pullback(NamedTuple):
     """A micro-batch's gradient that has yet to be computed.
 
     Attributes:
-      function: What `jax.vjp` returned besides a scalar loss. What it was taken with
+      function: What `jax.vjp` returned besides the outputs. What it was taken with
         respect to is `like`.
-      one: ``[]``, the cotangent 1, in the loss's type.
+      cotangent: Of the outputs: of a scalar loss 1.
       like: Arrays, or shapes, of the gradient's types.
     """
 
     function: Any
-    one: Scalar
+    cotangent: Tree
     like: Grads
 
     def gradients(self) -> Grads:
         """The gradient by itself."""
-        (grads,) = self.function(self.one)
+        (grads,) = self.function(self.cotangent)
         return grads
 
     def added_to(
@@ -79,11 +79,11 @@ class Pullback(NamedTuple):
 
         Args:
           sums: S.
-          weight: By what the gradient is multiplied, or ``None`` for 1.
+          weight: By what the gradient of a scalar is multiplied, or ``None`` for 1.
           counted: As in `Window.add`.
           first: As in `Window.add`.
         """
-        cotangent, factor = self.one, None
+        cotangent, factor = self.cotangent, None
         if weight is not None and self._scales_with_cotangent():
             cotangent = cotangent * weight.astype(cotangent.dtype)
         elif weight is not None:
@@ -99,10 +99,13 @@ class Pullback(NamedTuple):
         emulated. A rule written by hand, with `jax.custom_vjp`, may clip.
         """
         program = self.function.jaxpr  # linear; the backward pass is its transpose
-        dtypes = [*_tree.dtypes_of((self.one, self.like)), *_flow.dtypes_in(program)]
+        dtypes = [
+            *_tree.dtypes_of((self.cotangent, self.like)),
+            *_flow.dtypes_in(program),
+        ]
         floating = [x for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
         has_range = all(jnp.finfo(x).maxexp >= _FLOAT32.maxexp for x in floating)
-        has_digits = jnp.finfo(self.one.dtype).bits >= _FLOAT32.bits
+        has_digits = jnp.finfo(self.cotangent.dtype).bits >= _FLOAT32.bits
         equations = _flow.equations_in(program)
         return has_range and has_digits and all(map(_keeps_range, equations))
 
@@ -129,7 +132,7 @@ class _How(NamedTuple):
       first: ``bool[]``, whether the sums start again, or ``None`` if they do not.
     """
 
-    cotangent: Scalar
+    cotangent: Tree
     factor: Scalar | None
     counted: Scalar | None
     first: Scalar | None

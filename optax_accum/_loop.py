@@ -6,12 +6,12 @@ runs `fun` and its gradient on one micro-batch after another and adds them to a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
@@ -20,6 +20,7 @@ from optax_accum import (
     _accumulators,
     _arguments,
     _backward,
+    _carry,
     _derivative,
     _flow,
     _obstacle,
@@ -32,6 +33,7 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
+from optax_accum._batching import Batching
 from optax_accum._derivative import Result
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import (
@@ -50,7 +52,6 @@ from optax_accum._types import (
 from optax_accum._window import Window
 from optax_accum.noise import _noise_scale
 from optax_accum.sharding import _collectives
-from optax_accum.sharding._data_parallel import DataParallel
 
 
 class MicrobatchInfo(NamedTuple):
@@ -71,31 +72,22 @@ class MicrobatchInfo(NamedTuple):
     noise_scale: Any = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Batching):
     """The options of `value_and_grad`, checked."""
 
-    fun: Function
-    roles: _arguments.Roles
     has_aux: bool
     holomorphic: bool
     allow_int: bool
-    num_microbatches: int | None
-    microbatch_size: int | None
-    num_real_microbatches: int | Scalar | None
-    unroll: int | bool
     reduction: Reduction
     weight: Function | None
     weight_takes_aux: bool
     skip: Skip | None
     overwritten: Overwritten
     accumulator_dtype: DType
-    in_place: bool | None
     aux: Tree
     returns_info: bool
     noise_scale: bool
-    devices: DataParallel
-    functions: dict[str, Function]  # the user's, by what to call them in a message
 
     @property
     def has_extra(self) -> bool:
@@ -111,36 +103,11 @@ class Settings:
         """The result of one call, and the info."""
         return self.run_bound(self.roles.bind(self.fun, args, kwargs))
 
-    def split(self, call: _arguments.Call) -> _split.Split:
-        """How the batch of a call is split."""
-        return _split.plan(
-            call,
-            self.num_microbatches,
-            self.microbatch_size,
-            self.devices.num_shards,
-        )
-
     def run_bound(self, call: _arguments.Call) -> tuple[Any, MicrobatchInfo]:
         """As `run`, of arguments that are bound to their roles."""
-        self.devices.check_place()
-        split = self.split(call)
-        shards = self.devices.num_shards
-        # A symbolic number is not known to be greater than 1, but to differ from it.
-        is_split = split.num_microbatches * shards != 1
-        if is_split:
-            _whole.check(call, self.roles, self.functions, split.examples * shards)
-        for name, argument in call.named():
-            self.devices.check_whole(name, argument)
+        split, number = self.checked(call)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
         is_in_place = self.check_in_place(self._why_not_in_place(call))
-        number = self.num_real_microbatches
-        if number is not None:
-            number = _validate.real_microbatches(number, split.num_microbatches)
-        if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
-            raise ValueError(
-                f"`unroll={self.unroll}` needs to know the number of micro-batches, "
-                "and `num_real_microbatches` is traced. Leave one of the two out"
-            )
         given = call.args, call.kwargs, number
         arrays, numbers = _tree.arrays_in(given), _tree.numbered(call.args)
 
@@ -164,7 +131,7 @@ class Settings:
 
         is_a_part = self.devices.scatter and self.devices.mesh is None
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        if is_split and not shows_values:
+        if self.is_split(split) and not shows_values:
             _whole.check_traced(run, call.batch, arrays)
         if not is_a_part and not shows_values:
             result = _derivative.run_with_derivative(
@@ -192,19 +159,6 @@ class Settings:
         if self.holomorphic:
             return "the loss is complex, as `holomorphic` says"
         return _obstacle.in_parameters(call.differentiated, self.overwritten)
-
-    def check_in_place(self, reason: str | None) -> bool:
-        """Whether gradients are added in place: there is no `reason` against it.
-
-        Raises:
-          ValueError: There is one, and ``in_place=True``.
-        """
-        if reason is not None and self.in_place:
-            raise ValueError(
-                f"`in_place=True` is not possible here: {reason}. Leave `in_place` "
-                "out, and gradients are computed first and then added"
-            )
-        return reason is None
 
 
 class _Microbatch(NamedTuple):
@@ -257,21 +211,6 @@ def _check_reads(settings: Settings, grads: Grads) -> None:
                 )
 
 
-def _why_not_all(sums: Grads, grads: Grads) -> str | None:
-    """Which leaf of `grads` cannot be added to its sum in place, or ``None``."""
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(grads), strict=True
-    )
-    for (path, s), g in pairs:
-        if not _backward.can_add_in_place(s, g):
-            return (
-                f"{_validate.named('grads', path)} is {_validate.shown_type(g)}, and "
-                f"its sum {_validate.shown_type(s)}; both must be of one dtype, at "
-                "least float32"
-            )
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """All micro-batches of one call on one device."""
@@ -301,15 +240,15 @@ class _Loop:
             lambda batch, _: split.take_remainder(batch), split.remainder
         )
 
-        indices = jnp.arange(split.whole, dtype=jnp.int32)
-        last_index = jnp.asarray(split.whole, jnp.int32)
-        is_written = _is_written(whole.run, before, indices[0])
-        if split.remainder:
-            also = _is_written(last.run, before, last_index)
-            is_written = [a or b for a, b in zip(is_written, also, strict=True)]
-        carry, shapes, program = self._first_carry(
-            whole.run, before, is_written, indices[0]
-        )
+        index = split.indices[0]
+        runs = [whole.run, last.run] if split.remainder else [whole.run]
+        is_written = _carry.is_written(runs, before, index)
+        carry, shapes = _carry.first(whole.run, before, is_written, index)
+        program = whole.run.trace(_tree.filled(before, carry), index).jaxpr.jaxpr
+        if settings.devices.axis_name is not None:
+            _collectives.check_local_loss(
+                settings.devices.axis_name, shapes.value, program
+            )
         if isinstance(shapes.grads, Pullback):
             reason = _obstacle.in_forward_pass(program) or _obstacle.in_program(
                 shapes.grads, program, is_masked=self._may_have_weight_0
@@ -317,7 +256,7 @@ class _Loop:
             if reason is not None:
                 raise _backward.NotInPlaceError(reason)
             shapes = shapes._replace(grads=shapes.grads.like)
-        accumulators = _accumulators.plan(settings.aux, shapes.aux, split)
+        accumulators = _accumulators.plan("aux", settings.aux, shapes.aux, split)
         leaves_out = self._may_leave_out(accumulators, program)
 
         def step(runner: _Runner, totals: _Totals, index: Scalar) -> _Totals:
@@ -331,19 +270,13 @@ class _Loop:
             runs = _anywhere(weight != 0)
             return lax.cond(runs, run, lambda totals: totals, totals)
 
-        totals = self._start(shapes, accumulators, carry)
-        if isinstance(self.number, jax.Array):
-            totals = self._some(self.number, step, whole, last, totals)
-        else:
-            number = split.num_microbatches if self.number is None else self.number
-            totals, _ = lax.scan(
-                lambda totals, index: (step(whole, totals, index), None),
-                totals,
-                indices[:number],
-                unroll=settings.unroll,
-            )
-            if number > split.whole:
-                totals = step(last, totals, last_index)
+        totals = settings.loop(
+            functools.partial(step, whole),
+            functools.partial(step, last),
+            self._start(shapes, accumulators, carry),
+            split,
+            self.number,
+        )
         return self._finish(totals, shapes, accumulators, before)
 
     def _runner(self, take: Callable[[Batch, Scalar], Batch], size: int) -> _Runner:
@@ -382,36 +315,6 @@ class _Loop:
             and not any(accumulator.keeps_all for accumulator in accumulators)
             and not _flow.has_refs(program)
             and not _collectives.may_exchange(program)
-        )
-
-    def _some(
-        self,
-        number: Scalar,
-        step: Callable[[_Runner, _Totals, Scalar], _Totals],
-        whole: _Runner,
-        last: _Runner,
-        totals: _Totals,
-    ) -> _Totals:
-        """As many micro-batches as `number` says when it runs."""
-        count, axis_name = self.split.whole, self.settings.devices.axis_name
-
-        def vary(totals: _Totals) -> _Totals:
-            # The number, and so all that is summed up, may differ between devices.
-            return _tree.vary_like(_collectives.vary(axis_name, totals), number)
-
-        totals = lax.fori_loop(
-            np.int32(0),
-            jnp.minimum(number, count).astype(jnp.int32),
-            lambda index, totals: vary(step(whole, totals, index)),
-            vary(totals),
-        )
-        if not self.split.remainder:
-            return totals
-        return lax.cond(
-            number > count,
-            lambda totals: vary(step(last, totals, jnp.asarray(count, jnp.int32))),
-            lambda totals: totals,
-            totals,
         )
 
     @property
@@ -503,31 +406,6 @@ class _Loop:
             counted=jnp.asarray(counted),
         )
 
-    def _first_carry(
-        self, microbatch: Any, before: Tree, is_written: list[bool], index: Scalar
-    ) -> tuple[list[Any], _Microbatch, Any]:
-        """What is written, in the type in which it comes back, and what comes back.
-
-        And how: the traced program.
-        """
-        axis_name = self.settings.devices.axis_name
-        leaves = jax.tree.leaves(before)
-        carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
-        while True:
-            whole = _tree.filled(before, carry)
-            shapes = jax.eval_shape(microbatch, whole, index)
-            after = _tree.kept_like(carry, shapes.carry)
-            cast = jax.tree.map(_tree.vary_like, carry, after)
-            # By leaves: not every container knows its equals.
-            types = [list(map(jax.typeof, jax.tree.leaves(c))) for c in (cast, carry)]
-            if types[0] == types[1]:
-                break
-            carry = cast
-        program = microbatch.trace(whole, index).jaxpr.jaxpr
-        if axis_name is not None:
-            _collectives.check_local_loss(axis_name, shapes.value, program)
-        return carry, shapes, program
-
     def _start(
         self,
         shapes: _Microbatch,
@@ -544,8 +422,7 @@ class _Loop:
             overwritten=self.settings.overwritten,
         )
         if self.is_in_place:
-            why_not = _why_not_all(window.grads, shapes.grads)
-            self.settings.check_in_place(why_not)
+            self.settings.check_in_place(_obstacle.in_sums(window.grads, shapes.grads))
         aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
         return _Totals(window, aux, carry)
 
@@ -628,20 +505,6 @@ class _Loop:
         )
         scale = _noise_scale.of_window(total, square / total.weight**2)
         return scale._replace(noise=scale.noise * self._examples_per_weight)
-
-
-def _is_written(microbatch: Any, carry: Tree, *args: Any) -> list[bool]:
-    """For each leaf of `carry`, whether `microbatch` returns anything else for it.
-
-    What it does not write, such as a frozen part of a model, goes neither round the
-    loop nor over the devices.
-    """
-    if not jax.tree.leaves(carry):
-        return []
-    sources = _flow.of_call(microbatch, carry, *args)
-    shapes = jax.eval_shape(microbatch, carry, *args)
-    numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
-    return [sources[number].same != i for i, number in enumerate(numbers)]
 
 
 def _pairs(argnums: int | tuple[int, ...], own: Params) -> Any:

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_accum import _flow, _tree
+from optax_accum import _backward, _flow, _tree, _validate
 from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwritten
-from optax_accum._types import Params
+from optax_accum._types import Grads, Params
 from optax_accum.sharding import _collectives
 
 # Before 0.11, JAX silently computes wrong gradients in place for a scan that uses both
@@ -34,6 +34,21 @@ def in_parameters(params: Params, overwritten: Overwritten) -> str | None:
     if overwritten.any_in(params):
         return "some parameters are overwritten"
     return in_jax()
+
+
+def in_sums(sums: Grads, grads: Grads) -> str | None:
+    """Which of these gradients cannot be added to its sum in place, or ``None``."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(grads), strict=True
+    )
+    for (path, s), g in pairs:
+        if not _backward.can_add_in_place(s, g):
+            return (
+                f"{_validate.named('grads', path)} is {_validate.shown_type(g)}, and "
+                f"its sum {_validate.shown_type(s)}; both must be of one dtype, at "
+                "least float32"
+            )
+    return None
 
 
 def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | None:

@@ -42,8 +42,8 @@ class Outputs(NamedTuple):
             result, new_carry = pair(result, "(value, carry)")
         value = self._scalar(result)
         if self.carry_name is not None:
-            _check_carry(self.carry_name, carry, new_carry)
-        return value, _tree.as_arrays(aux), _tree.cast_like(new_carry, carry)
+            new_carry = checked_carry(self.carry_name, carry, new_carry)
+        return value, _tree.as_arrays(aux), new_carry
 
     def pack(self, value: Any, aux: Tree, carry: Tree) -> Any:
         """The reverse of `unpack`."""
@@ -78,20 +78,27 @@ class Outputs(NamedTuple):
         return value
 
 
-def pair(value: Any, needed: str) -> tuple[Any, Any]:
+def pair(
+    value: Any, needed: str, options: str = "`has_aux` and `carry_argnum`"
+) -> tuple[Any, Any]:
     """What `fun` returned, or a part of it, as two things."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
     is_tuple = isinstance(value, tuple)
     what = f"{len(value)} things" if is_tuple else _validate.shown_kind(value)
     raise TypeError(
-        f"`fun` must return {needed} with these `has_aux` and `carry_argnum`; got "
+        f"`fun` must return {needed} with these {options}; got "
         f"{what} where a pair is needed"
     )
 
 
-def _check_carry(name: str, carry: Tree, new_carry: Tree) -> None:
-    """Raises where a carry comes out of `fun` in another type than it went in."""
+def checked_carry(name: str, carry: Tree, new_carry: Tree) -> Tree:
+    """`new_carry`, which `fun` returned for `carry`, as it goes on.
+
+    Raises:
+      TypeError: It has another type than `carry`.
+      ValueError: It has another structure.
+    """
     _validate.same_structure(
         "carry",
         new_carry,
@@ -112,3 +119,4 @@ def _check_carry(name: str, carry: Tree, new_carry: Tree) -> None:
                 f"micro-batch and must keep its type; it went into `fun` as {types[0]} "
                 f"and came out as {types[1]}"
             )
+    return _tree.cast_like(new_carry, carry)

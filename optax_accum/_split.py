@@ -14,7 +14,7 @@ a copy of it.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax import lax
 
 from optax_accum import _tree
 from optax_accum._arguments import Call
-from optax_accum._types import Batch, Scalar
+from optax_accum._types import Batch, Leaf, Scalar
 
 
 class Split(NamedTuple):
@@ -46,6 +46,11 @@ class Split(NamedTuple):
         return self.whole + bool(self.remainder)
 
     @property
+    def indices(self) -> jax.Array:
+        """``i32[K]``, the numbers of the whole micro-batches."""
+        return jnp.arange(self.whole, dtype=jnp.int32)
+
+    @property
     def examples(self) -> int:
         """B."""
         return self.whole * self.size + self.remainder
@@ -54,13 +59,7 @@ class Split(NamedTuple):
         """The whole micro-batch at `index`: arrays ``[B, ...]`` become ``[M, ...]``."""
 
         def take_leaf(x: jax.Array, axis: int) -> jax.Array:
-            if self.remainder:
-                start = index * self.size
-                return lax.dynamic_slice_in_dim(x, start, self.size, axis)
-            shape = *x.shape[:axis], self.size, self.whole, *x.shape[axis + 1 :]
-            return lax.dynamic_index_in_dim(
-                x.reshape(shape), index, axis + 1, keepdims=False
-            )
+            return self.part(self.apart(x, axis), index, self.size, axis)
 
         return self.map(take_leaf, batch)
 
@@ -70,6 +69,46 @@ class Split(NamedTuple):
         return self.map(
             lambda x, axis: lax.slice_in_dim(x, start, None, axis=axis), batch
         )
+
+    def apart(self, x: jax.Array, axis: int) -> jax.Array:
+        """`x`, ``[B, ...]``, so that micro-batches can be read and written.
+
+        Example i + j·K is at ``[j, i]``, without a remainder.
+        """
+        if self.remainder:
+            return x
+        shape = *x.shape[:axis], self.size, self.whole, *x.shape[axis + 1 :]
+        return x.reshape(shape)
+
+    def joined(self, x: jax.Array, axis: int) -> jax.Array:
+        """The reverse of `apart`."""
+        if self.remainder:
+            return x
+        return x.reshape(*x.shape[:axis], self.examples, *x.shape[axis + 2 :])
+
+    def empty(self, part: Leaf, axis: int) -> jax.Array:
+        """Zeros for all micro-batches, `apart`; `part` is like a whole one."""
+        zeros = _tree.zeros_like(part)
+        if self.remainder:
+            shape = *part.shape[:axis], self.examples, *part.shape[axis + 1 :]
+            return lax.full_like(zeros, 0, shape=shape)
+        axes = [i if i <= axis else i + 1 for i in range(zeros.ndim)]
+        shape = *part.shape[: axis + 1], self.whole, *part.shape[axis + 1 :]
+        return lax.broadcast_in_dim(zeros, shape, axes)
+
+    def part(self, x: jax.Array, number: int | Scalar, size: int, axis: int) -> Any:
+        """The micro-batch of that number and `size` in `x`, which is `apart`."""
+        if self.remainder:
+            return lax.dynamic_slice_in_dim(x, number * self.size, size, axis)
+        return lax.dynamic_index_in_dim(x, number, axis + 1, keepdims=False)
+
+    def put(
+        self, x: jax.Array, part: jax.Array, number: int | Scalar, axis: int
+    ) -> jax.Array:
+        """`x`, which is `apart`, with that `part` in it."""
+        if self.remainder:
+            return lax.dynamic_update_slice_in_dim(x, part, number * self.size, axis)
+        return lax.dynamic_update_index_in_dim(x, part, number, axis + 1)
 
     def map(
         self, function: Callable[[jax.Array, int], jax.Array], batch: Batch

@@ -7,6 +7,7 @@ from typing import Any
 from optax_accum import (
     _accumulators,
     _arguments,
+    _batching,
     _eager,
     _validate,
     _window,
@@ -274,13 +275,8 @@ def value_and_grad(
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
-    if (num_microbatches is None) == (microbatch_size is None):
-        raise ValueError(
-            "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
-            f"{num_microbatches!r} and {microbatch_size!r}"
-        )
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
-    _accumulators.check_policies(aux)
+    _accumulators.check_policies("aux", aux)
     if not has_aux and aux != "stack":
         raise ValueError(
             f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
@@ -302,30 +298,22 @@ def value_and_grad(
         rng_argnums,
         rng_argnames,
     )
-    sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
-    for name, size in sizes.items():
-        if size is not None:
-            sizes[name] = _validate.whole_number(name, size)
-    if not isinstance(unroll, bool):
-        unroll = _validate.whole_number("unroll", unroll, "a bool or an int >= 1")
-    if in_place not in (None, True, False):
-        raise TypeError(f"`in_place` must be None, True or False; got {in_place!r}")
     settings = Settings(
         fun=fun,
         roles=roles,
         has_aux=has_aux,
         holomorphic=holomorphic,
         allow_int=allow_int,
-        **sizes,
+        **_batching.checked_options(
+            num_microbatches, microbatch_size, unroll, in_place
+        ),
         num_real_microbatches=num_real_microbatches,
-        unroll=unroll,
         reduction=reduction,
         weight=weight,
         weight_takes_aux=weight_takes_aux,
         skip=skip,
         overwritten=Overwritten(overwrite),
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
-        in_place=in_place,
         aux=aux,
         returns_info=return_info or noise_scale,
         noise_scale=noise_scale,

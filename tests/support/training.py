@@ -13,15 +13,6 @@ TAKES = ("gradients", "pullbacks")  # what both of them take
 ADDS_IN_PLACE = jax.__version_info__ >= (0, 11)
 needs_in_place = pytest.mark.skipif(not ADDS_IN_PLACE, reason="needs JAX 0.11")
 
-needs_in_place = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11),
-    reason="older JAX adds no gradient straight to its sum",
-)
-
-# Older versions add some gradients in place wrongly; there they are added as before.
-ADDS_IN_PLACE = jax.__version_info__ >= (0, 11)
-needs_in_place = pytest.mark.skipif(not ADDS_IN_PLACE, reason="needs JAX 0.11")
-
 
 def slow(value, **kwargs):
     """A parameter that is left out of the usual run, being like another."""

@@ -1,0 +1,161 @@
+"""A function whose batch runs in micro-batches: how it is cut, and the loop.
+
+`value_and_grad` and `microbatch` share this.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_accum import _arguments, _split, _tree, _validate, _whole
+from optax_accum._types import Function, Scalar, Tree
+from optax_accum.sharding import _collectives
+from optax_accum.sharding._data_parallel import DataParallel
+
+# Adds the micro-batch with a number to what goes from micro-batch to micro-batch.
+Step = Callable[[Tree, Scalar], Tree]
+
+
+def checked_options(
+    num_microbatches: Any, microbatch_size: Any, unroll: Any, in_place: Any
+) -> dict[str, Any]:
+    """These options of `Batching`.
+
+    Raises:
+      TypeError: One of another type.
+      ValueError: One out of range; both sizes, or none.
+    """
+    if (num_microbatches is None) == (microbatch_size is None):
+        raise ValueError(
+            "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
+            f"{num_microbatches!r} and {microbatch_size!r}"
+        )
+    sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    for name, size in sizes.items():
+        if size is not None:
+            sizes[name] = _validate.whole_number(name, size)
+    if not isinstance(unroll, bool):
+        unroll = _validate.whole_number("unroll", unroll, "a bool or an int >= 1")
+    if in_place not in (None, True, False):
+        raise TypeError(f"`in_place` must be None, True or False; got {in_place!r}")
+    return {**sizes, "unroll": unroll, "in_place": in_place}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batching:
+    """The options that say how a function runs in micro-batches, checked."""
+
+    fun: Function
+    roles: _arguments.Roles
+    num_microbatches: int | None
+    microbatch_size: int | None
+    num_real_microbatches: int | Scalar | None
+    unroll: int | bool
+    in_place: bool | None
+    devices: DataParallel
+    functions: dict[str, Function]  # the user's, by what to call them in a message
+
+    def split(self, call: _arguments.Call) -> _split.Split:
+        """How the batch of a call is split."""
+        return _split.plan(
+            call,
+            self.num_microbatches,
+            self.microbatch_size,
+            self.devices.num_shards,
+        )
+
+    def is_split(self, split: _split.Split) -> bool:
+        """Whether there is more than one micro-batch."""
+        # A symbolic number is not known to be greater than 1, but to differ from it.
+        return split.num_microbatches * self.devices.num_shards != 1
+
+    def checked(
+        self, call: _arguments.Call
+    ) -> tuple[_split.Split, int | Scalar | None]:
+        """How to split the batch of a call, and how many micro-batches to run.
+
+        Raises:
+          TypeError: A `num_real_microbatches` of another type.
+          ValueError: What `value_and_grad` says of a call's arguments.
+        """
+        self.devices.check_place()
+        split = self.split(call)
+        if self.is_split(split):
+            examples = split.examples * self.devices.num_shards
+            _whole.check(call, self.roles, self.functions, examples)
+        for name, argument in call.named():
+            self.devices.check_whole(name, argument)
+        number = self.num_real_microbatches
+        if number is not None:
+            number = _validate.real_microbatches(number, split.num_microbatches)
+        if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
+            raise ValueError(
+                f"`unroll={self.unroll}` needs to know the number of micro-batches, "
+                "and `num_real_microbatches` is traced. Leave one of the two out"
+            )
+        return split, number
+
+    def check_in_place(self, reason: str | None) -> bool:
+        """Whether gradients are added in place: there is no `reason` against it.
+
+        Raises:
+          ValueError: There is one, and ``in_place=True``.
+        """
+        if reason is not None and self.in_place:
+            raise ValueError(
+                f"`in_place=True` is not possible here: {reason}. Leave `in_place` "
+                "out, and gradients are computed first and then added"
+            )
+        return reason is None
+
+    def loop(
+        self,
+        step: Step,
+        last_step: Step,
+        totals: Tree,
+        split: _split.Split,
+        number: int | Scalar | None,
+    ) -> Tree:
+        """`totals` after all micro-batches, or after the first `number` of them.
+
+        Args:
+          step: Runs a whole micro-batch.
+          last_step: Runs the smaller last one, if there is one.
+          totals: What goes from micro-batch to micro-batch, before the first.
+          split: How the batch is split.
+          number: An int, an array that says it when it runs, or ``None`` for all.
+        """
+        last = jnp.asarray(split.whole, jnp.int32)
+        if isinstance(number, jax.Array):
+            # The number, and so all that is summed up, may differ between devices.
+            def vary(totals: Tree) -> Tree:
+                totals = _collectives.vary(self.devices.axis_name, totals)
+                return _tree.vary_like(totals, number)
+
+            totals = lax.fori_loop(
+                np.int32(0),
+                jnp.minimum(number, split.whole).astype(jnp.int32),
+                lambda index, totals: vary(step(totals, index)),
+                vary(totals),
+            )
+            if not split.remainder:
+                return totals
+            return lax.cond(
+                number > split.whole,
+                lambda totals: vary(last_step(totals, last)),
+                lambda totals: totals,
+                totals,
+            )
+        count = split.num_microbatches if number is None else number
+        totals, _ = lax.scan(
+            lambda totals, index: (step(totals, index), None),
+            totals,
+            split.indices[:count],
+            unroll=self.unroll,
+        )
+        return last_step(totals, last) if count > split.whole else totals

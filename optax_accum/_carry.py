@@ -1,0 +1,58 @@
+"""What goes from micro-batch to micro-batch: which leaves, and in which types."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from optax_accum import _flow, _tree
+from optax_accum._types import Scalar, Tree
+
+
+def is_written(runs: Sequence[Any], carry: Tree, index: Scalar) -> list[bool]:
+    """For each leaf of `carry`, whether one of `runs` returns anything else for it.
+
+    What they do not write, such as a frozen part of a model, goes neither round the
+    loop nor over the devices.
+
+    Args:
+      runs: Each a `jax.jit` of ``run(carry, index)``, whose result has a `carry`.
+      carry: The carry before the first micro-batch.
+      index: Like the number of a micro-batch.
+    """
+    leaves = jax.tree.leaves(carry)
+    found = [False] * len(leaves)
+    for run in runs if leaves else ():
+        sources = _flow.of_call(run, carry, index)
+        numbers = jax.tree.leaves(
+            _tree.numbered(jax.eval_shape(run, carry, index)).carry
+        )
+        found = [
+            f or sources[number].same != i
+            for i, (f, number) in enumerate(zip(found, numbers, strict=True))
+        ]
+    return found
+
+
+def first(
+    run: Any, before: Tree, is_written: list[bool], index: Scalar
+) -> tuple[list[Any], Any]:
+    """What is written, in the type in which it comes back, and what `run` returns.
+
+    Args:
+      run: As in `is_written`.
+      before: The carry before the first micro-batch.
+      is_written: For each leaf, whether it is; the others become ``None``.
+      index: Like the number of a micro-batch.
+    """
+    leaves = jax.tree.leaves(before)
+    carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
+    while True:
+        shapes = jax.eval_shape(run, _tree.filled(before, carry), index)
+        after = _tree.kept_like(carry, shapes.carry)
+        cast = jax.tree.map(_tree.vary_like, carry, after)
+        # By leaves: not every container knows its equals.
+        types = [list(map(jax.typeof, jax.tree.leaves(c))) for c in (cast, carry)]
+        if types[0] == types[1]:
+            return carry, shapes
+        carry = cast

@@ -1,0 +1,216 @@
+"""A function whose batch runs in micro-batches, forward and backward: its options."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from optax_accum import _accumulators, _arguments, _batching, _eager, _validate
+from optax_accum._passes import Settings
+from optax_accum._types import (
+    AnyMesh,
+    AxisName,
+    BatchAxis,
+    DType,
+    Function,
+    Scalar,
+    Tree,
+)
+from optax_accum.sharding._data_parallel import DataParallel
+
+
+def microbatch(
+    fun: Function,
+    *,
+    # the batch
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    batch_argnums: int | Sequence[int] = 1,
+    batch_argnames: str | Sequence[str] = (),
+    batch_axis: BatchAxis = 0,
+    num_real_microbatches: int | Scalar | None = None,
+    unroll: int | bool = 1,
+    # outputs
+    outputs: Tree = "concat",
+    weight: Function | None = None,
+    # other arguments
+    carry_argnum: int | None = None,
+    rng_argnums: int | Sequence[int] = (),
+    rng_argnames: str | Sequence[str] = (),
+    # the backward pass
+    accumulator_dtype: DType = None,
+    in_place: bool | None = None,
+    # devices that share the batch
+    axis_name: AxisName | None = None,
+    mesh: AnyMesh | None = None,
+) -> Function:
+    """`fun` in micro-batches: the same outputs and derivative, in less memory.
+
+    For losses that are not sums over examples, such as contrastive ones: encode in
+    micro-batches, and compute the loss from all outputs at once. `value_and_grad`
+    cannot make such a loss exact; this does.
+
+    The forward pass runs `fun` on one micro-batch after another and keeps its outputs
+    only. The backward pass runs each micro-batch again, with the cotangents of its own
+    outputs, and adds its gradient straight into one sum. So the memory is that of one
+    micro-batch, the outputs and one gradient, and the time that of
+    `jax.checkpoint`: one more forward pass.
+
+    Call it under `jax.jit`; outside of it the loops are compiled again at every call,
+    and a warning says so once.
+
+    Args:
+      fun: Any function of arrays that returns a tree of arrays. It sees one micro-batch
+        at a time. It may close over arrays, also over what is differentiated.
+      num_microbatches: K, which must divide the number of examples. Exactly one of
+        this and `microbatch_size` is needed.
+      microbatch_size: How many examples make a micro-batch. If it does not divide the
+        batch, the rest runs as one smaller micro-batch.
+      batch_argnums: As in `value_and_grad`: the positions of the batch arguments. For a
+        function of the batch alone, 0.
+      batch_argnames: As in `value_and_grad`.
+      batch_axis: As in `value_and_grad`.
+      num_real_microbatches: As in `value_and_grad`. If it is traced, reverse mode works
+        all the same.
+      unroll: As in `value_and_grad`.
+      outputs: What becomes of the outputs: ``"concat"``, ``"stack"``, ``"sum"``,
+        ``"mean"``, ``"last"``, or a tree of these that is a prefix of them; see below.
+      weight: ``weight(*args, **kwargs)``, called as `fun` is, returns a scalar >= 0:
+        how many units a ``"mean"`` of this micro-batch was taken over. By default the
+        number of its examples. It is a constant to derivatives.
+      carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
+        BatchNorm's statistics; see below.
+      rng_argnums: As in `value_and_grad`.
+      rng_argnames: As in `value_and_grad`.
+      accumulator_dtype: The dtype of the gradient's sum. By default at least float32.
+        The gradient has the arguments' dtypes.
+      in_place: As in `value_and_grad`: whether the backward pass must, must not, or may
+        add each gradient straight into the sum.
+      axis_name: The axis of `mesh`, or several, over which the batch is sharded.
+      mesh: The mesh with that axis, for a call from plain `jax.jit`; see below.
+
+    Returns:
+      A function with the arguments of `fun` that returns what `fun` does, in the same
+      dtypes, or with `carry_argnum` ``(outputs, carry)``.
+
+    Raises:
+      TypeError: An option of another type. At the call: a carry of another type than it
+        took; under `jax.jvp`, as this has a reverse mode only.
+      ValueError: As `value_and_grad`. At the call: an output without an entry for each
+        example whose policy is ``"concat"``. When it is differentiated:
+        ``in_place=True`` where that is not possible.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum as oa
+      >>> def encode(w, x):
+      ...     return jnp.tanh(x @ w)
+      >>> def loss(w, x, encode):
+      ...     z = encode(w, x)
+      ...     return -jnp.mean(jnp.diag(jax.nn.log_softmax(z @ z.T)))
+      >>> w, x = jnp.ones((2, 3)) / 4, jnp.arange(12.0).reshape(6, 2) / 12
+      >>> print(jax.grad(loss)(w, x, encode).round(3)[0])
+      [-0.051 -0.051 -0.051]
+      >>> in_parts = oa.microbatch(encode, num_microbatches=3)
+      >>> step = jax.jit(lambda w, x: jax.grad(loss)(w, x, in_parts))
+      >>> print(step(w, x).round(3)[0])
+      [-0.051 -0.051 -0.051]
+
+    Note: Outputs
+      ``"concat"`` gives one entry per example along axis 0, in the order of the batch;
+      ``"stack"`` all outputs on a new first axis; ``"sum"`` their sum; ``"mean"`` their
+      mean, weighted; ``"last"`` the last micro-batch's. Sums and means leave out
+      micro-batches of weight 0, even if they are NaN.
+
+    Note: What is differentiated
+      Gradients go to all floating arguments, the batch included, and to what `fun`
+      closes over; what needs none costs nothing. If two calls share parameters, as two
+      towers may, each has a sum of its own; one call with both batches has one.
+
+      The derivative is exact, and so are derivatives of it. There is no forward mode
+      (`jax.jvp`), which needs no backward pass: use `fun` itself there. If a `jax.jit`
+      is between, JAX speaks of a ``custom_vjp`` function instead.
+
+    Note: Carries
+      `fun` returns ``(outputs, carry)``. The carry goes from micro-batch to micro-batch
+      in the forward pass alone. In the backward pass each micro-batch is given the
+      carry that it had in the forward pass, as a constant: no derivative goes through
+      it. Micro-batches of weight 0 leave it as it was.
+
+    Note: Random keys
+      As in `value_and_grad`. Both passes draw the same, bit for bit.
+
+    Note: Order of the examples
+      As in `value_and_grad`: equal micro-batches are strided, and the outputs are in
+      the order of the batch.
+
+    Note: Across devices
+      Inside `jax.pmap` or `jax.shard_map` each device runs this on its own part of the
+      batch, and has its own outputs, sums included. The loss gathers them, and
+      gradients are reduced as without this function. Give each device a random key of
+      its own.
+
+      From plain `jax.jit` on a sharded batch the compiler reduces the gradient in every
+      micro-batch. With `mesh` and `axis_name` it does so once, after the last one; the
+      outputs are sharded as the batch was, and sums and means are those of all devices.
+      ``"stack"`` is sharded along axis 0: all of the first device's, then the next's.
+
+    References:
+      Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited
+      Setup, 2021 (https://arxiv.org/abs/2101.06983), "gradient caching".
+    """
+    _accumulators.check_policies("outputs", outputs)
+    roles = _arguments.Roles.of(
+        (),
+        batch_argnums,
+        batch_argnames,
+        batch_axis,
+        carry_argnum,
+        rng_argnums,
+        rng_argnames,
+    )
+    if axis_name is not None and mesh is None:
+        raise ValueError(
+            f"`axis_name={axis_name!r}` needs `mesh`, for a call from plain jax.jit. "
+            "Inside jax.pmap or jax.shard_map leave it out: outputs are each device's "
+            "own there, and the loss gathers them"
+        )
+    settings = Settings(
+        fun=fun,
+        roles=roles,
+        **_batching.checked_options(
+            num_microbatches, microbatch_size, unroll, in_place
+        ),
+        num_real_microbatches=num_real_microbatches,
+        outputs=outputs,
+        weight=weight,
+        accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
+        devices=DataParallel.of(axis_name, mesh),
+        functions={"the function": fun}
+        | ({} if weight is None else {"`weight`": weight}),
+    )
+    calls = _eager.Calls("`microbatch`", "jax.jit(oa.microbatch(...))")
+
+    @functools.wraps(fun)
+    def in_microbatches(*args: Any, **kwargs: Any) -> Any:
+        calls.note(args, kwargs)
+        _check_reverse_mode(args, kwargs)
+        return settings(args, kwargs)
+
+    # For `optax_accum.flax`, which varies them.
+    in_microbatches.settings = settings  # type: ignore[attr-defined]
+    return in_microbatches
+
+
+def _check_reverse_mode(*arguments: Any) -> None:
+    """Raises under `jax.jvp`, as far as its tracers come to here.
+
+    JAX itself refuses, but not before the program is compiled.
+    """
+    for x in jax.tree.leaves(arguments):
+        if isinstance(x, jax.core.Tracer) and type(x).__name__ == "JVPTracer":
+            raise TypeError(
+                "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
+                "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
+                "backward pass, and so nothing of this: use the function itself there"
+            )
