@@ -241,8 +241,10 @@ class _Loop:
         )
 
         index = split.indices[0]
-        runs = [whole.run, last.run] if split.remainder else [whole.run]
-        is_written = _carry.is_written(runs, before, index)
+        is_written = _carry.is_written(whole.run, before, index)
+        if split.remainder:
+            also = _carry.is_written(last.run, before, index)
+            is_written = [a or b for a, b in zip(is_written, also, strict=True)]
         carry, shapes = _carry.first(whole.run, before, is_written, index)
         program = whole.run.trace(_tree.filled(before, carry), index).jaxpr.jaxpr
         if settings.devices.axis_name is not None:

@@ -145,11 +145,16 @@ class _Program(NamedTuple):
     structure: Any
 
     def __call__(
-        self, arrays: Tree, closed_over: Tree, part: Batch, carry: Tree, index: Scalar
+        self,
+        carry: Tree,
+        index: Scalar,
+        arrays: list[Any],
+        part: Batch,
+        closed_over: list[Any],
     ) -> _Ran:
         own = [closed_over[i] for i in self.closed_over]
         function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, own))
-        outputs = function(*jax.tree.leaves((arrays, part, carry, index)))
+        outputs = function(*jax.tree.leaves((carry, index, arrays, part)))
         return jax.tree.unflatten(self.structure, outputs)
 
 
@@ -182,7 +187,9 @@ def _traced(
     arrays = [_varied(x, call.batch) for x in arrays]
     number_of_all = split.num_microbatches
 
-    def run(arrays: list[Any], part: Batch, carry: Tree, index: Scalar) -> _Ran:
+    # Under `jax.jit`, one trace serves all who ask.
+    @jax.jit
+    def run(carry: Tree, index: Scalar, arrays: list[Any], part: Batch) -> _Ran:
         args, kwargs = _tree.filled(given, arrays)
         mine = call._replace(args=args, kwargs=kwargs)
         own = settings.devices.global_index(index, number_of_all)
@@ -209,19 +216,21 @@ def _traced(
             )
         return _Ran(outputs, new_carry, weight)
 
+    index = split.indices[0]
     takes: list[tuple[Any, int]] = [(split.take, split.size)]
     if split.remainder:
         takes.append((lambda batch, _: split.take_remainder(batch), split.remainder))
-    index = split.indices[0]
     parts = [take(call.batch, index) for take, _ in takes]
-    runs = [jax.jit(functools.partial(run, arrays, part)) for part in parts]
-    is_written = _carry.is_written(runs, before, index)
-    leaves, shapes = _carry.first(runs[0], before, is_written, index)
+    is_written = [False] * len(jax.tree.leaves(before))
+    for part in parts:
+        also = _carry.is_written(run, before, index, arrays, part)
+        is_written = [a or b for a, b in zip(is_written, also, strict=True)]
+    leaves, shapes = _carry.first(run, before, is_written, index, arrays, parts[0])
     carry = _tree.filled(before, leaves)
     closed_over: dict[int, Any] = {}  # by identity
     programs = []
     for part, (take, size) in zip(parts, takes, strict=True):
-        traced, ran = jax.make_jaxpr(run, return_shape=True)(arrays, part, carry, index)
+        traced, ran = jax.make_jaxpr(run, return_shape=True)(carry, index, arrays, part)
         closed_over |= {id(x): x for x in traced.consts}
         places = {i: n for n, i in enumerate(closed_over)}
         programs.append(
@@ -335,7 +344,7 @@ class _Passes:
         def step(program: _Program, totals: _Totals, index: Scalar) -> _Totals:
             carry = _tree.filled(inputs.carry, totals.carry)
             part = program.take(inputs.batch, index)
-            ran = program(inputs.arrays, inputs.closed_over, part, carry, index)
+            ran = program(carry, index, inputs.arrays, part, inputs.closed_over)
             place = self._part(program, index, ran.weight, inputs.number)
             rows = zip(
                 self.accumulators,
@@ -439,11 +448,11 @@ class _Passes:
             def outputs(given: Any) -> tuple[list[jax.Array], Scalar]:
                 (arrays, closed_over), mine = given
                 ran = program(
-                    _tree.merge(arrays, others.arrays),
-                    _tree.merge(closed_over, others.closed_over),
-                    _tree.merge(mine, part),
                     carry,
                     index,
+                    _tree.merge(arrays, others.arrays),
+                    _tree.merge(mine, part),
+                    _tree.merge(closed_over, others.closed_over),
                 )
                 leaves = jax.tree.leaves(ran.outputs)
                 return [leaves[i] for i, _, _ in active], ran.weight
