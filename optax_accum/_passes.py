@@ -22,7 +22,6 @@ from optax_accum import (
     _arguments,
     _backward,
     _carry,
-    _flow,
     _obstacle,
     _outputs,
     _split,
@@ -207,7 +206,7 @@ def _traced(
             size
             if settings.weight is None
             else call.apply(settings.weight, args, kwargs),
-            _tree.scalar_dtype((outputs, args)),
+            _tree.scalar_dtype((outputs, arrays, part)),
         )
         if not known:
             # One without weight leaves the carry as it was.
@@ -296,9 +295,6 @@ class _Passes:
 
     def differentiable(self, inputs: _Inputs) -> _Totals:
         """The forward pass, whose derivative is the backward pass."""
-        if any(_flow.has_refs(program.jaxpr) for program in self.programs):
-            # JAX does not lower a `custom_vjp` with refs in it.
-            return self.forward(inputs, sees=False)
 
         @jax.custom_vjp
         def run(inputs: _Inputs) -> _Totals:
