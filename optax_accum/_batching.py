@@ -56,6 +56,7 @@ class Batching:
     microbatch_size: int | None
     num_real_microbatches: int | Scalar | None
     unroll: int | bool
+    weight: Function | None
     in_place: bool | None
     devices: DataParallel
     functions: dict[str, Function]  # the user's, by what to call them in a message

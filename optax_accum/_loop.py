@@ -40,7 +40,6 @@ from optax_accum._types import (
     Args,
     Batch,
     DType,
-    Function,
     Grads,
     Kwargs,
     Params,
@@ -80,7 +79,6 @@ class Settings(Batching):
     holomorphic: bool
     allow_int: bool
     reduction: Reduction
-    weight: Function | None
     weight_takes_aux: bool
     skip: Skip | None
     overwritten: Overwritten

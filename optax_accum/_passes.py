@@ -14,26 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
 from optax_accum import (
     _accumulators,
     _arguments,
     _backward,
-    _carry,
     _obstacle,
-    _outputs,
+    _program,
     _split,
     _tree,
-    _validate,
     _whole,
     _window,
 )
-from optax_accum._accumulators import Part
+from optax_accum._accumulators import Accumulator, Part
 from optax_accum._backward import Pullback
 from optax_accum._batching import Batching
-from optax_accum._types import Args, Batch, DType, Function, Kwargs, Scalar, Tree
+from optax_accum._program import Inputs, Program, Whole
+from optax_accum._types import Args, Batch, DType, Kwargs, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,6 @@ class Settings(Batching):
     """The options of `microbatch`, checked."""
 
     outputs: Tree
-    weight: Function | None
     accumulator_dtype: DType
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
@@ -83,78 +80,30 @@ def _run(
     number: int | Scalar | None,
 ) -> tuple[Tree, list[Any]]:
     """All micro-batches of one device: the outputs, and the carry's written leaves."""
-    devices = settings.devices
-    passes, inputs = _traced(settings, call, split, number)
-    totals = passes.differentiable(inputs)
+    array = number if isinstance(number, jax.Array) else None
+    traced = _program.trace(settings, call, split, array)
+    accumulators = _accumulators.plan(
+        "outputs", settings.outputs, traced.shapes.outputs, split
+    )
+    passes = _Passes(
+        settings=settings,
+        split=split,
+        number=number if array is None else None,
+        traced=traced,
+        accumulators=accumulators,
+    )
+    totals = passes.differentiable(traced.inputs)
     # These are constants to derivatives.
     own, carry = lax.stop_gradient((totals.weight, totals.carry))
-    weight = devices.reduce("sum", own, own)
+    weight = settings.devices.reduce("sum", own, own)
     finished = [
-        a.finish(a.over_devices(carried, devices.axis_name), weight)
-        for a, carried in zip(passes.accumulators, totals.outputs, strict=True)
+        a.finish(a.over_devices(carried, settings.devices.axis_name), weight)
+        for a, carried in zip(accumulators, totals.outputs, strict=True)
     ]
-    before = _tree.kept_like(carry, inputs.carry)
-    carry = devices.merge_carry(carry, before, own, weight)
-    return jax.tree.unflatten(
-        jax.tree.structure(passes.shapes.outputs), finished
-    ), carry
-
-
-class _Inputs(NamedTuple):
-    """All that the passes are a function of.
-
-    Attributes:
-      arrays: Those among the arguments, with ``None`` for what is not one.
-      closed_over: What `fun` closes over.
-      batch: The leaves that are split.
-      carry: The carry before the first micro-batch.
-      number: How many micro-batches are to run, if an array says it.
-    """
-
-    arrays: list[Any]
-    closed_over: list[Any]
-    batch: list[Any]
-    carry: Tree
-    number: Scalar | None
-
-
-class _Ran(NamedTuple):
-    """What `fun` gives on one micro-batch."""
-
-    outputs: Tree
-    carry: Tree
-    weight: Scalar
-
-
-class _Program(NamedTuple):
-    """`fun` on micro-batches of one size, traced, so that it closes over nothing.
-
-    Attributes:
-      take: ``take(batch, index)`` takes one out of the batch.
-      size: How many examples it has.
-      jaxpr: The traced program.
-      closed_over: Which of `_Inputs.closed_over` it reads.
-      structure: That of the `_Ran` that it returns.
-    """
-
-    take: Any
-    size: int
-    jaxpr: Any
-    closed_over: list[int]
-    structure: Any
-
-    def __call__(
-        self,
-        carry: Tree,
-        index: Scalar,
-        arrays: list[Any],
-        part: Batch,
-        closed_over: list[Any],
-    ) -> _Ran:
-        own = [closed_over[i] for i in self.closed_over]
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, own))
-        outputs = function(*jax.tree.leaves((carry, index, arrays, part)))
-        return jax.tree.unflatten(self.structure, outputs)
+    before = _tree.kept_like(carry, traced.inputs.carry)
+    carry = settings.devices.merge_carry(carry, before, own, weight)
+    structure = jax.tree.structure(traced.shapes.outputs)
+    return jax.tree.unflatten(structure, finished), carry
 
 
 class _Totals(NamedTuple):
@@ -163,203 +112,63 @@ class _Totals(NamedTuple):
     outputs: list[Tree]  # what each leaf's accumulator carries
     carry: list[Any]  # the leaves that `fun` writes, and None for the others
     weight: Scalar
-    seen: list[Any]  # with which carry each micro-batch ran, for the backward pass
+    seen: list[Any]  # the `carry` that each micro-batch was given, if it is asked for
 
 
 class _Sums(NamedTuple):
     """What goes from micro-batch to micro-batch in the backward pass."""
 
-    whole: Tree  # S, of what every micro-batch is given whole
-    batch: list[Any]  # the gradients of the examples
-
-
-def _traced(
-    settings: Settings,
-    call: _arguments.Call,
-    split: _split.Split,
-    number: int | Scalar | None,
-) -> tuple["_Passes", _Inputs]:
-    """`fun` on a micro-batch as a traced program, and all that it depends on."""
-    given = _without_carry(call)
-    arrays, before = _tree.arrays_in(given), _tree.strongly_typed(call.carry)
-    # What varies over devices gives gradients that stay local until the sum is whole.
-    arrays = [_varied(x, call.batch) for x in arrays]
-    number_of_all = split.num_microbatches
-
-    # Under `jax.jit`, one trace serves all who ask.
-    @jax.jit
-    def run(carry: Tree, index: Scalar, arrays: list[Any], part: Batch) -> _Ran:
-        args, kwargs = _tree.filled(given, arrays)
-        mine = call._replace(args=args, kwargs=kwargs)
-        own = settings.devices.global_index(index, number_of_all)
-        args, kwargs = mine.for_microbatch(part, carry, own)
-        result = call.apply(settings.fun, args, kwargs)
-        new_carry = None
-        if call.carry_name is not None:
-            result, new_carry = _outputs.pair(
-                result, "(outputs, carry)", "a `carry_argnum`"
-            )
-            new_carry = _outputs.checked_carry(call.carry_name, carry, new_carry)
-        outputs = _tree.as_arrays(result)
-        size = part[0].shape[split.axes[0]]
-        weight, known = _validate.weight(
-            size
-            if settings.weight is None
-            else call.apply(settings.weight, args, kwargs),
-            _tree.scalar_dtype((outputs, arrays, part)),
-        )
-        if not known:
-            # One without weight leaves the carry as it was.
-            new_carry = jax.tree.map(
-                lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
-            )
-        return _Ran(outputs, new_carry, weight)
-
-    index = split.indices[0]
-    takes: list[tuple[Any, int]] = [(split.take, split.size)]
-    if split.remainder:
-        takes.append((lambda batch, _: split.take_remainder(batch), split.remainder))
-    parts = [take(call.batch, index) for take, _ in takes]
-    is_written = [False] * len(jax.tree.leaves(before))
-    for part in parts:
-        also = _carry.is_written(run, before, index, arrays, part)
-        is_written = [a or b for a, b in zip(is_written, also, strict=True)]
-    leaves, shapes = _carry.first(run, before, is_written, index, arrays, parts[0])
-    carry = _tree.filled(before, leaves)
-    closed_over: dict[int, Any] = {}  # by identity
-    programs = []
-    for part, (take, size) in zip(parts, takes, strict=True):
-        traced, ran = jax.make_jaxpr(run, return_shape=True)(carry, index, arrays, part)
-        closed_over |= {id(x): x for x in traced.consts}
-        places = {i: n for n, i in enumerate(closed_over)}
-        programs.append(
-            _Program(
-                take=take,
-                size=size,
-                jaxpr=traced.jaxpr,
-                closed_over=[places[id(x)] for x in traced.consts],
-                structure=jax.tree.structure(ran),
-            )
-        )
-    traced_number = number if isinstance(number, jax.Array) else None
-    passes = _Passes(
-        settings=settings,
-        split=split,
-        number=None if isinstance(number, jax.Array) else number,
-        programs=programs,
-        shapes=shapes,
-        accumulators=_accumulators.plan(
-            "outputs", settings.outputs, shapes.outputs, split
-        ),
-        seen=[
-            _accumulators.Stack("carry", shape, split) if w else None
-            for shape, w in zip(jax.tree.leaves(shapes.carry), is_written, strict=True)
-        ],
-    )
-    inputs = _Inputs(
-        arrays=arrays,
-        closed_over=[*closed_over.values()],
-        batch=call.batch,
-        carry=carry,
-        number=traced_number,
-    )
-    return passes, inputs
-
-
-def _without_carry(call: _arguments.Call) -> tuple[list[Any], Kwargs]:
-    """The arguments of `call`, with ``None`` for the carry."""
-    args = [None if i == call.carry_place else x for i, x in enumerate(call.args)]
-    return args, call.kwargs
-
-
-def _varied(x: Any, batch: Batch) -> Any:
-    """`x` as something that varies over devices as the batch does.
-
-    Its gradient then stays local in the loop, and is summed once, after it.
-    """
-    is_array = isinstance(x, jax.Array) and _tree.is_inexact(x)
-    return _tree.vary_like(x, *batch) if is_array else x
+    whole: Whole  # S, of what every micro-batch is given whole
+    batch: list[Any]  # the gradients of the examples, `Split.apart`
 
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
-    """Both passes of one call on one device; what they depend on is in `_Inputs`."""
+    """Both passes of one call on one device.
+
+    A pass is a function of `Inputs`, and depends on no other array. For a gradient
+    these are in two parts: `own` has what it is asked for, and ``None`` elsewhere, and
+    `others` the rest.
+    """
 
     settings: Settings
     split: _split.Split
-    number: int | None  # how many micro-batches to run, if that is known
-    programs: list[_Program]  # for whole micro-batches, and for the smaller last one
-    shapes: _Ran  # of a whole micro-batch
-    accumulators: list[_accumulators.Accumulator]
-    seen: list[Any]  # accumulators for the leaves of the carry that `fun` writes
+    number: Any  # how many micro-batches to run, if that is known
+    traced: _program.Traced  # of which `inputs` are not to be used here
+    accumulators: list[Accumulator]
 
-    def differentiable(self, inputs: _Inputs) -> _Totals:
+    def differentiable(self, inputs: Inputs) -> _Totals:
         """The forward pass, whose derivative is the backward pass."""
 
         @jax.custom_vjp
-        def run(inputs: _Inputs) -> _Totals:
-            return self.forward(inputs, sees=False)
+        def run(inputs: Inputs) -> _Totals:
+            return self._forward(inputs, keeps_seen=False)
 
-        def forward(given: Any) -> tuple[_Totals, Any]:
-            inputs = _mapped(lambda x: x.value, given)
-            own = _mapped(lambda x: x.value if _is_moving(x) else None, given)
-            others = _mapped(lambda x: None if _is_moving(x) else x.value, given)
-            totals = self.forward(inputs, sees=True)
+        def forward(primals: Any) -> tuple[_Totals, Any]:
+            inputs, own, others = _taken_apart(primals)
+            totals = self._forward(inputs, keeps_seen=True)
             return totals._replace(seen=[]), (own, others, totals.seen)
 
-        def backward(saved: Any, cotangents: _Totals) -> tuple[_Inputs]:
+        def backward(saved: Any, cotangents: _Totals) -> tuple[Inputs]:
             own, others, seen = saved
-            return (self.backward(own, others, seen, cotangents.outputs),)
+            return (self._backward(own, others, seen, cotangents.outputs),)
 
         run.defvjp(forward, backward, symbolic_zeros=True)
         return run(inputs)
 
     def _loop(self, step: Any, totals: Any, number: Scalar | None) -> Any:
-        """``step(program, totals, index)`` of all micro-batches."""
-        whole, last = self.programs[0], self.programs[-1]
+        """`totals` after ``step(program, totals, index)`` of every micro-batch."""
+        programs = self.traced.programs
         return self.settings.loop(
-            functools.partial(step, whole),
-            functools.partial(step, last),
+            functools.partial(step, programs[0]),
+            functools.partial(step, programs[-1]),
             totals,
             self.split,
             self.number if number is None else number,
         )
 
-    def forward(self, inputs: _Inputs, *, sees: bool) -> _Totals:
-        """One micro-batch after another; with `sees` all that `backward` needs."""
-        leaves = jax.tree.leaves(inputs.carry)
-        pairs = list(zip(leaves, self.seen, strict=True))
-        weight = self.shapes.weight
-        start = _Totals(
-            outputs=[a.start(weight) for a in self.accumulators],
-            carry=[None if a is None else x for x, a in pairs],
-            weight=_tree.vary_like(_tree.zeros_like(weight), weight),
-            seen=[a and a.start(weight) for a in self.seen] if sees else [],
-        )
-
-        def step(program: _Program, totals: _Totals, index: Scalar) -> _Totals:
-            carry = _tree.filled(inputs.carry, totals.carry)
-            part = program.take(inputs.batch, index)
-            ran = program(carry, index, inputs.arrays, part, inputs.closed_over)
-            place = self._part(program, index, ran.weight, inputs.number)
-            rows = zip(
-                self.accumulators,
-                totals.outputs,
-                jax.tree.leaves(ran.outputs),
-                strict=True,
-            )
-            seen = zip(self.seen, totals.seen, totals.carry, strict=False)
-            return _Totals(
-                outputs=[a.add(carried, y, place) for a, carried, y in rows],
-                carry=_tree.kept_like(totals.carry, ran.carry),
-                weight=totals.weight + ran.weight,
-                seen=[a and a.add(carried, x, place) for a, carried, x in seen],
-            )
-
-        return self._loop(step, start, inputs.number)
-
     def _part(
-        self, program: _Program, index: Scalar, weight: Scalar, number: Scalar | None
+        self, program: Program, index: Scalar, weight: Scalar, number: Scalar | None
     ) -> Part:
         """Which micro-batch this is."""
         count: Any = self.split.num_microbatches
@@ -370,132 +179,194 @@ class _Passes:
         counted = True if self.settings.weight is None else weight != 0
         return Part(index, program.size, weight, counted, count - 1)
 
-    def backward(
-        self, own: _Inputs, others: _Inputs, seen: list[Any], cotangents: list[Any]
-    ) -> _Inputs:
-        """The gradients of what is in `own`, in place if nothing is in the way."""
-        settings = self.settings
-        reason = _obstacle.in_jax()
-        if settings.in_place is False:
-            reason = "`in_place` is False"
-        for program in self.programs:
-            reason = reason or _obstacle.in_forward_pass(program.jaxpr)
-        is_in_place = settings.check_in_place(reason)
-        run = functools.partial(self._backward, own, others, seen, cotangents)
-        if is_in_place:
-            try:
-                return run(in_place=True)
-            except _backward.NotInPlaceError as error:
-                reason = str(error)
-            settings.check_in_place(reason)
-        return run(in_place=False)
+    # --- Forward ---
+
+    def _forward(self, inputs: Inputs, *, keeps_seen: bool) -> _Totals:
+        """One micro-batch after another."""
+        shapes = self.traced.shapes
+        pairs = zip(jax.tree.leaves(inputs.carry), self.traced.is_written, strict=True)
+        carry = [x if is_written else None for x, is_written in pairs]
+        start = _Totals(
+            outputs=[a.start(shapes.weight) for a in self.accumulators],
+            carry=carry,
+            weight=_tree.vary_like(_tree.zeros_like(shapes.weight), shapes.weight),
+            seen=jax.tree.map(self._stack, carry) if keeps_seen else [],
+        )
+
+        def step(program: Program, totals: _Totals, index: Scalar) -> _Totals:
+            carry = _tree.filled(inputs.carry, totals.carry)
+            part = program.take(inputs.batch, index)
+            ran = program(carry, index, inputs.whole, part)
+            place = self._part(program, index, ran.weight, inputs.number)
+            rows = zip(
+                self.accumulators,
+                totals.outputs,
+                jax.tree.leaves(ran.outputs),
+                strict=True,
+            )
+            seen = jax.tree.map(
+                lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, index, 0),
+                totals.seen,
+                totals.carry if keeps_seen else [],
+            )
+            return _Totals(
+                outputs=[a.add(carried, output, place) for a, carried, output in rows],
+                carry=_tree.kept_like(totals.carry, ran.carry),
+                weight=totals.weight + ran.weight,
+                seen=seen,
+            )
+
+        return self._loop(step, start, inputs.number)
+
+    def _stack(self, x: jax.Array) -> jax.Array:
+        """Place for something like `x` from every micro-batch."""
+        return lax.broadcast(_tree.zeros(x), (self.split.num_microbatches,))
+
+    # --- Backward ---
 
     def _backward(
+        self, own: Inputs, others: Inputs, seen: list[Any], cotangents: list[Any]
+    ) -> Inputs:
+        """The gradients of `own`, added in place if nothing is in the way."""
+        reason = _obstacle.in_jax()
+        if self.settings.in_place is False:
+            reason = "`in_place` is False"
+        for program in self.traced.programs:
+            reason = reason or _obstacle.in_forward_pass(program.jaxpr)
+        gradients = functools.partial(self._gradients, own, others, seen, cotangents)
+        if self.settings.check_in_place(reason):
+            try:
+                return gradients(in_place=True)
+            except _backward.NotInPlaceError as error:
+                reason = str(error)
+            self.settings.check_in_place(reason)
+        return gradients(in_place=False)
+
+    def _gradients(
         self,
-        own: _Inputs,
-        others: _Inputs,
+        own: Inputs,
+        others: Inputs,
         seen: list[Any],
         cotangents: list[Any],
         *,
         in_place: bool,
-    ) -> _Inputs:
+    ) -> Inputs:
+        """Each micro-batch again, one after another, and backward.
+
+        Args:
+          own: What the gradients are asked of.
+          others: The other inputs.
+          seen: The leaves of the carry that each micro-batch was given.
+          cotangents: Of what each of the accumulators carries in the end.
+          in_place: Whether the backward pass adds to the sum by itself.
+        """
         inputs = _tree.merge(own, others)
-        axes = self.split.axes
-        active = [
-            (i, a, cotangent)
-            for i, (a, cotangent) in enumerate(
-                zip(self.accumulators, cotangents, strict=True)
-            )
-            if not isinstance(cotangent, SymbolicZero) and a.is_inexact
-        ]
-        # NaN is kept out of a sum, but not out of what keeps an entry for each.
+        active = {
+            i: cotangent
+            for i, cotangent in enumerate(cotangents)
+            if not isinstance(cotangent, SymbolicZero)
+            and self.accumulators[i].is_inexact
+        }
+        # NaN is kept out of sums, but not out of what has an entry for each.
         masks = self.settings.weight is not None and not any(
-            a.keeps_all for _, a, _ in active
+            self.accumulators[i].keeps_all for i in active
         )
-        whole = own.arrays, own.closed_over
-        start = _Sums(
-            whole=jax.tree.map(
-                _tree.vary_like,
-                _window.zeros(whole, self.settings.accumulator_dtype),
-                whole,
-            ),
-            batch=[
-                None if x is None else self.split.apart(_tree.zeros(x), axis)
-                for x, axis in zip(own.batch, axes, strict=True)
-            ],
-        )
-        if in_place:
-            self.settings.check_in_place(_obstacle.in_sums(start.whole, whole))
 
-        def step(program: _Program, sums: _Sums, index: Scalar) -> _Sums:
+        def step(program: Program, sums: _Sums, index: Scalar) -> _Sums:
             part = program.take(inputs.batch, index)
-            mine = [
-                x if y is not None else None
-                for x, y in zip(part, own.batch, strict=True)
-            ]
-            carry = _tree.filled(
-                inputs.carry,
-                [
-                    a and lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-                    for a, x in zip(self.seen, seen, strict=True)
-                ],
+            carry = jax.tree.map(
+                lambda xs: lax.dynamic_index_in_dim(xs, index, 0, keepdims=False), seen
             )
+            carry = _tree.filled(inputs.carry, carry)
 
-            def outputs(given: Any) -> tuple[list[jax.Array], Scalar]:
-                (arrays, closed_over), mine = given
+            def outputs(mine: Any) -> tuple[list[jax.Array], Scalar]:
+                whole, own_part = mine
                 ran = program(
                     carry,
                     index,
-                    _tree.merge(arrays, others.arrays),
-                    _tree.merge(mine, part),
-                    _tree.merge(closed_over, others.closed_over),
+                    _tree.merge(whole, others.whole),
+                    _tree.merge(own_part, part),
                 )
                 leaves = jax.tree.leaves(ran.outputs)
-                return [leaves[i] for i, _, _ in active], ran.weight
+                return [leaves[i] for i in active], ran.weight
 
-            given = whole, mine
-            ys, function, weight = jax.vjp(outputs, given, has_aux=True)
+            mine = own.whole, _tree.kept_like(own.batch, part)
+            results, function, weight = jax.vjp(outputs, mine, has_aux=True)
             place = self._part(program, index, weight, inputs.number)
-            pullback = Pullback(
-                function,
-                [
-                    _tree.vary_like(a.cotangent(cotangent, place), y)
-                    for (_, a, cotangent), y in zip(active, ys, strict=True)
-                ],
-                given,
-            )
-            counted = place.counted if masks else True
-            empty = _tree.zeros(mine)
-            if in_place:
-                reason = _obstacle.in_program(pullback, program.jaxpr, is_masked=masks)
-                if reason is not None:
-                    raise _backward.NotInPlaceError(reason)
-                new, parts = pullback.added_to(
-                    (sums.whole, empty), None, counted=counted
-                )
-            else:
-                grads, parts = pullback.gradients()
-                new = _window.add(sums.whole, grads, weight, "sum", counted=counted)
-                parts = _window.add(empty, parts, weight, "sum", counted=counted)
-            batch = [
-                x if x is None else self.split.put(x, g, index, axis)
-                for x, g, axis in zip(sums.batch, parts, axes, strict=True)
+            rows = zip(active.items(), results, strict=True)
+            parts = [
+                _tree.vary_like(self.accumulators[i].cotangent(x, place), result)
+                for (i, x), result in rows
             ]
-            return _Sums(new, batch)
+            pullback = Pullback(function, parts, mine)
+            counted = place.counted if masks else True
+            if in_place:
+                _check_in_place(pullback, program, masks)
+            return self._added(sums, pullback, index, counted, in_place)
 
-        sums = self._loop(step, start, inputs.number)
-        arrays, closed_over = _tree.cast_like(sums.whole, whole)
+        sums = self._loop(step, self._no_sums(own, in_place), inputs.number)
+        rows = zip(sums.batch, self.split.axes, strict=True)
+        batch = [None if x is None else self.split.joined(x, axis) for x, axis in rows]
+        whole = _tree.cast_like(sums.whole, own.whole)
+        return Inputs(whole, batch, carry=None, number=None)
+
+    def _no_sums(self, own: Inputs, in_place: bool) -> _Sums:
+        """Before the first micro-batch."""
+        sums = _window.zeros(own.whole, self.settings.accumulator_dtype)
+        sums = jax.tree.map(_tree.vary_like, sums, own.whole)
+        if in_place:
+            self.settings.check_in_place(_obstacle.in_sums(sums, own.whole))
+        rows = zip(own.batch, self.split.axes, strict=True)
         batch = [
-            x if x is None else self.split.joined(x, axis)
-            for x, axis in zip(sums.batch, axes, strict=True)
+            None if x is None else self.split.apart(_tree.zeros(x), axis)
+            for x, axis in rows
         ]
-        return _Inputs(arrays, closed_over, batch, None, None)
+        return _Sums(sums, batch)
+
+    def _added(
+        self,
+        sums: _Sums,
+        pullback: Pullback,
+        index: Scalar,
+        counted: bool | Scalar,
+        in_place: bool,
+    ) -> _Sums:
+        """With one more micro-batch in them."""
+        # What is of the micro-batch's own examples is added to nothing.
+        before = sums.whole, _tree.zeros(pullback.like[1])
+        if in_place:
+            whole, part = pullback.added_to(before, None, counted=counted)
+        else:
+            one = jnp.ones([])
+            whole, part = _window.add(
+                before, pullback.gradients(), one, "sum", counted=counted
+            )
+        rows = zip(sums.batch, part, self.split.axes, strict=True)
+        batch = [
+            None if x is None else self.split.put(x, g, index, axis)
+            for x, g, axis in rows
+        ]
+        return _Sums(whole, batch)
 
 
-def _is_moving(primal: Any) -> bool:
-    """Whether something is differentiated with respect to this input."""
-    return primal.perturbed and _tree.is_inexact(primal.value)
+def _taken_apart(primals: Any) -> tuple[Inputs, Inputs, Inputs]:
+    """``(inputs, own, others)`` from what `jax.custom_vjp` says of the inputs."""
+    leaves, structure = jax.tree.flatten(
+        primals, is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    values = [leaf.value for leaf in leaves]
+    is_own = [leaf.perturbed and _tree.is_inexact(leaf.value) for leaf in leaves]
+    pairs = list(zip(values, is_own, strict=True))
+    own = [x if is_ else None for x, is_ in pairs]
+    others = [None if is_ else x for x, is_ in pairs]
+    inputs, own, others = (
+        jax.tree.unflatten(structure, xs) for xs in (values, own, others)
+    )
+    return inputs, own, others
 
 
-def _mapped(function: Any, given: Any) -> Any:
-    return jax.tree.map(function, given, is_leaf=lambda x: hasattr(x, "perturbed"))
+def _check_in_place(pullback: Pullback, program: Program, masks: bool) -> None:
+    """Raises `NotInPlaceError` if `pullback` cannot add in place."""
+    reason = _obstacle.in_program(pullback, program.jaxpr, is_masked=masks)
+    if reason is not None:
+        raise _backward.NotInPlaceError(reason)

@@ -1,6 +1,7 @@
 """`oa.microbatch`: its options, what it composes with, and what it says."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -99,7 +100,7 @@ def as_optax_has_it(
         )
 
     def run(*args, **kwargs):
-        settings = call.settings
+        settings: Any = call.settings  # type: ignore[attr-defined]
         if settings.split(settings.roles.bind(fun, args, kwargs)).remainder:
             raise ValueError("The size must be divisible")  # which is no error here
         return jax.tree.map(interleaved, accumulator, call(*args, **kwargs))
@@ -146,12 +147,12 @@ def test_every_policy_gives_what_python_would(sizes):
 
     def by_hand(params, x):
         if "num_microbatches" in sizes:
-            order = np.arange(B).reshape(3, 4).T
+            order = list(np.arange(B).reshape(3, 4).T)
         else:
-            order = [range(5), range(5, 10), range(10, 12)]
-        parts = [several(params, x[np.asarray(rows)]) for rows in order]
+            order = [np.arange(5), np.arange(5, 10), np.arange(10, 12)]
+        parts = [several(params, x[rows]) for rows in order]
         share = [len(rows) / B for rows in order]
-        rows = np.argsort(np.concatenate([np.asarray(rows) for rows in order]))
+        rows = np.argsort(np.concatenate(order))
         pick = {key: [part[key] for part in parts] for key in parts[0]}
 
         def mean(*xs):

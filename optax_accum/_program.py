@@ -1,0 +1,168 @@
+"""A function on one micro-batch, traced, so that all that it reads is an argument.
+
+Users' functions close over anything, parameters included. What has a derivative of its
+own, as `_passes` gives it, must not.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from optax_accum import _arguments, _carry, _outputs, _split, _tree, _validate
+from optax_accum._batching import Batching
+from optax_accum._types import Batch, Scalar, Tree
+
+
+class Whole(NamedTuple):
+    """What every micro-batch is given whole.
+
+    Attributes:
+      arrays: Those among the arguments, with ``None`` for what is not one.
+      closed_over: What the function closes over.
+    """
+
+    arrays: list[Any]
+    closed_over: list[Any]
+
+
+class Inputs(NamedTuple):
+    """All that the outputs of a call depend on.
+
+    Attributes:
+      whole: What every micro-batch is given whole.
+      batch: The leaves that are split.
+      carry: The carry before the first micro-batch.
+      number: How many micro-batches are to run, if an array says it.
+    """
+
+    whole: Whole
+    batch: list[Any]
+    carry: Tree
+    number: Scalar | None
+
+
+class Ran(NamedTuple):
+    """What the function gives on one micro-batch."""
+
+    outputs: Tree
+    carry: Tree
+    weight: Scalar
+
+
+class Program(NamedTuple):
+    """The function on micro-batches of one size.
+
+    Attributes:
+      take: ``take(batch, index)`` takes one out of the batch.
+      size: How many examples it has.
+      jaxpr: The traced function.
+      reads: Which of `Whole.closed_over` are its constants.
+      structure: That of the `Ran` that it returns.
+    """
+
+    take: Any
+    size: int
+    jaxpr: Any
+    reads: list[int]
+    structure: Any
+
+    def __call__(self, carry: Tree, index: Scalar, whole: Whole, part: Batch) -> Ran:
+        constants = [whole.closed_over[i] for i in self.reads]
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, constants))
+        outputs = function(*jax.tree.leaves((carry, index, whole.arrays, part)))
+        return jax.tree.unflatten(self.structure, outputs)
+
+
+class Traced(NamedTuple):
+    """A call, traced.
+
+    Attributes:
+      programs: For whole micro-batches, and if there is one for the smaller last one.
+      inputs: What the call depends on.
+      is_written: For each leaf of the carry, whether the function writes it.
+      shapes: What a whole micro-batch gives.
+    """
+
+    programs: list[Program]
+    inputs: Inputs
+    is_written: list[bool]
+    shapes: Ran
+
+
+def trace(
+    options: Batching,
+    call: _arguments.Call,
+    split: _split.Split,
+    number: Scalar | None,
+) -> Traced:
+    """Traces the function on one micro-batch of each size."""
+    # The carry is an argument of its own.
+    given = (
+        [None if i == call.carry_place else x for i, x in enumerate(call.args)],
+        call.kwargs,
+    )
+    arrays = [_varied(x, call.batch) for x in _tree.arrays_in(given)]
+    before = _tree.strongly_typed(call.carry)
+
+    # Under `jax.jit`, one trace serves all who ask.
+    @jax.jit
+    def run(carry: Tree, index: Scalar, arrays: list[Any], part: Batch) -> Ran:
+        args, kwargs = _tree.filled(given, arrays)
+        own = call._replace(args=args, kwargs=kwargs)
+        number = options.devices.global_index(index, split.num_microbatches)
+        args, kwargs = own.for_microbatch(part, carry, number)
+        outputs, new_carry = _unpacked(
+            call, call.apply(options.fun, args, kwargs), carry
+        )
+        weight: Any = part[0].shape[split.axes[0]]
+        if options.weight is not None:
+            weight = call.apply(options.weight, args, kwargs)
+        dtype = _tree.scalar_dtype((outputs, arrays, part))
+        weight, known_weight = _validate.weight(weight, dtype)
+        if not known_weight:
+            # A micro-batch without weight leaves the carry as it was.
+            new_carry = jax.tree.map(
+                lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
+            )
+        return Ran(outputs, new_carry, weight)
+
+    takes: list[tuple[Any, int]] = [(split.take, split.size)]
+    if split.remainder:
+        takes.append((lambda batch, _: split.take_remainder(batch), split.remainder))
+    index = split.indices[0]
+    parts = [take(call.batch, index) for take, _ in takes]
+    written = [_carry.is_written(run, before, index, arrays, part) for part in parts]
+    is_written = [any(each) for each in zip(*written, strict=True)]
+    leaves, shapes = _carry.first(run, before, is_written, index, arrays, parts[0])
+    carry = _tree.filled(before, leaves)
+    closed_over: dict[int, Any] = {}  # by identity
+    programs = []
+    for (take, size), part in zip(takes, parts, strict=True):
+        traced, ran = jax.make_jaxpr(run, return_shape=True)(carry, index, arrays, part)
+        closed_over |= {id(x): x for x in traced.consts}
+        reads = [[*closed_over].index(id(x)) for x in traced.consts]
+        structure = jax.tree.structure(ran)
+        programs.append(Program(take, size, traced.jaxpr, reads, structure))
+    whole = Whole(arrays, [*closed_over.values()])
+    inputs = Inputs(whole, call.batch, carry, number)
+    return Traced(programs, inputs, is_written, shapes)
+
+
+def _unpacked(call: _arguments.Call, result: Any, carry: Tree) -> tuple[Tree, Tree]:
+    """The outputs and the carry that the function returned for this `carry`."""
+    if call.carry_name is None:
+        return _tree.as_arrays(result), None
+    result, new_carry = _outputs.pair(result, "(outputs, carry)", "a `carry_argnum`")
+    new_carry = _outputs.checked_carry(call.carry_name, carry, new_carry)
+    return _tree.as_arrays(result), new_carry
+
+
+def _varied(x: Any, batch: Batch) -> Any:
+    """`x` as something that varies over devices as the batch does.
+
+    Its gradient then stays local in the loop, and is summed once, after it.
+    """
+    is_floating = isinstance(x, jax.Array) and _tree.is_inexact(x)
+    return _tree.vary_like(x, *batch) if is_floating else x
