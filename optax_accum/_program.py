@@ -116,11 +116,13 @@ def trace(
         outputs, new_carry = _unpacked(
             call, call.apply(options.fun, args, kwargs), carry
         )
-        weight: Any = part[0].shape[split.axes[0]]
-        if options.weight is not None:
-            weight = call.apply(options.weight, args, kwargs)
         dtype = _tree.scalar_dtype((outputs, arrays, part))
-        weight, known_weight = _validate.weight(weight, dtype)
+        if options.weight is None:  # A size may be symbolic, and is no number then.
+            weight = jnp.asarray(part[0].shape[split.axes[0]], dtype)
+            return Ran(outputs, new_carry, weight)
+        weight, known_weight = _validate.weight(
+            call.apply(options.weight, args, kwargs), dtype
+        )
         if not known_weight:
             # A micro-batch without weight leaves the carry as it was.
             new_carry = jax.tree.map(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from jax import export
 from optax.microbatching import _microbatching, _microbatching_test
 
 import optax_accum as oa
@@ -514,6 +515,15 @@ def test_a_function_may_have_a_ref():
 
     in_parts = oa.microbatch(f, num_microbatches=3)
     same_gradients(with_loss(in_parts), with_loss(encode), PARAMS, X)
+
+
+def test_export_with_a_symbolic_number_of_examples():
+    in_parts = oa.microbatch(encode, num_microbatches=3)
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("3*b, 5"), jnp.float32)
+    step = jax.jit(jax.value_and_grad(with_loss(in_parts)))
+    with jax.numpy_dtype_promotion("standard"):
+        exported = export.export(step)(PARAMS, shape)
+    same(exported.call(PARAMS, X), step(PARAMS, X))
 
 
 def test_without_jit_and_with_disable_jit():
