@@ -57,6 +57,8 @@ class EquivalenceReport:
         - ``"order"``: the order of the examples matters, without such groups.
         - ``"denominators"``: several losses, each divided by a count of its own.
         - ``"dependence"``: examples depend on each other in some other way.
+          `oa.microbatch` makes a loss of all outputs exact, such as a contrastive one;
+          it does not mend BatchNorm in a model.
         - ``"unknown"``: none of these.
     """
 

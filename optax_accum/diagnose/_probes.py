@@ -412,11 +412,14 @@ def _dependence(seen: Comparison) -> Cause | None:
         how = "an example alone gives something else than among others"
     else:
         return None
+    size = f"num_microbatches={problem.settings.num_microbatches}"
+    if problem.settings.num_microbatches is None:
+        size = f"microbatch_size={problem.settings.microbatch_size}"
     return Cause(
         "dependence",
-        f"examples depend on each other: {how}. Several denominators, or statistics of "
-        "the data: compute them on the global batch first, pass them to `fun`, and use "
-        'reduction="sum". A contrastive or Dice loss: encode in micro-batches, then '
-        "take the loss of all outputs. BatchNorm: LayerNorm, GroupNorm or fixed "
-        "statistics do not depend on the batch. Larger micro-batches come nearer",
+        f"examples depend on each other: {how}. A loss of all outputs (contrastive, "
+        f"Dice): take it of oa.microbatch(encode, {size})(params, batch), under "
+        "jax.value_and_grad. Several denominators, statistics of the data: compute "
+        'them on the global batch, pass them to `fun`, use reduction="sum". '
+        "BatchNorm stays different: use LayerNorm, or larger micro-batches",
     )
