@@ -135,7 +135,9 @@ def microbatch(
       `fun` returns ``(outputs, carry)``. The carry goes from micro-batch to micro-batch
       in the forward pass alone. In the backward pass each micro-batch is given the
       carry that it had in the forward pass, as a constant: no derivative goes through
-      it. Micro-batches of weight 0 leave it as it was.
+      it. Micro-batches of weight 0 leave it as it was. Leaves that `fun` returns as
+      they came are arguments like any other: they are differentiated, and stay the very
+      same arrays.
 
     Note: Random keys
       As in `value_and_grad`. Both passes draw the same, bit for bit.

@@ -100,7 +100,7 @@ def _run(
         a.finish(a.over_devices(carried, settings.devices.axis_name), weight)
         for a, carried in zip(accumulators, totals.outputs, strict=True)
     ]
-    before = _tree.kept_like(carry, traced.inputs.carry)
+    before = traced.inputs.carry
     carry = settings.devices.merge_carry(carry, before, own, weight)
     structure = jax.tree.structure(traced.shapes.outputs)
     return jax.tree.unflatten(structure, finished), carry
@@ -184,19 +184,16 @@ class _Passes:
     def _forward(self, inputs: Inputs, *, keeps_seen: bool) -> _Totals:
         """One micro-batch after another."""
         shapes = self.traced.shapes
-        pairs = zip(jax.tree.leaves(inputs.carry), self.traced.is_written, strict=True)
-        carry = [x if is_written else None for x, is_written in pairs]
         start = _Totals(
             outputs=[a.start(shapes.weight) for a in self.accumulators],
-            carry=carry,
+            carry=inputs.carry,
             weight=_tree.vary_like(_tree.zeros_like(shapes.weight), shapes.weight),
-            seen=jax.tree.map(self._stack, carry) if keeps_seen else [],
+            seen=jax.tree.map(self._stack, inputs.carry) if keeps_seen else [],
         )
 
         def step(program: Program, totals: _Totals, index: Scalar) -> _Totals:
-            carry = _tree.filled(inputs.carry, totals.carry)
             part = program.take(inputs.batch, index)
-            ran = program(carry, index, inputs.whole, part)
+            ran = program(totals.carry, index, inputs.whole, part)
             place = self._part(program, index, ran.weight, inputs.number)
             rows = zip(
                 self.accumulators,
@@ -277,7 +274,6 @@ class _Passes:
             carry = jax.tree.map(
                 lambda xs: lax.dynamic_index_in_dim(xs, index, 0, keepdims=False), seen
             )
-            carry = _tree.filled(inputs.carry, carry)
 
             def outputs(mine: Any) -> tuple[list[jax.Array], Scalar]:
                 whole, own_part = mine
@@ -308,7 +304,7 @@ class _Passes:
         rows = zip(sums.batch, self.split.axes, strict=True)
         batch = [None if x is None else self.split.joined(x, axis) for x, axis in rows]
         whole = _tree.cast_like(sums.whole, own.whole)
-        return Inputs(whole, batch, carry=None, number=None)
+        return Inputs(whole, batch, [None] * len(own.carry), number=None)
 
     def _no_sums(self, own: Inputs, in_place: bool) -> _Sums:
         """Before the first micro-batch."""

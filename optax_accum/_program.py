@@ -21,10 +21,12 @@ class Whole(NamedTuple):
     Attributes:
       arrays: Those among the arguments, with ``None`` for what is not one.
       closed_over: What the function closes over.
+      read: The leaves of the carry that it only reads, and ``None`` for the others.
     """
 
     arrays: list[Any]
     closed_over: list[Any]
+    read: list[Any]
 
 
 class Inputs(NamedTuple):
@@ -33,13 +35,14 @@ class Inputs(NamedTuple):
     Attributes:
       whole: What every micro-batch is given whole.
       batch: The leaves that are split.
-      carry: The carry before the first micro-batch.
+      carry: The leaves of the carry that the function writes, as they are before the
+        first micro-batch, and ``None`` for the others.
       number: How many micro-batches are to run, if an array says it.
     """
 
     whole: Whole
     batch: list[Any]
-    carry: Tree
+    carry: list[Any]
     number: Scalar | None
 
 
@@ -68,7 +71,10 @@ class Program(NamedTuple):
     reads: list[int]
     structure: Any
 
-    def __call__(self, carry: Tree, index: Scalar, whole: Whole, part: Batch) -> Ran:
+    def __call__(
+        self, carry: list[Any], index: Scalar, whole: Whole, part: Batch
+    ) -> Ran:
+        carry = _tree.merge(carry, whole.read)
         constants = [whole.closed_over[i] for i in self.reads]
         function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, constants))
         outputs = function(*jax.tree.leaves((carry, index, whole.arrays, part)))
@@ -81,13 +87,11 @@ class Traced(NamedTuple):
     Attributes:
       programs: For whole micro-batches, and if there is one for the smaller last one.
       inputs: What the call depends on.
-      is_written: For each leaf of the carry, whether the function writes it.
       shapes: What a whole micro-batch gives.
     """
 
     programs: list[Program]
     inputs: Inputs
-    is_written: list[bool]
     shapes: Ran
 
 
@@ -116,7 +120,7 @@ def trace(
         outputs, new_carry = _unpacked(
             call, call.apply(options.fun, args, kwargs), carry
         )
-        dtype = _tree.scalar_dtype((outputs, arrays, part))
+        dtype = _tree.scalar_dtype((outputs, carry, arrays, part))
         if options.weight is None:  # A size may be symbolic, and is no number then.
             weight = jnp.asarray(part[0].shape[split.axes[0]], dtype)
             return Ran(outputs, new_carry, weight)
@@ -137,6 +141,9 @@ def trace(
     parts = [take(call.batch, index) for take, _ in takes]
     written = [_carry.is_written(run, before, index, arrays, part) for part in parts]
     is_written = [any(each) for each in zip(*written, strict=True)]
+    rows = zip(jax.tree.leaves(before), is_written, strict=True)
+    read = [None if is_ else _varied(x, call.batch) for x, is_ in rows]
+    before = _tree.filled(before, read)
     leaves, shapes = _carry.first(run, before, is_written, index, arrays, parts[0])
     carry = _tree.filled(before, leaves)
     closed_over: dict[int, Any] = {}  # by identity
@@ -147,9 +154,9 @@ def trace(
         reads = [[*closed_over].index(id(x)) for x in traced.consts]
         structure = jax.tree.structure(ran)
         programs.append(Program(take, size, traced.jaxpr, reads, structure))
-    whole = Whole(arrays, [*closed_over.values()])
-    inputs = Inputs(whole, call.batch, carry, number)
-    return Traced(programs, inputs, is_written, shapes)
+    whole = Whole(arrays, [*closed_over.values()], read)
+    inputs = Inputs(whole, call.batch, leaves, number)
+    return Traced(programs, inputs, shapes)
 
 
 def _unpacked(call: _arguments.Call, result: Any, carry: Tree) -> tuple[Tree, Tree]:
