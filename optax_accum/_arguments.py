@@ -261,7 +261,7 @@ class Roles(NamedTuple):
         argnums = positions["argnums"]
         key_places = [*positions["rng_argnums"], *named_keys]
         for i in argnums:
-            _check_no_nnx_module(names[i], in_place[i])
+            check_no_nnx_module(names[i], in_place[i], "value_and_grad")
         values = dict[Place, Any]([*enumerate(in_place), *others.items()])
         for place in key_places:
             _check_keys(_name(place, names), values[place])
@@ -540,20 +540,26 @@ def _check_keys(name: str, keys: Tree) -> None:
             )
 
 
-def _check_no_nnx_module(name: str, value: Tree) -> None:
-    """Raises for an NNX module of which not all is to be differentiated.
+def check_no_nnx_module(name: str, value: Tree, function: str) -> None:
+    """Raises for an NNX module, or random streams, with more than parameters.
 
-    To JAX it is a tree, whose statistics and counts are leaves like its parameters.
+    To JAX it is a tree, whose statistics and counts are leaves like its parameters, and
+    what is written to it is lost.
+
+    Args:
+      name: What the argument is called.
+      value: The argument.
+      function: The function of `optax_accum.flax` that takes it.
     """
     nnx = sys.modules.get("flax.nnx")  # loaded if there is a module
     if nnx is None:
         return
-    for node in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nnx.Module)):
-        if isinstance(node, nnx.Module) and nnx.state(node, nnx.Not(nnx.Param)):
+    for node in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nnx.Pytree)):
+        if isinstance(node, nnx.Pytree) and nnx.state(node, nnx.Not(nnx.Param)):
             what = "is" if node is value else "holds"
             raise TypeError(
                 f"`{name}` {what} an NNX module, a {type(node).__name__}, with "
-                "variables that are not parameters. optax_accum.flax.value_and_grad "
+                f"variables that are not parameters. optax_accum.flax.{function} "
                 "takes it as it is; elsewhere split it first, with "
                 "nnx.split(model, nnx.Param, ...)"
             )

@@ -43,7 +43,10 @@ class Settings(Batching):
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """What the user gets."""
-        return self.run_bound(self.roles.bind(self.fun, args, kwargs))
+        call = self.roles.bind(self.fun, args, kwargs)
+        for name, argument in call.named():
+            _arguments.check_no_nnx_module(name, argument, "microbatch")
+        return self.run_bound(call)
 
     def run_bound(self, call: _arguments.Call) -> Any:
         """As `__call__`, of arguments that are bound to their roles."""
