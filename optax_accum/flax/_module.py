@@ -22,7 +22,7 @@ class Nodes(NamedTuple):
     They are taken apart together, because they may share variables.
 
     Attributes:
-      model: The module.
+      model: The module that is differentiated, or ``None`` if all are alike.
       others: Other modules, random streams and variables, by their names.
     """
 
@@ -139,7 +139,7 @@ def update(nodes: Nodes, before: State, after: State) -> None:
 
 
 def check_same_variables(before: State, after: State) -> None:
-    """Raises if `loss_fn` has added variables, removed some, or changed their types."""
+    """Raises if the function has added variables, removed some or changed types."""
     old, new = _types_of(before), _types_of(after)
     changes = [f"added {_shown(path)}" for path in new if path not in old]
     changes += [f"took away {_shown(path)}" for path in old if path not in new]
@@ -150,7 +150,7 @@ def check_same_variables(before: State, after: State) -> None:
     ]
     if changes:
         raise ValueError(
-            "`loss_fn` must leave the module with the variables that it had, but it "
+            "the function must leave the module with the variables that it had, but it "
             f"{', '.join(changes)}. Take out what is for one call alone, with "
             "nnx.capture or nnx.pop(model, nnx.Intermediate), and return it as "
             "auxiliary output"
@@ -158,12 +158,13 @@ def check_same_variables(before: State, after: State) -> None:
 
 
 def check_same_attributes(before: nnx.GraphDef, after: nnx.GraphDef) -> None:
-    """Raises if `loss_fn` has changed anything that is not a variable."""
+    """Raises if the function has changed anything that is not a variable."""
     if before != after:
         raise ValueError(
-            "`loss_fn` must leave the module's plain attributes as they were, but it "
-            "has changed one. Keep what changes in an nnx.Variable; to switch modes, "
-            "take a view of the module before: nnx.view(model, deterministic=True)"
+            "the function must leave the module's plain attributes as they were, but "
+            "it has changed one. Keep what changes in an nnx.Variable; to switch "
+            "modes, take a view of the module before: nnx.view(model, "
+            "deterministic=True)"
         )
 
 
@@ -203,6 +204,23 @@ def check_not_written(params: nnx.State, is_wrong: list[bool]) -> None:
             "`loss_fn` must only read what it is differentiated with respect to, but "
             f"it wrote to {', '.join(wrong)}, and what it wrote depends on the batch. "
             "Make it a variable that `wrt` does not select, an nnx.Variable say"
+        )
+
+
+def check_params_only_read(before: State, after: State) -> None:
+    """Raises if there are parameters in the state and the function wrote to them."""
+    old, new = _flat(before), _flat(after)
+    wrong = [
+        _shown(path)
+        for path, variable in old.items()
+        if isinstance(variable, nnx.Param) and not _is_same(variable, new[path])
+    ]
+    if wrong:
+        raise ValueError(
+            "the function must only read parameters, but it wrote to "
+            f"{', '.join(wrong)}, and to what it wrote no derivative can go. If that "
+            "is not to be kept, as after nnx.WeightNorm, write to a copy: call "
+            "nnx.clone(layer)(x) in place of layer(x)"
         )
 
 

@@ -8,7 +8,15 @@ import jax
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from optax_accum import _arguments, _eager, _flow, _outputs, _tree, _value_and_grad
+from optax_accum import (
+    _arguments,
+    _eager,
+    _flow,
+    _outputs,
+    _passes,
+    _tree,
+    _value_and_grad,
+)
 from optax_accum._loop import Settings
 from optax_accum._types import Args, Function, Kwargs, Params
 from optax_accum._value_and_grad import settings_of
@@ -102,9 +110,8 @@ def value_and_grad(
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
         calls.note(args, kwargs)
         _module.check_module(model)
-        nodes, call = taken_apart(
-            model, settings.roles.bind(loss_fn, (None, *args), kwargs)
-        )
+        others, call = taken_apart(settings.roles.bind(loss_fn, (None, *args), kwargs))
+        nodes = _module.Nodes(model, others)
         _module.check_not_shared(nodes, wrt)
         graphdef, params, state = _module.split(nodes, wrt)
         call = call._replace(args=[params, *call.args[1:]])
@@ -129,9 +136,7 @@ def value_and_grad(
 STATE = "the module's state"  # an argument that no loss has by this name
 
 
-def taken_apart(
-    model: Any, call: _arguments.Call
-) -> tuple[_module.Nodes, _arguments.Call]:
+def taken_apart(call: _arguments.Call) -> tuple[dict[str, Any], _arguments.Call]:
     """What in the arguments can change, and the call with places for it."""
     others: dict[str, Any] = {}
     args = [
@@ -142,21 +147,60 @@ def taken_apart(
         name: _module.taken_out(name, argument, others)
         for name, argument in call.kwargs.items()
     }
-    return _module.Nodes(model, others), call._replace(args=args, kwargs=kwargs)
+    return others, call._replace(args=args, kwargs=kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    """A loss over a module, as functions of its parameters and its state."""
+class OfState:
+    """A function of modules, as functions of their parameters and their state."""
 
-    settings: Settings  # with `loss_fn` as the function
+    settings: Settings | _passes.Settings  # with the user's functions
     wrt: Filter
     graphdef: nnx.GraphDef
+
+    def run(
+        self, params: Params, state: _module.State, args: Args, kwargs: Kwargs
+    ) -> tuple[Any, _module.State]:
+        """What the function returns, and all that it may have changed."""
+        nodes = self._nodes(params, state)
+        result = _apply(self.settings.fun, nodes, args, kwargs)
+        graphdef, _, after = _module.split(nodes, self.wrt)
+        _module.check_same_variables(state, after)
+        _module.check_same_attributes(self.graphdef, graphdef)
+        if self.settings.devices.axis_name is not None:
+            after = after._replace(keys=state.keys)
+        return result, after
+
+    def weight(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """What the user's `weight` returns."""
+        assert self.settings.weight is not None
+        nodes = self._nodes(params, kwargs.pop(STATE))
+        return _apply(self.settings.weight, nodes, args, kwargs)
+
+    def _nodes(self, params: Params, state: _module.State) -> _module.Nodes:
+        axis_name = self.settings.devices.axis_name
+        if axis_name is not None:
+            state = _module.of_this_device(state, axis_name)
+        return _module.merge(self.graphdef, params, state)
+
+
+def _apply(function: Function, nodes: _module.Nodes, args: Args, kwargs: Kwargs) -> Any:
+    """`function` of the nodes, and of arguments with places for them."""
+    args, kwargs = _module.put_back((args, kwargs), nodes.others)
+    model = () if nodes.model is None else (nodes.model,)
+    return function(*model, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(OfState):
+    """A loss over a module."""
+
+    settings: Settings
 
     def value(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """What `loss_fn` returns, and the state after it as a carry."""
         state = kwargs.pop(STATE)
-        result, after = self._run(params, state, args, kwargs)
+        result, after = self.run(params, state, args, kwargs)
         before, structure = jax.tree.flatten(state.params)
         is_same = _module.same_leaves(params, after.params)
         if not all(is_same):
@@ -164,37 +208,10 @@ class Loss:
         rows = zip(is_same, before, jax.tree.leaves(after.params), strict=True)
         written = [old if is_ else new for is_, old, new in rows]
         after = after._replace(params=jax.tree.unflatten(structure, written))
-        if self.settings.devices.axis_name is not None:
-            after = after._replace(keys=state.keys)
         if not self.settings.has_aux:
             return result, after
         value, aux = _outputs.pair(result, "(value, aux)")
         return value, (aux, after)
-
-    def weight(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """What the user's `weight` returns."""
-        assert self.settings.weight is not None
-        nodes = self._nodes(params, kwargs.pop(STATE))
-        args, kwargs = _module.put_back((args, kwargs), nodes.others)
-        return self.settings.weight(nodes.model, *args, **kwargs)
-
-    def _run(
-        self, params: Params, state: _module.State, args: Args, kwargs: Kwargs
-    ) -> tuple[Any, _module.State]:
-        """What `loss_fn` returns, and all that it may have changed."""
-        nodes = self._nodes(params, state)
-        args, kwargs = _module.put_back((args, kwargs), nodes.others)
-        result = self.settings.fun(nodes.model, *args, **kwargs)
-        graphdef, _, after = _module.split(nodes, self.wrt)
-        _module.check_same_variables(state, after)
-        _module.check_same_attributes(self.graphdef, graphdef)
-        return result, after
-
-    def _nodes(self, params: Params, state: _module.State) -> _module.Nodes:
-        axis_name = self.settings.devices.axis_name
-        if axis_name is not None:
-            state = _module.of_this_device(state, axis_name)
-        return _module.merge(self.graphdef, params, state)
 
     def _is_same(
         self, params: Params, state: _module.State, args: Args, kwargs: Kwargs
@@ -209,7 +226,7 @@ class Loss:
         @jax.jit
         def params_after(params: Params, state: _module.State, arrays: Any) -> Params:
             args, kwargs = _tree.filled(given, arrays)
-            return self._run(params, state, args, kwargs)[1].params
+            return self.run(params, state, args, kwargs)[1].params
 
         sources = _flow.of_call(params_after, params, state, _tree.arrays_in(given))
         known = range(len(jax.tree.leaves((params, state))))

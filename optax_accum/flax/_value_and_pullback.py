@@ -83,9 +83,8 @@ def value_and_pullback(
     @functools.wraps(loss_fn)
     def value_and_pullback_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
         _module.check_module(model)
-        nodes, call = taken_apart(
-            model, settings.roles.bind(loss_fn, (None, *args), kwargs)
-        )
+        others, call = taken_apart(settings.roles.bind(loss_fn, (None, *args), kwargs))
+        nodes = _module.Nodes(model, others)
         _module.check_not_shared(nodes, wrt)
         graphdef, params, state = _module.split(nodes, wrt)
         structure = jax.tree.structure(params)

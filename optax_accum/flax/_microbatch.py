@@ -1,0 +1,110 @@
+"""`oa.microbatch` of a function of NNX modules."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+
+from optax_accum import _eager, _microbatch
+from optax_accum._types import Function
+from optax_accum.flax import _module
+from optax_accum.flax._value_and_grad import STATE, OfState, taken_apart
+
+
+def microbatch(fun: Function, **options: Any) -> Function:
+    """`oa.microbatch` of a function of NNX modules.
+
+    For losses that are not sums over examples, such as contrastive ones: encode in
+    micro-batches, and compute the loss from all outputs at once, under
+    `nnx.value_and_grad` and `nnx.jit` as ever.
+
+    Among the arguments may be modules, random streams (`nnx.Rngs`) and variables. What
+    `fun` writes there (running statistics of BatchNorm, counts of random streams) goes
+    from one micro-batch to the next and is in the module afterwards, once. The backward
+    pass gives each micro-batch what it had in the forward pass: it draws the same
+    dropout, and leaves the module alone.
+
+    Args:
+      fun: Any function of modules and arrays that returns a tree of arrays, such as
+        ``lambda model, x: model(x)``. It sees one micro-batch at a time.
+      **options: The keyword arguments of `oa.microbatch`: `num_microbatches` or
+        `microbatch_size`; `batch_argnums`, by default 1; `outputs`, `weight`, which is
+        called as `fun` is, ... What the modules need takes the place of `carry_argnum`.
+
+    Returns:
+      A function with the arguments of `fun` that returns what `fun` does, in the same
+      dtypes.
+
+    Raises:
+      TypeError: As `oa.microbatch`; a `fun` that is a module.
+      ValueError: As `oa.microbatch`; a `carry_argnum`; at the call, a `fun` that adds
+        variables to a module, takes some away or changes their types, that changes a
+        plain attribute, or that writes to parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
+      >>> from flax import nnx
+      >>> class Encoder(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.linear = nnx.Linear(2, 3, rngs=rngs)
+      ...         self.norm = nnx.BatchNorm(3, rngs=rngs)
+      ...         self.dropout = nnx.Dropout(0.5, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return self.dropout(self.norm(self.linear(x)))
+      >>> encode = oaf.microbatch(lambda model, x: model(x), num_microbatches=4)
+      >>> def loss_fn(model, x):
+      ...     z = encode(model, x)
+      ...     return -jnp.mean(jnp.diag(jax.nn.log_softmax(z @ z.T)))
+      >>> model = Encoder(nnx.Rngs(0))
+      >>> x = jnp.arange(16.0).reshape(8, 2)
+      >>> value, grads = nnx.jit(nnx.value_and_grad(loss_fn))(model, x)
+      >>> print(model.dropout.rngs.count[...])  # once for every micro-batch
+      4
+
+    Note:
+      Gradients go to all that is differentiated and only read: parameters of all
+      modules, or of LoRA alone, whatever `nnx.grad` is asked for. What `fun` writes is
+      a constant to derivatives. A micro-batch of weight 0 leaves the modules as they
+      were. Over several devices (`mesh`), floating variables that `fun` writes are
+      averaged over them, by weight, and random keys are folded with the device's index.
+    """
+    if isinstance(fun, nnx.Module):
+        raise TypeError(
+            f"`fun` must be a function of the module; got the module itself, a "
+            f"{type(fun).__name__}. Pass lambda model, x: model(x), and the module as "
+            "an argument of the call, where nnx.grad sees it"
+        )
+    if options.get("carry_argnum") is not None:
+        raise ValueError(
+            f"`carry_argnum={options['carry_argnum']!r}` cannot be used with modules, "
+            "which carry their own state. Put what is to be carried into one, or pass "
+            "it as an nnx.Variable"
+        )
+    settings = _microbatch.microbatch(fun, **options).settings  # type: ignore[attr-defined]
+    calls = _eager.Calls("`microbatch`", "nnx.jit(...)")
+
+    @functools.wraps(fun)
+    def in_microbatches(*args: Any, **kwargs: Any) -> Any:
+        calls.note(args, kwargs)
+        others, call = taken_apart(settings.roles.bind(fun, args, kwargs))
+        # All are alike: it is for `nnx.grad` to say what is differentiated.
+        nodes = _module.Nodes(None, others)
+        graphdef, params, state = _module.split(nodes, nnx.Nothing())
+        of_state = OfState(settings, nnx.Nothing(), graphdef)
+
+        def of_arguments(*args: Any, **kwargs: Any) -> Any:
+            return of_state.run(params, kwargs.pop(STATE), args, kwargs)
+
+        functional = dataclasses.replace(
+            settings,
+            fun=of_arguments,
+            weight=settings.weight and functools.partial(of_state.weight, params),
+        )
+        outputs, after = functional.run_bound(call.with_carry(STATE, state))
+        _module.check_params_only_read(state, after)
+        _module.update(nodes, state, after)
+        return outputs
+
+    in_microbatches.settings = settings  # type: ignore[attr-defined]
+    return in_microbatches
