@@ -76,6 +76,16 @@ def check_module(model: Any) -> None:
     )
 
 
+def check_batch(name: str, argument: Tree) -> None:
+    """Raises if there are parameters in a batch argument, which would be split."""
+    leaves = jax.tree.leaves(argument, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    if any(isinstance(x, nnx.Param) for x in leaves):
+        raise TypeError(
+            f"`{name}` is a batch argument, but it holds parameters. Say with "
+            "`batch_argnums` which arguments are to be split, the first one being 0"
+        )
+
+
 def taken_out(name: str, argument: Tree, others: dict[str, Any]) -> Tree:
     """The argument with places for its nodes, which go into `others`."""
 

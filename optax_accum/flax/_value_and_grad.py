@@ -138,6 +138,8 @@ STATE = "the module's state"  # an argument that no loss has by this name
 
 def taken_apart(call: _arguments.Call) -> tuple[dict[str, Any], _arguments.Call]:
     """What in the arguments can change, and the call with places for it."""
+    for place, argument in call.build_batch(call.batch):
+        _module.check_batch(call.name_of(place), argument)
     others: dict[str, Any] = {}
     args = [
         _module.taken_out(name, argument, others)
