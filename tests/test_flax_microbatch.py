@@ -15,7 +15,7 @@ import optax_accum as oa
 import optax_accum.flax as oaf
 from tests.support import hlo
 from tests.support.errors import refused
-from tests.support.training import promoting, slow
+from tests.support.training import needs_in_place, promoting, slow
 from tests.support.xla import optimized
 
 pytestmark = pytest.mark.core
@@ -168,6 +168,12 @@ class TestModules:
         expected = value_and_grad(two_towers(call))(Towers(), X, Y)
         close(result, expected)
         chex.assert_trees_all_equal_structs(result, expected)
+
+    @needs_in_place
+    def test_gradients_are_added_in_place(self):
+        encode = oaf.microbatch(call, num_microbatches=K, in_place=True)
+        result = value_and_grad(alone(encode))(Normalised(), X)
+        close(result, value_and_grad(alone(in_sequence))(Normalised(), X))
 
     def test_two_towers_may_be_one_module(self):
         def shared(kind):
@@ -387,9 +393,9 @@ class TestRefusals:
         def noisy(x, rngs):
             return x + jax.random.normal(rngs(), x.shape)
 
-        encode = oa.microbatch(noisy, num_microbatches=K, batch_argnums=0)
+        draw = oa.microbatch(noisy, num_microbatches=K, batch_argnums=0)
         with refused("`rngs` is an NNX module, a Rngs"):
-            encode(X, rngs=nnx.Rngs(0))
+            draw(X, rngs=nnx.Rngs(0))
 
     def test_what_no_derivative_can_go_to_is_refused(self):
         layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))

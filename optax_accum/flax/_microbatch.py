@@ -82,7 +82,7 @@ def microbatch(fun: Function, **options: Any) -> Function:
             "it as an nnx.Variable"
         )
     settings = _microbatch.microbatch(fun, **options).settings  # type: ignore[attr-defined]
-    calls = _eager.Calls("`microbatch`", "nnx.jit(...)")
+    calls = _eager.Calls("`microbatch`", "nnx.jit(oaf.microbatch(...))")
 
     @functools.wraps(fun)
     def in_microbatches(*args: Any, **kwargs: Any) -> Any:
