@@ -28,6 +28,7 @@ BENCHMARKS = {
     "equivalence": ("losses that micro-batches change, and their causes", "1 min"),
     "numerics": ("how exact a sum of k gradients is", "30 s"),
     "digits": ("one training on global batches and on micro-batches", "1 min"),
+    "contrastive": ("a contrastive loss, exactly and by plain accumulation", "2 min"),
     "char_lm": ("token weights against a mean of means", "2 min"),
 }
 
