@@ -127,9 +127,7 @@ def draw(rows: list[Row]) -> Any:
         right.plot([place] * len(matched), matched, "o", color=color, ms=4)
     left.set(title="Test loss", xlabel="step", ylim=0)
     right.set(title="Test images matched, %", ylim=(0, 100))
-    right.set_xticks(
-        range(3), ["whole\nbatch", "oa.\nmicrobatch", "plain\naccumulation"]
-    )
+    right.set_xticks(range(3), [way.replace(" ", "\n") for way in WAYS])
     figure.legend(loc="outside upper center", ncols=3)
     return figure
 
