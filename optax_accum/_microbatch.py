@@ -4,8 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from optax_accum import _accumulators, _arguments, _batching, _eager, _validate
 from optax_accum._passes import Settings
 from optax_accum._types import (
@@ -196,23 +194,8 @@ def microbatch(
     @functools.wraps(fun)
     def in_microbatches(*args: Any, **kwargs: Any) -> Any:
         calls.note(args, kwargs)
-        _check_reverse_mode(args, kwargs)
         return settings(args, kwargs)
 
     # For `optax_accum.flax`, which varies them.
     in_microbatches.settings = settings  # type: ignore[attr-defined]
     return in_microbatches
-
-
-def _check_reverse_mode(*arguments: Any) -> None:
-    """Raises under `jax.jvp`, as far as its tracers come to here.
-
-    JAX itself refuses, but not before the program is compiled.
-    """
-    for x in jax.tree.leaves(arguments):
-        if isinstance(x, jax.core.Tracer) and type(x).__name__ == "JVPTracer":
-            raise TypeError(
-                "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
-                "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
-                "backward pass, and so nothing of this: use the function itself there"
-            )

@@ -50,6 +50,7 @@ class Settings(Batching):
 
     def run_bound(self, call: _arguments.Call) -> Any:
         """As `__call__`, of arguments that are bound to their roles."""
+        _check_reverse_mode(call)
         split, number = self.checked(call)
         given = call.args, call.kwargs, number
         arrays = _tree.arrays_in(given)
@@ -369,3 +370,17 @@ def _check_in_place(pullback: Pullback, program: Program, masks: bool) -> None:
     reason = _obstacle.in_program(pullback, program.jaxpr, is_masked=masks)
     if reason is not None:
         raise _backward.NotInPlaceError(reason)
+
+
+def _check_reverse_mode(call: _arguments.Call) -> None:
+    """Raises under `jax.jvp`, as far as its tracers come to here.
+
+    JAX itself refuses, but not before the program is compiled.
+    """
+    for x in jax.tree.leaves((call.args, call.kwargs, call.batch)):
+        if isinstance(x, jax.core.Tracer) and type(x).__name__ == "JVPTracer":
+            raise TypeError(
+                "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
+                "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
+                "backward pass, and so nothing of this: use the function itself there"
+            )
