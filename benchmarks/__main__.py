@@ -22,6 +22,7 @@ BENCHMARKS = {
     "stream": ("time and memory of accumulating across steps", "3 min"),
     "in_step": ("time and memory of micro-batches inside one step", "8 min"),
     "decoder": ("what accumulating adds to the step of a transformer", "8 min"),
+    "encoder": ("a contrastive loss, its encoders in micro-batches", "4 min"),
     "temporaries": ("what each Optax optimizer holds in memory", "6 min"),
     "collectives": ("what one update exchanges between devices", "30 s"),
     "planning": ("the memory plan of a model too large to run here", "1 min"),
