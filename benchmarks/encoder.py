@@ -312,7 +312,7 @@ def measure_part(part: str, sizes: Sizes, rounds: int) -> list[Row]:
 def tables(rows: list[Row]) -> list[shared.Table]:
     return [
         shared.Table(
-            f"{part}: {described(own[0])}",
+            f"{part}: {millions(own[0])} parameters",
             ("way", "temp. /\nparams", "time", "ms", "compile\ns"),
             "lrrrr",
             [
@@ -330,19 +330,19 @@ def tables(rows: list[Row]) -> list[shared.Table]:
     ]
 
 
-def described(row: Row) -> str:
-    return f"{row.parameters / 1e6:.2g}M parameters"
+def millions(row: Row) -> str:
+    return f"{row.parameters / 1e6:.2g}M"
 
 
 def page_table(rows: list[Row]) -> shared.Table:
     """A line for each way of each part."""
     return shared.Table(
-        f"{K} micro-batches",
+        f"{K} micro-batches, the number of parameters in brackets",
         ("", "way", "temporaries", "time"),
         "llrr",
         [
             (
-                f"{r.part}, {described(r)}" if r.way == WAYS[r.part][0] else "",
+                f"{r.part} ({millions(r)})" if r.way == WAYS[r.part][0] else "",
                 r.way if not r.way.startswith("oa.") else code(r.way),
                 f"{r.temporaries:.2f}",
                 f"{r.time:.2f}",
