@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optax_accum as oa
-from tests.support.training import promoting
+from tests.support.training import promoting, slow
 
 pytestmark = pytest.mark.core
 
@@ -250,7 +250,7 @@ def problems(draw):
     return draw(st.integers(0, 2**16)), examples, dtype, options
 
 
-@hypothesis.settings(max_examples=3 * hypothesis.settings.default.max_examples)
+@hypothesis.settings(max_examples=2 * hypothesis.settings.default.max_examples)
 @given(st.sampled_from(sorted(CASES)), problems())
 def test_any_split_gives_the_gradient_of_the_whole_batch(name, problem):
     seed, examples, dtype, options = problem
@@ -309,8 +309,7 @@ def differ(got, wanted):
 
 SIZES = pytest.mark.parametrize(
     "size",
-    [{"num_microbatches": 4}, {"microbatch_size": 5}],
-    ids=["dividing", "ragged"],
+    [slow({"num_microbatches": 4}, id="dividing"), {"microbatch_size": 5}],
 )
 
 
