@@ -56,10 +56,10 @@ def decorrelated(encode, params, x):
     return jnp.sum((z.T @ z / len(x) - jnp.eye(z.shape[1])) ** 2)
 
 
-def in_checkpoints(fun, params, x):
-    """The way by hand: a scan whose backward pass runs each micro-batch again."""
+def by_hand(params, x):
+    """A scan over micro-batches, whose backward pass runs each again."""
     parts = x.reshape(K, len(x) // K, -1)
-    z = jax.lax.map(jax.checkpoint(lambda part: fun(params, part)), parts)
+    z = jax.lax.map(jax.checkpoint(lambda part: scanned(params, part)), parts)
     return z.reshape(len(x), -1)
 
 
@@ -83,16 +83,12 @@ def many(encode, wrt=0):
 @functools.cache
 def _compiled(loss, encode, wrt, given):
     step = functools.partial(loss, encode)
-    if wrt is not None:
-        step = jax.value_and_grad(step, wrt)
-    return hlo.compiled(step, *given, donate=())
+    gradient = step if wrt is None else jax.value_and_grad(step, wrt)
+    return hlo.compiled(gradient, *given, donate=())
 
 
 def count(program, name):
     return len(hlo.operations(program, name))
-
-
-by_hand = functools.partial(in_checkpoints, scanned)
 
 
 @needs_in_place
