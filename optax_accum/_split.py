@@ -86,12 +86,12 @@ class Split(NamedTuple):
             return x
         return x.reshape(*x.shape[:axis], self.examples, *x.shape[axis + 2 :])
 
-    def empty(self, part: Leaf, axis: int) -> jax.Array:
+    def empty(self, part: jax.ShapeDtypeStruct, axis: int) -> jax.Array:
         """Zeros for all micro-batches, `apart`; `part` is like a whole one."""
-        zeros = _tree.zeros_like(part)
         if self.remainder:
             shape = *part.shape[:axis], self.examples, *part.shape[axis + 1 :]
-            return lax.full_like(zeros, 0, shape=shape)
+            return _tree.zeros_like(part.update(shape=shape))
+        zeros = _tree.zeros_like(part)
         axes = [i if i <= axis else i + 1 for i in range(zeros.ndim)]
         shape = *part.shape[: axis + 1], self.whole, *part.shape[axis + 1 :]
         return lax.broadcast_in_dim(zeros, shape, axes)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import dtypes, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_accum._types import DType, Leaf, Scalar, Tree
 
@@ -287,10 +287,22 @@ def scaled(x: jax.Array, factor: Scalar) -> jax.Array:
 def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
     """Zeros like an array, or like the shape of one, sharded and varying as it is."""
     if not isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.zeros_like(x, dtype=dtype)
+        sharding = getattr(jax.typeof(x), "sharding", None)
+        return _on_mesh(sharding, jnp.zeros_like(x, dtype=dtype))
     # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
     zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
-    return vary_over(varying(x), zeros)
+    return vary_over(varying(x), _on_mesh(x.sharding, zeros))
+
+
+def _on_mesh(sharding: Any, x: jax.Array) -> jax.Array:
+    """`x` on the Explicit mesh of `sharding`, if that is on one and `x` is not.
+
+    Outside of `jax.set_mesh`, JAX 0.12 makes no zeros on it.
+    """
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.reshard(x, sharding) if jax.typeof(x).sharding.mesh.empty else x
 
 
 def zeros(tree: Tree) -> Tree:
