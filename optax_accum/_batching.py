@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,9 @@ class Batching:
     devices: DataParallel
     functions: dict[str, Function]  # the user's, by what to call them in a message
 
+    # What to do inside of an axis of devices with the options that name it.
+    inside_axis: ClassVar[str] = "Leave `mesh` out, and keep `axis_name`"
+
     def split(self, call: _arguments.Call) -> _split.Split:
         """How the batch of a call is split."""
         return _split.plan(
@@ -84,7 +87,7 @@ class Batching:
           TypeError: A `num_real_microbatches` of another type.
           ValueError: What `value_and_grad` says of a call's arguments.
         """
-        self.devices.check_place()
+        self.devices.check_place(self.inside_axis)
         split = self.split(call)
         if self.is_split(split):
             examples = split.examples * self.devices.num_shards

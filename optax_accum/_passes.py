@@ -8,7 +8,7 @@ with each other.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,11 @@ class Settings(Batching):
 
     outputs: Tree
     accumulator_dtype: DType
+
+    inside_axis: ClassVar[str] = (
+        "Leave `mesh` and `axis_name` out: outputs are each device's own there, and "
+        "the loss gathers them"
+    )
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """What the user gets."""

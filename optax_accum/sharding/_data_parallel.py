@@ -75,15 +75,18 @@ class DataParallel(NamedTuple):
             return 1
         return _count(self.mesh, self.axis_name)
 
-    def check_place(self) -> None:
-        """Raises unless a call is made where the axis is, or the mesh is needed."""
+    def check_place(self, remedy: str) -> None:
+        """Raises unless a call is made where the axis is, or the mesh is needed.
+
+        `remedy` is what to do with both options inside the axis.
+        """
         if self.mesh is None:
             _collectives.check_bound(self.axis_name)
         elif any(map(_collectives.is_bound, self.axes)):
             raise ValueError(
                 f"`mesh` was given inside an axis called {self.axis_name!r}, where "
                 "every device runs this call on its own part of the batch already. "
-                "Leave `mesh` out, and keep `axis_name`"
+                f"{remedy}"
             )
 
     def on_each_device(
