@@ -148,7 +148,10 @@ def microbatch(
       Inside `jax.pmap` or `jax.shard_map` each device runs this on its own part of the
       batch, and has its own outputs, sums included. The loss gathers them, and
       gradients are reduced as without this function. Give each device a random key of
-      its own.
+      its own. Under ``check_vma=True``, where `jax.grad` itself sums the gradient of
+      parameters that all devices share, it does so once, after the last micro-batch;
+      but in every one for what `fun` closes over. Make that an argument, or cast it
+      with ``jax.lax.pcast(params, axis_name, to="varying")``.
 
       From plain `jax.jit` on a sharded batch the compiler reduces the gradient in every
       micro-batch. With `mesh` and `axis_name` it does so once, after the last one; the

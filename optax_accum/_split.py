@@ -22,7 +22,7 @@ from jax import lax
 
 from optax_accum import _tree
 from optax_accum._arguments import Call
-from optax_accum._types import Batch, Leaf, Scalar
+from optax_accum._types import Batch, Scalar
 
 
 class Split(NamedTuple):

@@ -24,6 +24,16 @@ EXAMPLES = 4 * COUNT
 inside = devices.parametrized(devices.INSIDE)
 outside = devices.parametrized(devices.OUTSIDE)
 everywhere = devices.parametrized(devices.INSIDE + devices.OUTSIDE)
+# Only under check_vma=True is there anything to cast.
+ways_to_cast = pytest.mark.parametrize(
+    ("way", "casts"),
+    [
+        ("checked", True),
+        ("checked", False),
+        pytest.param("unchecked", True, marks=pytest.mark.slow),
+        pytest.param("pmap", True, marks=pytest.mark.slow),
+    ],
+)
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 needs_four = pytest.mark.skipif(COUNT % 4 != 0, reason="needs 4, 8, ... devices")
 
@@ -142,13 +152,10 @@ SIZES_OF_ALL = [{"num_microbatches": 4}, {"microbatch_size": 3 * COUNT}]
 # --- The result ---
 
 
-@inside
-@pytest.mark.parametrize("casts", [True, False])
+@ways_to_cast
 @pytest.mark.parametrize("size", SIZES)
 def test_value_and_gradients_are_those_of_the_whole_batch(way, casts, size):
     """Each device encodes its own part; one exchange of each kind, after the loops."""
-    if way != "checked" and not casts:
-        pytest.skip("only with check_vma=True is anything cast")
     loss = contrastive(oa.microbatch(encode, **size), gathered)
     step = local_step(way, loss, casts=casts)
     args = PARAMS, SCALE, devices.whole(way, BATCH)
@@ -260,12 +267,9 @@ def closing_over(**options):
     return encoded
 
 
-@inside
-@pytest.mark.parametrize("casts", [True, False])
+@ways_to_cast
 def test_parameters_may_be_closed_over_inside_of_the_axis(way, casts):
     """Where they are not cast to vary, `jax.grad` adds them up in the loop."""
-    if way != "checked" and not casts:
-        pytest.skip("only with check_vma=True is anything cast")
     step = local_step(way, contrastive(closing_over(), gathered), casts=casts)
     args = PARAMS, SCALE, devices.whole(way, BATCH)
     program = optimized(step.lower(*args))
@@ -457,12 +461,12 @@ def of_all_devices(params, x, mask, whole):
 def test_outputs_are_those_of_the_micro_batches_of_all_devices(way, weighted):
     """As if they had run one after another: W is that of all; and their derivative."""
     mesh = mesh_of(way)
-    mask = np.random.default_rng(0).random(EXAMPLES) < 0.6
-    mask[: EXAMPLES // COUNT] = False  # The first device has no weight.
-    mask = jnp.asarray(mask)
-    options = {"weight": lambda params, x, mask: mask.sum()} if weighted else {}
-    if not weighted:
-        mask = jnp.ones_like(mask)
+    mask = jnp.ones(EXAMPLES, bool)
+    options = {}
+    if weighted:
+        mask = normal(EXAMPLES) < 0.3
+        mask = mask.at[: EXAMPLES // COUNT].set(False)  # no weight on one device
+        options = {"weight": lambda *args: args[-1].sum()}
     f = oa.microbatch(
         several,
         num_microbatches=2,
@@ -601,8 +605,8 @@ def test_random_keys_differ_between_devices_of_a_mesh(way):
             jax.random.normal(jax.random.fold_in(key, i), (size, WIDTH))
             for i in range(2 * COUNT)
         ]
-        noise = jnp.stack(noise).reshape(COUNT, 2, size, WIDTH).swapaxes(1, 2)
-        return embed(params, x) * noise.reshape(EXAMPLES, WIDTH)
+        parts = jnp.stack(noise).reshape(COUNT, 2, size, WIDTH).swapaxes(1, 2)
+        return embed(params, x) * parts.reshape(EXAMPLES, WIDTH)
 
     def of(f):
         def loss(params, x):
@@ -641,9 +645,8 @@ def test_a_carry_is_averaged_over_the_devices_as_in_value_and_grad(way, weighted
         del params, stats
         return jnp.sum(jnp.any(x != 0, -1))
 
-    options = {"carry_argnum": 2, "num_microbatches": 2}
-    options |= {"mesh": mesh, "axis_name": AXIS}
-    options |= {"weight": count} if weighted else {}
+    options = {"mesh": mesh, "axis_name": AXIS, "num_microbatches": 2}
+    options |= {"carry_argnum": 2} | ({"weight": count} if weighted else {})
 
     def loss(params, x, stats):
         rows, stats = with_carry(params, x, stats)
