@@ -121,10 +121,8 @@ def local_step(way, loss, *, casts=True):
         # What a device's examples do to the losses of all of them is its own already.
         return value, (*whole, jax.tree.map(lambda g: g / COUNT, grads[2]))
 
-    axes = (None, None, 0), (None, (P(), P(), P(AXIS)))
-    if way == "pmap":
-        axes = axes[0], 0
-    return devices.inside(way, step, *axes)
+    outs = 0 if way == "pmap" else (None, (P(), P(), P(AXIS)))
+    return devices.inside(way, step, (None, None, 0), outs)
 
 
 def joined(way, got):
@@ -146,7 +144,7 @@ def loops(program):
 
 
 SIZES = [{"num_microbatches": 4}, slow({"microbatch_size": 3})]  # 1 each; 3 and 1
-SIZES_OF_ALL = [{"num_microbatches": 4}, {"microbatch_size": 3 * COUNT}]
+EQUAL, RAGGED = {"num_microbatches": 4}, {"microbatch_size": 3 * COUNT}
 
 
 # --- The result ---
@@ -168,7 +166,7 @@ def test_value_and_gradients_are_those_of_the_whole_batch(way, casts, size):
 
 
 @outside
-@pytest.mark.parametrize("size", SIZES_OF_ALL)
+@pytest.mark.parametrize("size", [EQUAL, slow(RAGGED)])
 def test_on_a_mesh_value_and_gradients_are_those_of_the_whole_batch(way, size):
     mesh = mesh_of(way)
     encoded = oa.microbatch(encode, mesh=mesh, axis_name=AXIS, **size)
@@ -188,7 +186,7 @@ def test_on_a_mesh_value_and_gradients_are_those_of_the_whole_batch(way, size):
 
 
 @outside
-@pytest.mark.parametrize("size", SIZES_OF_ALL)
+@pytest.mark.parametrize("size", [EQUAL, RAGGED])
 def test_on_a_mesh_a_backward_pass_has_one_all_reduce_after_its_loop(way, size):
     """And a forward pass exchanges nothing; outputs lie as the batch does."""
     mesh = mesh_of(way)
@@ -243,7 +241,7 @@ def test_bfloat16_parameters_get_bfloat16_gradients(way):
         loss = contrastive(encoded, everywhere_on(mesh))
         step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     got = joined(way, step(narrow, SCALE, devices.whole(way, BATCH)))
-    value, (params, scale, batch) = whole(narrow, SCALE, BATCH)
+    value, (params, scale, batch) = jax.jit(whole)(narrow, SCALE, BATCH)
     close((got[0], got[1][1:]), (value, (scale, batch)))
     # Devices exchange them in bfloat16, as those of any function.
     close(got[1][0], params, rtol=2e-2, atol=2e-3)
@@ -295,7 +293,7 @@ def test_without_a_mesh_the_compiler_reduces_in_every_micro_batch(way):
 
 
 @pytest.mark.parametrize("in_context", [True, False])
-@pytest.mark.parametrize("microbatch_size", [COUNT, slow(3 * COUNT)])
+@pytest.mark.parametrize("microbatch_size", [3 * COUNT, slow(COUNT)])
 def test_an_explicit_mesh_holds_what_is_kept_of_each_example(
     in_context, microbatch_size
 ):
@@ -377,7 +375,7 @@ def on_two_axes(kind, axis_name, specs, size):
 
 @needs_four
 @KINDS
-@pytest.mark.parametrize("size", [{"num_microbatches": 4}, slow(SIZES_OF_ALL[1])])
+@pytest.mark.parametrize("size", [EQUAL, slow(RAGGED)])
 def test_a_model_axis_is_left_to_the_compiler(kind, size):
     specs = {"w": (None, "model"), "b": ("model",)}
     args, program, got = on_two_axes(kind, AXIS, specs, size)
@@ -391,7 +389,7 @@ def test_a_model_axis_is_left_to_the_compiler(kind, size):
 
 @needs_four
 @KINDS
-@pytest.mark.parametrize("size", [SIZES_OF_ALL[1], slow({"num_microbatches": 4})])
+@pytest.mark.parametrize("size", [RAGGED, slow(EQUAL)])
 def test_two_axis_names_act_as_one_axis(kind, size):
     specs = dict.fromkeys(PARAMS, ())
     _, program, got = on_two_axes(kind, (AXIS, "model"), specs, size)
@@ -498,8 +496,9 @@ def test_outputs_are_those_of_the_micro_batches_of_all_devices(way, weighted):
         return of_all_devices(params, x, mask, 2)
 
     outputs, grads = step(placed(mesh, PARAMS), *placed(mesh, (X, mask), AXIS))
-    close(outputs, whole(PARAMS, X))
-    close(grads, jax.grad(lambda *args: total(whole(*args)), (0, 1))(PARAMS, X))
+    close(outputs, jax.jit(whole)(PARAMS, X))
+    gradient = jax.jit(jax.grad(lambda *args: total(whole(*args)), (0, 1)))
+    close(grads, gradient(PARAMS, X))
     for name, output in outputs.items():
         spec = P(AXIS) if name in ("concat", "stack") else P()
         sharding = NamedSharding(mesh, spec)
@@ -601,11 +600,9 @@ def test_random_keys_differ_between_devices_of_a_mesh(way):
 
     def whole(params, x):
         size = EXAMPLES // COUNT // 2
-        noise = [
-            jax.random.normal(jax.random.fold_in(key, i), (size, WIDTH))
-            for i in range(2 * COUNT)
-        ]
-        parts = jnp.stack(noise).reshape(COUNT, 2, size, WIDTH).swapaxes(1, 2)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(2 * COUNT))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (size, WIDTH)))(keys)
+        parts = noise.reshape(COUNT, 2, size, WIDTH).swapaxes(1, 2)
         return embed(params, x) * parts.reshape(EXAMPLES, WIDTH)
 
     def of(f):
@@ -689,7 +686,7 @@ def test_a_carry_is_each_device_s_own_inside_of_the_axis(way):
             means.append(stats["mean"])
         return jnp.sum(total**2), jnp.stack(means)
 
-    wanted, means = jax.grad(whole, has_aux=True)(PARAMS)
+    wanted, means = jax.jit(jax.grad(whole, has_aux=True))(PARAMS)
     f = devices.inside(way, step, (None, 0), 0 if way == "pmap" else (None, 0))
     grads, got = f(PARAMS, devices.whole(way, X))
     close(devices.first(grads) if way == "pmap" else grads, wanted)
@@ -739,7 +736,7 @@ def test_synchronised_batch_norm_exchanges_what_is_its_own(way):
         rows = normalised(params, X)
         return compare(rows, rows)
 
-    close(got, jax.value_and_grad(whole)(PARAMS))
+    close(got, jax.jit(jax.value_and_grad(whole))(PARAMS))
     own = in_loops(program)
     assert own
     assert sum(x.nbytes for x in own) < hlo.nbytes(PARAMS)
@@ -763,7 +760,7 @@ def test_a_function_on_a_mesh_may_name_the_axis_itself(way):
         rows = normalised(params, x)
         return compare(rows, rows)
 
-    close(got, jax.value_and_grad(whole, (0, 1))(PARAMS, X))
+    close(got, jax.jit(jax.value_and_grad(whole, (0, 1)))(PARAMS, X))
 
 
 @devices.parametrized(["pmap", "checked", "unchecked"])
@@ -816,7 +813,7 @@ def test_value_and_grad_may_run_it_in_each_of_its_micro_batches(way):
         rows = [embed(params, parts[:, :, i].reshape(-1, 3)) for i in range(2)]
         return sum(compare(r, r) for r in rows) / 2
 
-    close(got, jax.value_and_grad(whole)(PARAMS))
+    close(got, jax.jit(jax.value_and_grad(whole))(PARAMS))
     assert "all-reduce" not in [x.name for x in in_loops(program)]
 
 
