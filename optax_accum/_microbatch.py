@@ -157,6 +157,8 @@ def microbatch(
       micro-batch. With `mesh` and `axis_name` it does so once, after the last one; the
       outputs are sharded as the batch was, and sums and means are those of all devices.
       ``"stack"`` is sharded along axis 0: all of the first device's, then the next's.
+      (What `fun` closes over may not be placed on a mesh with Explicit axes then: JAX
+      wants it as an argument.)
 
     References:
       Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited

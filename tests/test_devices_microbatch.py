@@ -150,6 +150,7 @@ EQUAL, RAGGED = {"num_microbatches": 4}, {"microbatch_size": 3 * COUNT}
 # --- The result ---
 
 
+@pytest.mark.core
 @ways_to_cast
 @pytest.mark.parametrize("size", SIZES)
 def test_value_and_gradients_are_those_of_the_whole_batch(way, casts, size):
@@ -185,6 +186,7 @@ def test_on_a_mesh_value_and_gradients_are_those_of_the_whole_batch(way, size):
         assert grad.sharding.is_fully_replicated
 
 
+@pytest.mark.core
 @outside
 @pytest.mark.parametrize("size", [EQUAL, RAGGED])
 def test_on_a_mesh_a_backward_pass_has_one_all_reduce_after_its_loop(way, size):
@@ -207,6 +209,7 @@ def test_on_a_mesh_a_backward_pass_has_one_all_reduce_after_its_loop(way, size):
     assert hlo.exchanges(program) == {"all-reduce, entry": 1}
 
 
+@pytest.mark.core
 @everywhere
 @pytest.mark.parametrize(
     "in_place", [slow(False), pytest.param(True, marks=needs_in_place)]
@@ -275,6 +278,63 @@ def test_parameters_may_be_closed_over_inside_of_the_axis(way, casts):
     assert len(in_loops(program)) == (0 if casts else 1)
 
 
+def test_parameters_may_be_closed_over_on_a_mesh_with_one_all_reduce():
+    """On one with Auto axes: of Explicit ones JAX wants them as arguments."""
+    mesh = devices.mesh()
+    encoded = closing_over(mesh=mesh, axis_name=AXIS)
+    params, batch = placed(mesh, PARAMS), placed(mesh, BATCH, AXIS)
+
+    @jax.jit
+    def backward(params, batch, cotangents):
+        return jax.vjp(encoded, params, batch)[1](cotangents)
+
+    cotangents = encode(PARAMS, BATCH)
+    program = optimized(backward.lower(params, batch, cotangents))
+    assert hlo.exchanges(program) == {"all-reduce, entry": 1}
+    whole = jax.vjp(encode, PARAMS, BATCH)[1](cotangents)
+    close(program(params, batch, cotangents), whole)
+
+
+@outside
+def test_on_a_mesh_other_axes_and_static_arguments_work(way):
+    mesh = mesh_of(way)
+
+    def columns(params, x, mode, *, factor):
+        assert mode == "train"
+        return embed(params, x.T) * factor
+
+    f = oa.microbatch(
+        columns, num_microbatches=4, batch_axis=1, mesh=mesh, axis_name=AXIS
+    )
+    step = jax.jit(
+        jax.grad(lambda *args: jnp.mean(f(*args, "train", factor=2.0) ** 2), (0, 1))
+    )
+    params, x = jax.grad(lambda *args: jnp.mean((2 * embed(*args)) ** 2), (0, 1))(
+        PARAMS, X
+    )
+    close(step(placed(mesh, PARAMS), placed(mesh, X.T, None, AXIS)), (params, x.T))
+
+
+@outside
+def test_a_gradient_on_a_mesh_can_be_differentiated(way):
+    mesh = mesh_of(way)
+
+    def second(f, replicated=lambda x: x):
+        def loss(params, x):
+            rows = f(params, x)
+            return compare(rows, replicated(rows))
+
+        def squares(params, x):
+            grads = jax.grad(loss)(params, x)
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+
+        return jax.jit(jax.grad(squares))
+
+    f = oa.microbatch(embed, num_microbatches=4, mesh=mesh, axis_name=AXIS)
+    got = second(f, everywhere_on(mesh))(placed(mesh, PARAMS), placed(mesh, X, AXIS))
+    close(got, second(embed)(PARAMS, X), rtol=1e-4, atol=1e-5)
+
+
 # --- From plain jit, without `mesh` ---
 
 
@@ -292,6 +352,7 @@ def test_without_a_mesh_the_compiler_reduces_in_every_micro_batch(way):
         assert output.sharding.is_equivalent_to(NamedSharding(mesh, P(AXIS)), 2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize("microbatch_size", [3 * COUNT, slow(COUNT)])
 def test_an_explicit_mesh_holds_what_is_kept_of_each_example(
@@ -693,6 +754,31 @@ def test_a_carry_is_each_device_s_own_inside_of_the_axis(way):
     close(got.reshape(COUNT, 3), means)
 
 
+@outside
+def test_what_is_only_read_of_a_carry_has_a_gradient_of_all_devices(way):
+    """Exchanged once, as that of any argument."""
+    mesh = mesh_of(way)
+
+    def fun(carry, x):
+        rows = embed(carry["read"], x)
+        return rows, carry | {"count": carry["count"] + 1}
+
+    f = oa.microbatch(
+        fun, num_microbatches=4, carry_argnum=0, mesh=mesh, axis_name=AXIS
+    )
+
+    def step(params, x):
+        rows, carry = f({"read": params, "count": jnp.int32(0)}, x)
+        return jnp.sum(rows**2), carry["count"]
+
+    step = jax.jit(jax.grad(step, has_aux=True))
+    program = optimized(step.lower(placed(mesh, PARAMS), placed(mesh, X, AXIS)))
+    grads, count = program(placed(mesh, PARAMS), placed(mesh, X, AXIS))
+    close(grads, jax.grad(lambda p: jnp.sum(embed(p, X) ** 2))(PARAMS))
+    assert count == 4
+    assert not in_loops(program)
+
+
 def synchronised(params, x):
     """Batch normalisation over a micro-batch of all devices."""
     x = x - jax.lax.pmean(x.mean(0), AXIS)[None]
@@ -740,6 +826,37 @@ def test_synchronised_batch_norm_exchanges_what_is_its_own(way):
     own = in_loops(program)
     assert own
     assert sum(x.nbytes for x in own) < hlo.nbytes(PARAMS)
+
+
+@outside
+@pytest.mark.parametrize("in_place", [None, slow(False)])
+def test_devices_without_weight_meet_the_others_in_batch_norm(way, in_place):
+    """No device waits for one that leaves out its gradient."""
+    mesh = mesh_of(way)
+
+    def mean(params, x):
+        return synchronised(params, x).mean(0)
+
+    def weight(params, x):
+        del params, x
+        return jnp.where(jax.lax.axis_index(AXIS) == 0, 0.0, 1.0)
+
+    f = oa.microbatch(
+        mean,
+        num_microbatches=4,
+        outputs="mean",
+        weight=weight,
+        in_place=in_place,
+        mesh=mesh,
+        axis_name=AXIS,
+    )
+    step = jax.jit(jax.grad(lambda *args: jnp.sum(f(*args) ** 2)))
+    own = EXAMPLES // COUNT
+
+    def whole(params):
+        return jnp.sum(normalised(params, X)[own:].mean(0) ** 2)
+
+    close(step(placed(mesh, PARAMS), placed(mesh, X, AXIS)), jax.grad(whole)(PARAMS))
 
 
 @outside
