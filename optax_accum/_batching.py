@@ -78,6 +78,11 @@ class Batching:
         # A symbolic number is not known to be greater than 1, but to differ from it.
         return split.num_microbatches * self.devices.num_shards != 1
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether one round of the loop is several micro-batches, or all."""
+        return self.unroll is True or self.unroll > 1
+
     def checked(
         self, call: _arguments.Call
     ) -> tuple[_split.Split, int | Scalar | None]:
@@ -97,7 +102,7 @@ class Batching:
         number = self.num_real_microbatches
         if number is not None:
             number = _validate.real_microbatches(number, split.num_microbatches)
-        if isinstance(number, jax.Array) and (self.unroll is True or self.unroll > 1):
+        if isinstance(number, jax.Array) and self.is_unrolled:
             raise ValueError(
                 f"`unroll={self.unroll}` needs to know the number of micro-batches, "
                 "and `num_real_microbatches` is traced. Leave one of the two out"

@@ -309,11 +309,33 @@ class _Passes:
                 _check_in_place(pullback, program, masks)
             return self._added(sums, pullback, index, counted, in_place)
 
-        sums = self._loop(step, self._no_sums(own, in_place), inputs.number)
+        def step_apart(program: Program, sums: _Sums, index: Scalar) -> _Sums:
+            if self._is_apart(program):
+                return step(program, sums, index)
+            return lax.cond(
+                _tree.opaque_true(),
+                lambda sums: step(program, sums, index),
+                lambda sums: sums,
+                sums,
+            )
+
+        sums = self._loop(step_apart, self._no_sums(own, in_place), inputs.number)
         rows = zip(sums.batch, self.split.axes, strict=True)
         batch = [None if x is None else self.split.joined(x, axis) for x, axis in rows]
         whole = _tree.cast_like(sums.whole, own.whole)
         return Inputs(whole, batch, [None] * len(own.carry), number=None)
+
+    def _is_apart(self, program: Program) -> bool:
+        """Whether XLA sees this in a loop, and so apart from the forward pass.
+
+        It would merge the two, and keep all activations in between; but not of what is
+        in a branch.
+        """
+        if self.split.num_microbatches == 1:
+            return True  # There is nothing to be saved.
+        is_last = program is not self.traced.programs[0]
+        is_alone = is_last or self.split.whole == 1
+        return not is_alone and not self.settings.is_unrolled
 
     def _no_sums(self, own: Inputs, in_place: bool) -> _Sums:
         """Before the first micro-batch."""

@@ -118,6 +118,27 @@ def test_temporaries_are_far_below_those_of_the_whole_batch(options):
     assert hlo.temporaries(ours) < 0.25 * hlo.temporaries(many(unrolled))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"microbatch_size": 100},
+        slow({"microbatch_size": 1100}),  # no loop: one, and a smaller one
+        slow({"unroll": 4}),
+        {"unroll": True, "num_microbatches": 4},
+    ],
+    ids=str,
+)
+def test_nothing_is_kept_for_the_backward_pass_without_a_loop(options):
+    """XLA would take a second run outside of a loop for the first one, and keep it."""
+    ours = many(in_parts(unrolled, **options))
+    size = options.get(
+        "microbatch_size", EXAMPLES // options.get("num_microbatches", K)
+    )
+    one = hlo.temporaries(many(unrolled)) * size / EXAMPLES
+    outputs = 4 * EXAMPLES * OUT
+    assert hlo.temporaries(ours) < 1.25 * one + 2 * outputs + hlo.nbytes(MANY[0])
+
+
 def test_more_micro_batches_need_less_memory():
     held = [
         hlo.temporaries(many(in_parts(unrolled, num_microbatches=k)))
