@@ -459,7 +459,7 @@ class _Accumulation:
 
     def init(self, params: Params) -> AccumulateState:
         trained = _tree.trained(params)
-        _validate.accumulator_fits(trained, self.accumulator_dtype)
+        _validate.accumulator_fits("params", trained, self.accumulator_dtype)
         dtype = _tree.scalar_dtype(trained)
         scalar = jax.ShapeDtypeStruct((), dtype)
         inner_state = self.inner.init(params)

@@ -5,7 +5,7 @@ policy     result
 =========  ====================================================================
 "stack"    all of them, ``[K, ...]``
 "concat"   their axis 0 is that of the examples: one axis 0, in the batch's order
-"mean"     their mean, with the weights of the loss
+"mean"     their mean, weighted
 "sum"      their sum
 "last"     the last one
 =========  ====================================================================
@@ -40,18 +40,14 @@ class Part(NamedTuple):
     size: int
     weight: Scalar
     counted: bool | Scalar
-    last: int | Scalar = 0  # the number of the last one that runs
+    last: int | Scalar  # the number of the last one that runs
 
 
 class Accumulator(Protocol):
-    """How one leaf of the auxiliary outputs is accumulated."""
+    """How one leaf of the outputs is accumulated."""
 
     # Whether outputs of micro-batches of weight 0 are part of the result.
     keeps_all: ClassVar[bool]
-
-    @property
-    def is_inexact(self) -> bool:
-        """Whether outputs are floating or complex, and so have derivatives."""
 
     def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
@@ -80,10 +76,6 @@ class _OfLeaf:
     # Whether each device keeps its own part of the result.
     is_local: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = True
-
-    @property
-    def is_inexact(self) -> bool:
-        return _tree.is_inexact(self.shape)
 
 
 class _Reduced(_OfLeaf):
@@ -124,7 +116,7 @@ class _Reduced(_OfLeaf):
 
 
 class Mean(_Reduced):
-    """The mean, with the weights of the loss."""
+    """The weighted mean."""
 
     reduction, numpy = "mean", jnp.mean
 
@@ -143,10 +135,20 @@ class Last(_OfLeaf):
         return _tree.zeros_like(self.shape)
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
-        del carried, part
+        del carried
+        if output.shape != self.shape.shape and isinstance(part.last, jax.Array):
+            raise ValueError(
+                f'{self.path} has the policy "last", but the last micro-batch, which '
+                f"is smaller, gave shape {output.shape} and the others "
+                f"{self.shape.shape}, and `num_real_microbatches` is traced, so that "
+                "either may be the last one. Use a `microbatch_size` that divides the "
+                "batch"
+            )
         return output
 
     def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
+        if part.size == self.split.size and carried.shape != self.shape.shape:
+            return _tree.zeros_like(self.shape)  # The last one is smaller.
         is_last = part.number == part.last
         return jnp.where(is_last, carried, jnp.zeros_like(carried))
 
@@ -222,9 +224,20 @@ class Concat(_Kept):
             raise ValueError(
                 f'{self.path} has the policy "concat", which needs one entry per '
                 f"example along axis 0; a micro-batch of {examples} examples gave "
-                f'shape {shape}. Use "stack", "mean", "sum" or "last", or move the '
-                "examples to axis 0 in `fun`"
+                f"shape {shape}. {self._remedy(shape)}"
             )
+
+    def _remedy(self, shape: tuple[int, ...]) -> str:
+        if shape:
+            return (
+                'Use "stack", "mean", "sum" or "last", or move the examples to axis 0 '
+                "in `fun`"
+            )
+        return (
+            'A sum or a mean over the examples has "sum" or "mean". A loss that '
+            "compares examples would compare those of one micro-batch only: return "
+            "what it is made of, and compute it from all outputs"
+        )
 
 
 POLICIES: dict[str, type[_OfLeaf]] = {

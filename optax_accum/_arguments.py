@@ -433,10 +433,11 @@ def from_the_front(
             hint = ""
             if role == "batch_argnums":
                 hint = (
-                    ". A loss that closes over its batch cannot be split: make the "
-                    "batch an argument, loss(params, x, y) with batch_argnums=(1, 2), "
-                    "and call with (params, x, y). For a batch that is passed by "
-                    "keyword use `batch_argnums=()` and `batch_argnames`"
+                    ". If it is a function of the batch alone, pass batch_argnums=0. "
+                    "If it closes over its batch, which cannot be split then, make "
+                    "the batch an argument, f(params, x, y) with batch_argnums=(1, 2). "
+                    "For a batch that is passed by keyword use `batch_argnums=()` and "
+                    "`batch_argnames`"
                 )
             raise ValueError(
                 f"`{role}` names the positional argument {i}, but the function was "

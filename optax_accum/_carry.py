@@ -1,47 +1,52 @@
 """What goes from micro-batch to micro-batch: which leaves, and in which types."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from optax_accum import _flow, _tree
-from optax_accum._types import Tree
+from optax_accum._types import Scalar, Tree
 
 
-def is_written(run: Any, carry: Tree, *args: Any) -> list[bool]:
-    """For each leaf of `carry`, whether `run` returns anything else for it.
+def is_written(runs: Sequence[Any], carry: Tree, index: Scalar) -> list[bool]:
+    """For each leaf of `carry`, whether one of `runs` returns anything else for it.
 
-    What it does not write, such as a frozen part of a model, goes neither round the
+    What they do not write, such as a frozen part of a model, goes neither round the
     loop nor over the devices.
 
     Args:
-      run: A `jax.jit` of ``run(carry, *args)``, whose result has a `carry`.
+      runs: For each size of a micro-batch a `jax.jit` of ``run(carry, index)``, whose
+        result has a `carry`.
       carry: The carry before the first micro-batch.
-      *args: Whatever else `run` takes.
+      index: Like the number of a micro-batch.
     """
     if not jax.tree.leaves(carry):
         return []
-    sources = _flow.of_call(run, carry, *args)
-    shapes = jax.eval_shape(run, carry, *args)
-    numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
-    return [sources[number].same != i for i, number in enumerate(numbers)]
+    found = []
+    for run in runs:
+        sources = _flow.of_call(run, carry, index)
+        shapes = jax.eval_shape(run, carry, index)
+        numbers = jax.tree.leaves(_tree.numbered(shapes).carry)
+        found.append([sources[n].same != i for i, n in enumerate(numbers)])
+    return [any(each) for each in zip(*found, strict=True)]
 
 
 def first(
-    run: Any, before: Tree, is_written: list[bool], *args: Any
+    run: Any, before: Tree, is_written: list[bool], index: Scalar
 ) -> tuple[list[Any], Any]:
     """What is written, in the type in which it comes back, and what `run` returns.
 
     Args:
-      run: As in `is_written`.
+      run: One of those in `is_written`.
       before: The carry before the first micro-batch.
       is_written: For each leaf, whether it is; the others become ``None``.
-      *args: As in `is_written`.
+      index: As in `is_written`.
     """
     leaves = jax.tree.leaves(before)
     carry = [x if w else None for x, w in zip(leaves, is_written, strict=True)]
     while True:
-        shapes = jax.eval_shape(run, _tree.filled(before, carry), *args)
+        shapes = jax.eval_shape(run, _tree.filled(before, carry), index)
         after = _tree.kept_like(carry, shapes.carry)
         cast = jax.tree.map(_tree.vary_like, carry, after)
         # By leaves: not every container knows its equals.

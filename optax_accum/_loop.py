@@ -33,8 +33,8 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
-from optax_accum._batching import Batching
 from optax_accum._derivative import Result
+from optax_accum._microbatching import Microbatching
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import (
     Args,
@@ -72,7 +72,7 @@ class MicrobatchInfo(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Batching):
+class Settings(Microbatching):
     """The options of `value_and_grad`, checked."""
 
     has_aux: bool
@@ -105,14 +105,15 @@ class Settings(Batching):
         """As `run`, of arguments that are bound to their roles."""
         split, number = self.checked(call)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
-        is_in_place = self.check_in_place(self._why_not_in_place(call))
+        obstacle = self._obstacle(call)
         given = call.args, call.kwargs, number
         arrays, numbers = _tree.arrays_in(given), _tree.numbered(call.args)
 
         def loop(batch: Batch, arrays: list[Any]) -> Result:
             args, kwargs, number = _tree.filled(given, arrays)
             mine = call._replace(args=args, kwargs=kwargs, batch=batch)
-            return _Loop(self, mine, split, outputs, number, is_in_place).run()
+            loop = _Loop(self, mine, split, outputs, number)
+            return self.in_place_if_possible(loop.run, obstacle)
 
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
         # function closes over, JAX keeps. What is not an array stays what it is.
@@ -130,7 +131,7 @@ class Settings(Batching):
         is_a_part = self.devices.scatter and self.devices.mesh is None
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
         if self.is_split(split) and not shows_values:
-            _whole.check_traced(run, call.batch, arrays)
+            _whole.check_traced("the loss", run, call.batch, arrays)
         if not is_a_part and not shows_values:
             result = _derivative.run_with_derivative(
                 run,
@@ -146,10 +147,8 @@ class Settings(Batching):
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
 
-    def _why_not_in_place(self, call: _arguments.Call) -> str | None:
+    def _obstacle(self, call: _arguments.Call) -> str | None:
         """Why gradients cannot be added in place, whatever the program, or ``None``."""
-        if self.in_place is False:
-            return "`in_place` is False"
         if self.skip is not None:
             return "`skip` reads every micro-batch's gradient"
         if self.noise_scale:
@@ -218,31 +217,25 @@ class _Loop:
     split: _split.Split
     outputs: _outputs.Outputs
     number: int | Scalar | None  # of micro-batches to run, or ``None`` for all
-    is_in_place: bool  # whether gradients are added by the backward pass
+    is_in_place: bool = False  # whether gradients are added by the backward pass
 
-    def run(self) -> Result:
-        """The result; with gradients in place, if nothing is in the way."""
-        try:
-            return self._run()
-        except _backward.NotInPlaceError as error:
-            reason = str(error)
-        self.settings.check_in_place(reason)
-        return dataclasses.replace(self, is_in_place=False).run()
+    def run(self, is_in_place: bool) -> Result:
+        """The result.
+
+        Raises:
+          NotInPlaceError: Gradients cannot be added in place, as they should be.
+        """
+        return dataclasses.replace(self, is_in_place=is_in_place)._run()
 
     def _run(self) -> Result:
         """One micro-batch after another, the sum over devices, and the division."""
         split, settings = self.split, self.settings
         before = _tree.strongly_typed(self.call.carry)
-        whole = self._runner(split.take, split.size)
-        last = self._runner(
-            lambda batch, _: split.take_remainder(batch), split.remainder
-        )
+        runners = [self._runner(take, size) for take, size in split.takes]
+        whole, last = runners[0], runners[-1]
 
         index = split.indices[0]
-        is_written = _carry.is_written(whole.run, before, index)
-        if split.remainder:
-            also = _carry.is_written(last.run, before, index)
-            is_written = [a or b for a, b in zip(is_written, also, strict=True)]
+        is_written = _carry.is_written([r.run for r in runners], before, index)
         carry, shapes = _carry.first(whole.run, before, is_written, index)
         program = whole.run.trace(_tree.filled(before, carry), index).jaxpr.jaxpr
         if settings.devices.axis_name is not None:
@@ -250,11 +243,7 @@ class _Loop:
                 settings.devices.axis_name, shapes.value, program
             )
         if isinstance(shapes.grads, Pullback):
-            reason = _obstacle.in_forward_pass(program) or _obstacle.in_program(
-                shapes.grads, program, is_masked=self._may_have_weight_0
-            )
-            if reason is not None:
-                raise _backward.NotInPlaceError(reason)
+            _obstacle.check(shapes.grads, program, is_masked=self._may_have_weight_0)
             shapes = shapes._replace(grads=shapes.grads.like)
         accumulators = _accumulators.plan("aux", settings.aux, shapes.aux, split)
         leaves_out = self._may_leave_out(accumulators, program)
@@ -412,7 +401,9 @@ class _Loop:
         accumulators: list[_accumulators.Accumulator],
         carry: list[Any],
     ) -> _Totals:
-        _validate.accumulator_fits(shapes.grads, self.settings.accumulator_dtype)
+        _validate.accumulator_fits(
+            "params", shapes.grads, self.settings.accumulator_dtype
+        )
         window = Window.empty(
             shapes.grads,
             shapes.value,
@@ -422,7 +413,9 @@ class _Loop:
             overwritten=self.settings.overwritten,
         )
         if self.is_in_place:
-            self.settings.check_in_place(_obstacle.in_sums(window.grads, shapes.grads))
+            self.settings.may_add_in_place(
+                _obstacle.in_sums("grads", window.grads, shapes.grads)
+            )
         aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
         return _Totals(window, aux, carry)
 
@@ -434,7 +427,13 @@ class _Loop:
         index: int | Scalar,
         size: int,
     ) -> _Totals:
-        part = _accumulators.Part(index, size, new.weight, new.counted)
+        part = _accumulators.Part(
+            index,
+            size,
+            new.weight,
+            new.counted,
+            self.settings.last_number(self.split, self.number),
+        )
         rows = zip(accumulators, totals.aux, jax.tree.leaves(new.aux), strict=True)
         return _Totals(
             window=totals.window.add(

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from optax_accum import _accumulators, _arguments, _batching, _eager, _validate
+from optax_accum import _accumulators, _arguments, _eager, _microbatching, _validate
 from optax_accum._passes import Settings
 from optax_accum._types import (
     AnyMesh,
@@ -183,7 +183,7 @@ def microbatch(
     settings = Settings(
         fun=fun,
         roles=roles,
-        **_batching.checked_options(
+        **_microbatching.checked_options(
             num_microbatches, microbatch_size, unroll, in_place
         ),
         num_real_microbatches=num_real_microbatches,

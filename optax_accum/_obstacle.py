@@ -36,19 +36,42 @@ def in_parameters(params: Params, overwritten: Overwritten) -> str | None:
     return in_jax()
 
 
-def in_sums(sums: Grads, grads: Grads) -> str | None:
-    """Which of these gradients cannot be added to its sum in place, or ``None``."""
+def in_sums(name: str, sums: Grads, grads: Grads) -> str | None:
+    """Which of these gradients cannot be added to its sum in place, or ``None``.
+
+    Args:
+      name: What to call `grads`.
+      sums: The sums.
+      grads: The gradients, or arrays like them.
+    """
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(sums), jax.tree.leaves(grads), strict=True
     )
     for (path, s), g in pairs:
         if not _backward.can_add_in_place(s, g):
             return (
-                f"{_validate.named('grads', path)} is {_validate.shown_type(g)}, and "
+                f"{_validate.named(name, path)} is {_validate.shown_type(g)}, and "
                 f"its sum {_validate.shown_type(s)}; both must be of one dtype, at "
                 "least float32"
             )
     return None
+
+
+def check(pullback: Pullback, program: Any, *, is_masked: bool) -> None:
+    """Raises if the gradients of a traced function cannot be added in place.
+
+    Args:
+      pullback: Its pullback, of arrays or shapes.
+      program: The function.
+      is_masked: Whether a micro-batch of weight 0 must contribute nothing.
+
+    Raises:
+      NotInPlaceError: They cannot.
+    """
+    obstacle = _in_forward_pass(program)
+    obstacle = obstacle or in_program(pullback, program, is_masked=is_masked)
+    if obstacle is not None:
+        raise _backward.NotInPlaceError(obstacle)
 
 
 def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | None:
@@ -56,22 +79,22 @@ def in_program(pullback: Pullback, program: Any, *, is_masked: bool) -> str | No
 
     Args:
       pullback: Of arrays or shapes.
-      program: The loss, or its derivative, traced.
+      program: The function, or its derivative, traced.
       is_masked: Whether a micro-batch of weight 0 must contribute nothing.
     """
     if any(map(_tree.is_partial, jax.tree.leaves(pullback.like))):
         return "a parameter is tagged `reduced`"
     if _flow.has_refs(program):
-        return "the loss has a `jax.Ref`"
+        return "the function has a `jax.Ref`"
     if _collectives.mapped_axes(program):
-        return "the loss names an axis of `jax.vmap`"
+        return "the function names an axis of `jax.vmap`"
     # In a `jax.shard_map` over some axes JAX traces no backward pass of shapes.
     if is_masked and (
         _collectives.compiler_may_exchange()
         or (_collectives.may_differ() and _exchanges(pullback))
     ):
         return (
-            "the loss exchanges data between devices, one of which may have a "
+            "the function exchanges data between devices, one of which may have a "
             "micro-batch of weight 0"
         )
     return None
@@ -82,8 +105,8 @@ def _exchanges(pullback: Pullback) -> bool:
     return _collectives.may_exchange(backward)
 
 
-def in_forward_pass(program: Any) -> str | None:
-    """What is in the way in the traced loss, and no more to be seen in its derivative.
+def _in_forward_pass(program: Any) -> str | None:
+    """What is in the way in a function, and no more to be seen in its derivative.
 
     A gather may fill in what is out of bounds. JAX 0.12 adds the gradient of such an
     entry in place, to another row, if its index is negative. (Where NaN is filled in,
@@ -93,5 +116,5 @@ def in_forward_pass(program: Any) -> str | None:
         if equation.primitive.name == "gather":
             fill = equation.params["fill_value"]
             if fill is not None and not np.isnan(fill):
-                return "the loss has a gather with a `fill_value`"
+                return "the function has a gather with a `fill_value`"
     return None

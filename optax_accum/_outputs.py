@@ -79,7 +79,7 @@ class Outputs(NamedTuple):
 
 
 def pair(
-    value: Any, needed: str, options: str = "`has_aux` and `carry_argnum`"
+    value: Any, needed: str, options: str = "these `has_aux` and `carry_argnum`"
 ) -> tuple[Any, Any]:
     """What `fun` returned, or a part of it, as two things."""
     if isinstance(value, tuple | list) and len(value) == 2:
@@ -87,13 +87,12 @@ def pair(
     is_tuple = isinstance(value, tuple)
     what = f"{len(value)} things" if is_tuple else _validate.shown_kind(value)
     raise TypeError(
-        f"`fun` must return {needed} with these {options}; got "
-        f"{what} where a pair is needed"
+        f"`fun` must return {needed} with {options}; got {what} where a pair is needed"
     )
 
 
 def checked_carry(name: str, carry: Tree, new_carry: Tree) -> Tree:
-    """`new_carry`, which `fun` returned for `carry`, as it goes on.
+    """`new_carry`, which `fun` returned for `carry`, in the type of `carry`.
 
     Raises:
       TypeError: It has another type than `carry`.

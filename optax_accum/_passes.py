@@ -19,23 +19,23 @@ from jax.sharding import PartitionSpec as P
 from optax_accum import (
     _accumulators,
     _arguments,
-    _backward,
     _obstacle,
     _program,
     _split,
     _tree,
+    _validate,
     _whole,
     _window,
 )
 from optax_accum._accumulators import Accumulator, Part
 from optax_accum._backward import Pullback
-from optax_accum._batching import Batching
-from optax_accum._program import Inputs, Program, Whole
+from optax_accum._microbatching import Microbatching
+from optax_accum._program import Inputs, Program, Shared
 from optax_accum._types import Args, Batch, DType, Kwargs, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(Batching):
+class Settings(Microbatching):
     """The options of `microbatch`, checked."""
 
     outputs: Tree
@@ -74,7 +74,7 @@ class Settings(Batching):
 
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
         if self.is_split(split) and not shows_values:
-            _whole.check_traced(run, call.batch, arrays)
+            _whole.check_traced("the function", run, call.batch, arrays)
         outputs, written = run(call.batch, arrays)
         if call.carry_place is None:
             return outputs
@@ -89,45 +89,38 @@ def _run(
     number: int | Scalar | None,
 ) -> tuple[Tree, list[Any]]:
     """All micro-batches of one device: the outputs, and the carry's written leaves."""
-    array = number if isinstance(number, jax.Array) else None
-    traced = _program.trace(settings, call, split, array)
-    accumulators = _accumulators.plan(
-        "outputs", settings.outputs, traced.shapes.outputs, split
-    )
-    passes = _Passes(
-        settings=settings,
-        split=split,
-        number=number if array is None else None,
-        traced=traced,
-        accumulators=accumulators,
-    )
-    totals = passes.differentiable(traced.inputs)
-    # These are constants to derivatives.
-    own, carry = lax.stop_gradient((totals.weight, totals.carry))
-    weight = settings.devices.reduce("sum", own, own)
+    inputs, traced = _program.trace(settings, call, split, number)
+    shapes = traced.shapes.outputs
+    accumulators = _accumulators.plan("outputs", settings.outputs, shapes, split)
+    known_number = None if isinstance(number, jax.Array) else number
+    passes = _Passes(settings, split, known_number, traced, accumulators)
+    totals = passes.differentiable(inputs)
+    weight = settings.devices.reduce("sum", totals.weight, totals.weight)
     finished = [
         a.finish(a.over_devices(carried, settings.devices.axis_name), weight)
         for a, carried in zip(accumulators, totals.outputs, strict=True)
     ]
-    before = traced.inputs.carry
-    carry = settings.devices.merge_carry(carry, before, own, weight)
-    structure = jax.tree.structure(traced.shapes.outputs)
-    return jax.tree.unflatten(structure, finished), carry
+    carry = settings.devices.merge_carry(
+        totals.carry, inputs.carry, totals.weight, weight
+    )
+    # A constant to derivatives, as it is in the loop.
+    carry = lax.stop_gradient(carry)
+    return jax.tree.unflatten(jax.tree.structure(shapes), finished), carry
 
 
 class _Totals(NamedTuple):
-    """What goes from micro-batch to micro-batch in the forward pass."""
+    """What the forward pass carries from micro-batch to micro-batch."""
 
     outputs: list[Tree]  # what each leaf's accumulator carries
     carry: list[Any]  # the leaves that `fun` writes, and None for the others
     weight: Scalar
-    seen: list[Any]  # the `carry` that each micro-batch was given, if it is asked for
+    carries: list[Any]  # the `carry` of every micro-batch, if the backward pass follows
 
 
 class _Sums(NamedTuple):
-    """What goes from micro-batch to micro-batch in the backward pass."""
+    """What the backward pass carries from micro-batch to micro-batch."""
 
-    whole: Whole  # S, of what every micro-batch is given whole
+    shared: Shared  # S, of what all micro-batches are given
     batch: list[Any]  # the gradients of the examples, `Split.apart`
 
 
@@ -135,15 +128,15 @@ class _Sums(NamedTuple):
 class _Passes:
     """Both passes of one call on one device.
 
-    A pass is a function of `Inputs`, and depends on no other array. For a gradient
-    these are in two parts: `own` has what it is asked for, and ``None`` elsewhere, and
-    `others` the rest.
+    Each is a function of `Inputs` and of no other array. The backward pass takes them
+    as two trees: `own` has the leaves that are differentiated, and ``None`` elsewhere,
+    and `others` the reverse.
     """
 
     settings: Settings
     split: _split.Split
-    number: Any  # how many micro-batches to run, if that is known
-    traced: _program.Traced  # of which `inputs` are not to be used here
+    known_number: Any  # how many micro-batches to run, or ``None`` for all
+    traced: _program.Traced
     accumulators: list[Accumulator]
 
     def differentiable(self, inputs: Inputs) -> _Totals:
@@ -151,21 +144,24 @@ class _Passes:
 
         @jax.custom_vjp
         def run(inputs: Inputs) -> _Totals:
-            return self._forward(inputs, keeps_seen=False)
+            return self._forward(inputs, keeps_carries=False)
 
         def forward(primals: Any) -> tuple[_Totals, Any]:
             inputs, own, others = _taken_apart(primals)
-            totals = self._forward(inputs, keeps_seen=True)
-            return totals._replace(seen=[]), (own, others, totals.seen)
+            totals = self._forward(inputs, keeps_carries=True)
+            return totals._replace(carries=[]), (own, others, totals.carries)
 
         def backward(saved: Any, cotangents: _Totals) -> tuple[Inputs]:
-            own, others, seen = saved
-            return (self._backward(own, others, seen, cotangents.outputs),)
+            own, others, carries = saved
+            gradients = functools.partial(
+                self._gradients, own, others, carries, cotangents.outputs
+            )
+            return (self.settings.in_place_if_possible(gradients, _obstacle.in_jax()),)
 
         run.defvjp(forward, backward, symbolic_zeros=True)
         return run(inputs)
 
-    def _loop(self, step: Any, totals: Any, number: Scalar | None) -> Any:
+    def _loop(self, step: Any, totals: Any, inputs: Inputs) -> Any:
         """`totals` after ``step(program, totals, index)`` of every micro-batch."""
         programs = self.traced.programs
         return self.settings.loop(
@@ -173,56 +169,56 @@ class _Passes:
             functools.partial(step, programs[-1]),
             totals,
             self.split,
-            self.number if number is None else number,
+            self._number(inputs),
         )
 
+    def _number(self, inputs: Inputs) -> int | Scalar | None:
+        """How many micro-batches to run, or ``None`` for all."""
+        return self.known_number if inputs.number is None else inputs.number
+
     def _part(
-        self, program: Program, index: Scalar, weight: Scalar, number: Scalar | None
+        self, program: Program, index: Scalar, weight: Scalar, inputs: Inputs
     ) -> Part:
         """Which micro-batch this is."""
-        count: Any = self.split.num_microbatches
-        if number is not None:
-            count = jnp.clip(number, 0, count)
-        elif self.number is not None:
-            count = self.number
+        last = self.settings.last_number(self.split, self._number(inputs))
         counted = True if self.settings.weight is None else weight != 0
-        return Part(index, program.size, weight, counted, count - 1)
+        return Part(index, program.size, weight, counted, last)
 
     # --- Forward ---
 
-    def _forward(self, inputs: Inputs, *, keeps_seen: bool) -> _Totals:
+    def _forward(self, inputs: Inputs, *, keeps_carries: bool) -> _Totals:
         """One micro-batch after another."""
         shapes = self.traced.shapes
         start = _Totals(
             outputs=[a.start(shapes.weight) for a in self.accumulators],
             carry=inputs.carry,
             weight=_tree.vary_like(_tree.zeros_like(shapes.weight), shapes.weight),
-            seen=jax.tree.map(self._stack, inputs.carry) if keeps_seen else [],
+            carries=jax.tree.map(self._stack, inputs.carry) if keeps_carries else [],
         )
 
         def step(program: Program, totals: _Totals, index: Scalar) -> _Totals:
             part = program.take(inputs.batch, index)
-            ran = program(totals.carry, index, inputs.whole, part)
-            place = self._part(program, index, ran.weight, inputs.number)
+            ran = program(totals.carry, index, inputs.shared, part)
+            info = self._part(program, index, ran.weight, inputs)
             rows = zip(
                 self.accumulators,
                 totals.outputs,
                 jax.tree.leaves(ran.outputs),
                 strict=True,
             )
-            seen = jax.tree.map(
+            carries = jax.tree.map(
                 lambda xs, x: lax.dynamic_update_index_in_dim(xs, x, index, 0),
-                totals.seen,
-                totals.carry if keeps_seen else [],
+                totals.carries,
+                totals.carry if keeps_carries else [],
             )
             return _Totals(
-                outputs=[a.add(carried, output, place) for a, carried, output in rows],
+                outputs=[a.add(carried, output, info) for a, carried, output in rows],
                 carry=_tree.kept_like(totals.carry, ran.carry),
                 weight=totals.weight + ran.weight,
-                seen=seen,
+                carries=carries,
             )
 
-        return self._loop(step, start, inputs.number)
+        return self._loop(step, start, inputs)
 
     def _stack(self, x: jax.Array) -> jax.Array:
         """Place for something like `x` from every micro-batch."""
@@ -230,50 +226,32 @@ class _Passes:
 
     # --- Backward ---
 
-    def _backward(
-        self, own: Inputs, others: Inputs, seen: list[Any], cotangents: list[Any]
-    ) -> Inputs:
-        """The gradients of `own`, added in place if nothing is in the way."""
-        reason = _obstacle.in_jax()
-        if self.settings.in_place is False:
-            reason = "`in_place` is False"
-        for program in self.traced.programs:
-            reason = reason or _obstacle.in_forward_pass(program.jaxpr)
-        gradients = functools.partial(self._gradients, own, others, seen, cotangents)
-        if self.settings.check_in_place(reason):
-            try:
-                return gradients(in_place=True)
-            except _backward.NotInPlaceError as error:
-                reason = str(error)
-            self.settings.check_in_place(reason)
-        return gradients(in_place=False)
-
     def _gradients(
         self,
         own: Inputs,
         others: Inputs,
-        seen: list[Any],
+        carries: list[Any],
         cotangents: list[Any],
-        *,
         in_place: bool,
     ) -> Inputs:
         """Each micro-batch again, one after another, and backward.
 
         Args:
-          own: What the gradients are asked of.
+          own: What is differentiated.
           others: The other inputs.
-          seen: The leaves of the carry that each micro-batch was given.
+          carries: The leaves of the carry that each micro-batch was given.
           cotangents: Of what each of the accumulators carries in the end.
           in_place: Whether the backward pass adds to the sum by itself.
         """
         inputs = _tree.merge(own, others)
+        shapes = jax.tree.leaves(self.traced.shapes.outputs)
         active = {
             i: cotangent
             for i, cotangent in enumerate(cotangents)
-            if not isinstance(cotangent, SymbolicZero)
-            and self.accumulators[i].is_inexact
+            if not isinstance(cotangent, SymbolicZero) and _tree.is_inexact(shapes[i])
         }
-        # NaN is kept out of sums, but not out of what has an entry for each.
+        # Those of weight 0 are selected away only if every output is a sum or a mean.
+        # What has an entry for each of them keeps it, and its gradient counts.
         masks = self.settings.weight is not None and not any(
             self.accumulators[i].keeps_all for i in active
         )
@@ -281,36 +259,37 @@ class _Passes:
         def step(program: Program, sums: _Sums, index: Scalar) -> _Sums:
             part = program.take(inputs.batch, index)
             carry = jax.tree.map(
-                lambda xs: lax.dynamic_index_in_dim(xs, index, 0, keepdims=False), seen
+                lambda xs: lax.dynamic_index_in_dim(xs, index, 0, keepdims=False),
+                carries,
             )
 
-            def outputs(mine: Any) -> tuple[list[jax.Array], Scalar]:
-                whole, own_part = mine
+            def outputs(primals: Any) -> tuple[list[jax.Array], Scalar]:
+                shared, own_part = primals
                 ran = program(
                     carry,
                     index,
-                    _tree.merge(whole, others.whole),
+                    _tree.merge(shared, others.shared),
                     _tree.merge(own_part, part),
                 )
                 leaves = jax.tree.leaves(ran.outputs)
                 return [leaves[i] for i in active], ran.weight
 
-            mine = own.whole, _tree.kept_like(own.batch, part)
-            results, function, weight = jax.vjp(outputs, mine, has_aux=True)
-            place = self._part(program, index, weight, inputs.number)
+            primals = own.shared, _tree.kept_like(own.batch, part)
+            results, function, weight = jax.vjp(outputs, primals, has_aux=True)
+            info = self._part(program, index, weight, inputs)
             rows = zip(active.items(), results, strict=True)
             parts = [
-                _tree.vary_like(self.accumulators[i].cotangent(x, place), result)
+                _tree.vary_like(self.accumulators[i].cotangent(x, info), result)
                 for (i, x), result in rows
             ]
-            pullback = Pullback(function, parts, mine)
-            counted = place.counted if masks else True
+            pullback = Pullback(function, parts, primals)
             if in_place:
-                _check_in_place(pullback, program, masks)
+                _obstacle.check(pullback, program.jaxpr, is_masked=masks)
+            counted = info.counted if masks else True
             return self._added(sums, pullback, index, counted, in_place)
 
-        def step_apart(program: Program, sums: _Sums, index: Scalar) -> _Sums:
-            if self._is_apart(program):
+        def guarded_step(program: Program, sums: _Sums, index: Scalar) -> _Sums:
+            if self._is_in_loop(program):
                 return step(program, sums, index)
             return lax.cond(
                 _tree.opaque_true(),
@@ -319,17 +298,17 @@ class _Passes:
                 sums,
             )
 
-        sums = self._loop(step_apart, self._no_sums(own, in_place), inputs.number)
+        sums = self._loop(guarded_step, self._no_sums(own, in_place), inputs)
         rows = zip(sums.batch, self.split.axes, strict=True)
         batch = [None if x is None else self.split.joined(x, axis) for x, axis in rows]
-        whole = _tree.cast_like(sums.whole, own.whole)
-        return Inputs(whole, batch, [None] * len(own.carry), number=None)
+        shared = _tree.cast_like(sums.shared, own.shared)
+        return Inputs(shared, batch, [None] * len(own.carry), number=None)
 
-    def _is_apart(self, program: Program) -> bool:
-        """Whether XLA sees this in a loop, and so apart from the forward pass.
+    def _is_in_loop(self, program: Program) -> bool:
+        """Whether a step runs inside a compiled loop.
 
-        It would merge the two, and keep all activations in between; but not of what is
-        in a branch.
+        Outside of one, XLA would take the second run for the first one, and keep all
+        activations from then on. It does not if the second is in a branch.
         """
         if self.split.num_microbatches == 1:
             return True  # There is nothing to be saved.
@@ -339,10 +318,14 @@ class _Passes:
 
     def _no_sums(self, own: Inputs, in_place: bool) -> _Sums:
         """Before the first micro-batch."""
-        sums = _window.zeros(own.whole, self.settings.accumulator_dtype)
-        sums = jax.tree.map(_tree.vary_like, sums, own.whole)
+        dtype = self.settings.accumulator_dtype
+        _validate.accumulator_fits("arguments", own.shared.arguments, dtype)
+        sums = _window.zeros(own.shared, dtype)
+        sums = jax.tree.map(_tree.vary_like, sums, own.shared)
         if in_place:
-            self.settings.check_in_place(_obstacle.in_sums(sums, own.whole))
+            self.settings.may_add_in_place(
+                _obstacle.in_sums("arguments", sums.arguments, own.shared.arguments)
+            )
         rows = zip(own.batch, self.split.axes, strict=True)
         batch = [
             None if x is None else self.split.apart(_tree.zeros(x), axis)
@@ -359,13 +342,13 @@ class _Passes:
         in_place: bool,
     ) -> _Sums:
         """With one more micro-batch in them."""
-        # What is of the micro-batch's own examples is added to nothing.
-        before = sums.whole, _tree.zeros(pullback.like[1])
+        # The gradient of this micro-batch's own examples starts from zeros.
+        before = sums.shared, _tree.zeros(pullback.like[1])
         if in_place:
-            whole, part = pullback.added_to(before, None, counted=counted)
+            shared, part = pullback.added_to(before, None, counted=counted)
         else:
             one = jnp.ones([])
-            whole, part = _window.add(
+            shared, part = _window.add(
                 before, pullback.gradients(), one, "sum", counted=counted
             )
         rows = zip(sums.batch, part, self.split.axes, strict=True)
@@ -373,7 +356,7 @@ class _Passes:
             None if x is None else self.split.put(x, g, index, axis)
             for x, g, axis in rows
         ]
-        return _Sums(whole, batch)
+        return _Sums(shared, batch)
 
 
 def _taken_apart(primals: Any) -> tuple[Inputs, Inputs, Inputs]:
@@ -392,22 +375,17 @@ def _taken_apart(primals: Any) -> tuple[Inputs, Inputs, Inputs]:
     return inputs, own, others
 
 
-def _check_in_place(pullback: Pullback, program: Program, masks: bool) -> None:
-    """Raises `NotInPlaceError` if `pullback` cannot add in place."""
-    reason = _obstacle.in_program(pullback, program.jaxpr, is_masked=masks)
-    if reason is not None:
-        raise _backward.NotInPlaceError(reason)
-
-
 def _check_reverse_mode(call: _arguments.Call) -> None:
-    """Raises under `jax.jvp`, as far as its tracers come to here.
+    """Raises under `jax.jvp`, if its tracers come to here.
 
-    JAX itself refuses, but not before the program is compiled.
+    JAX itself refuses, but speaks of a `custom_vjp`. Under `jax.jvp` of `jax.grad`,
+    which works, the tracers are those of `jax.grad`.
     """
-    for x in jax.tree.leaves((call.args, call.kwargs, call.batch)):
-        if isinstance(x, jax.core.Tracer) and type(x).__name__ == "JVPTracer":
-            raise TypeError(
-                "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
-                "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
-                "backward pass, and so nothing of this: use the function itself there"
-            )
+    leaves = jax.tree.leaves((call.args, call.kwargs, call.batch))
+    kinds = {type(x).__name__ for x in leaves if isinstance(x, jax.core.Tracer)}
+    if "JVPTracer" in kinds and "LinearizeTracer" not in kinds:
+        raise TypeError(
+            "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
+            "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
+            "backward pass, and so nothing of this: use the function itself there"
+        )

@@ -1,46 +1,47 @@
 """A function on one micro-batch, traced, so that all that it reads is an argument.
 
-Users' functions close over anything, parameters included. What has a derivative of its
-own, as `_passes` gives it, must not.
+A `jax.custom_vjp` must not close over tracers, and users' functions do. So the function
+is traced, and what it closes over becomes an argument.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from optax_accum import _arguments, _carry, _outputs, _split, _tree, _validate
-from optax_accum._batching import Batching
+from optax_accum._microbatching import Microbatching
 from optax_accum._types import Batch, Scalar, Tree
 
 
-class Whole(NamedTuple):
-    """What every micro-batch is given whole.
+class Shared(NamedTuple):
+    """What all micro-batches are given, whole.
 
     Attributes:
-      arrays: Those among the arguments, with ``None`` for what is not one.
+      arguments: The arrays among the arguments, with ``None`` for what is not one.
       closed_over: What the function closes over.
-      read: The leaves of the carry that it only reads, and ``None`` for the others.
+      carry: The leaves of the carry that it only reads, and ``None`` for the others.
     """
 
-    arrays: list[Any]
+    arguments: list[Any]
     closed_over: list[Any]
-    read: list[Any]
+    carry: list[Any]
 
 
 class Inputs(NamedTuple):
     """All that the outputs of a call depend on.
 
     Attributes:
-      whole: What every micro-batch is given whole.
+      shared: What all micro-batches are given.
       batch: The leaves that are split.
       carry: The leaves of the carry that the function writes, as they are before the
         first micro-batch, and ``None`` for the others.
       number: How many micro-batches are to run, if an array says it.
     """
 
-    whole: Whole
+    shared: Shared
     batch: list[Any]
     carry: list[Any]
     number: Scalar | None
@@ -61,7 +62,7 @@ class Program(NamedTuple):
       take: ``take(batch, index)`` takes one out of the batch.
       size: How many examples it has.
       jaxpr: The traced function.
-      reads: Which of `Whole.closed_over` are its constants.
+      reads: Which of `Shared.closed_over` are its constants.
       structure: That of the `Ran` that it returns.
     """
 
@@ -72,35 +73,34 @@ class Program(NamedTuple):
     structure: Any
 
     def __call__(
-        self, carry: list[Any], index: Scalar, whole: Whole, part: Batch
+        self, carry: list[Any], index: Scalar, shared: Shared, part: Batch
     ) -> Ran:
-        carry = _tree.merge(carry, whole.read)
-        constants = [whole.closed_over[i] for i in self.reads]
+        # What is written to the carry is a constant to the next micro-batch.
+        carry = _tree.merge(lax.stop_gradient(carry), shared.carry)
+        constants = [shared.closed_over[i] for i in self.reads]
         function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, constants))
-        outputs = function(*jax.tree.leaves((carry, index, whole.arrays, part)))
+        outputs = function(*jax.tree.leaves((carry, index, shared.arguments, part)))
         return jax.tree.unflatten(self.structure, outputs)
 
 
 class Traced(NamedTuple):
-    """A call, traced.
+    """A function, traced on micro-batches.
 
     Attributes:
       programs: For whole micro-batches, and if there is one for the smaller last one.
-      inputs: What the call depends on.
       shapes: What a whole micro-batch gives.
     """
 
     programs: list[Program]
-    inputs: Inputs
     shapes: Ran
 
 
 def trace(
-    options: Batching,
+    options: Microbatching,
     call: _arguments.Call,
     split: _split.Split,
-    number: Scalar | None,
-) -> Traced:
+    number: int | Scalar | None,
+) -> tuple[Inputs, Traced]:
     """Traces the function on one micro-batch of each size."""
     # The carry is an argument of its own.
     given = (
@@ -108,7 +108,6 @@ def trace(
         call.kwargs,
     )
     arrays = [_varied(x, call.batch) for x in _tree.arrays_in(given)]
-    before = _tree.strongly_typed(call.carry)
 
     # Under `jax.jit`, one trace serves all who ask.
     @jax.jit
@@ -132,38 +131,42 @@ def trace(
             new_carry = jax.tree.map(
                 lambda new, old: jnp.where(weight != 0, new, old), new_carry, carry
             )
-        return Ran(outputs, new_carry, weight)
+        return Ran(outputs, new_carry, lax.stop_gradient(weight))
 
-    takes: list[tuple[Any, int]] = [(split.take, split.size)]
-    if split.remainder:
-        takes.append((lambda batch, _: split.take_remainder(batch), split.remainder))
     index = split.indices[0]
-    parts = [take(call.batch, index) for take, _ in takes]
-    written = [_carry.is_written(run, before, index, arrays, part) for part in parts]
-    is_written = [any(each) for each in zip(*written, strict=True)]
+    takes = [(take, size, take(call.batch, index)) for take, size in split.takes]
+    runs = [_given(run, arrays, part) for _, _, part in takes]
+    before = _tree.strongly_typed(call.carry)
+    is_written = _carry.is_written(runs, before, index)
     rows = zip(jax.tree.leaves(before), is_written, strict=True)
     read = [None if is_ else _varied(x, call.batch) for x, is_ in rows]
     before = _tree.filled(before, read)
-    leaves, shapes = _carry.first(run, before, is_written, index, arrays, parts[0])
-    carry = _tree.filled(before, leaves)
+    carry, shapes = _carry.first(runs[0], before, is_written, index)
     closed_over: dict[int, Any] = {}  # by identity
     programs = []
-    for (take, size), part in zip(takes, parts, strict=True):
-        traced, ran = jax.make_jaxpr(run, return_shape=True)(carry, index, arrays, part)
+    for take, size, part in takes:
+        traced, ran = jax.make_jaxpr(run, return_shape=True)(
+            _tree.filled(before, carry), index, arrays, part
+        )
         closed_over |= {id(x): x for x in traced.consts}
         reads = [[*closed_over].index(id(x)) for x in traced.consts]
         structure = jax.tree.structure(ran)
         programs.append(Program(take, size, traced.jaxpr, reads, structure))
-    whole = Whole(arrays, [*closed_over.values()], read)
-    inputs = Inputs(whole, call.batch, leaves, number)
-    return Traced(programs, inputs, shapes)
+    shared = Shared(arrays, [*closed_over.values()], read)
+    array = number if isinstance(number, jax.Array) else None
+    return Inputs(shared, call.batch, carry, array), Traced(programs, shapes)
+
+
+def _given(run: Any, arrays: list[Any], part: Batch) -> Any:
+    """A `jax.jit` of ``run(carry, index)``, given the rest."""
+    return jax.jit(lambda carry, index: run(carry, index, arrays, part))
 
 
 def _unpacked(call: _arguments.Call, result: Any, carry: Tree) -> tuple[Tree, Tree]:
     """The outputs and the carry that the function returned for this `carry`."""
     if call.carry_name is None:
         return _tree.as_arrays(result), None
-    result, new_carry = _outputs.pair(result, "(outputs, carry)", "a `carry_argnum`")
+    result, new_carry = _outputs.pair(result, "(outputs, carry)", "`carry_argnum`")
     new_carry = _outputs.checked_carry(call.carry_name, carry, new_carry)
     return _tree.as_arrays(result), new_carry
 

@@ -63,12 +63,19 @@ class Split(NamedTuple):
 
         return self.map(take_leaf, batch)
 
-    def take_remainder(self, batch: Batch) -> Batch:
+    def take_remainder(self, batch: Batch, index: Scalar | None = None) -> Batch:
         """The examples after the last whole micro-batch."""
+        del index
         start = self.whole * self.size
         return self.map(
             lambda x, axis: lax.slice_in_dim(x, start, None, axis=axis), batch
         )
+
+    @property
+    def takes(self) -> list[tuple[Any, int]]:
+        """For micro-batches of each size ``take(batch, index)``, and the size."""
+        whole, last = (self.take, self.size), (self.take_remainder, self.remainder)
+        return [whole, last] if self.remainder else [whole]
 
     def apart(self, x: jax.Array, axis: int) -> jax.Array:
         """`x`, ``[B, ...]``, so that micro-batches can be read and written.
@@ -197,7 +204,7 @@ def _count_examples(call: Call) -> int:
         names = [f"`{call.name_of(place)}`" for place in call.places]
         raise ValueError(
             "the batch arguments hold no array to split; `batch_argnums` and "
-            f"`batch_argnames` lead to {', '.join(names) or 'none'}. A loss that "
+            f"`batch_argnames` lead to {', '.join(names) or 'none'}. A function that "
             "closes over its batch cannot be split: make the batch an argument of it"
         )
     axes = [axis for axis in call.axes if axis is not None]

@@ -83,7 +83,7 @@ def accumulator_dtype(value: DType) -> DType:
     return dtype
 
 
-def accumulator_fits(params: Params, dtype: DType) -> None:
+def accumulator_fits(name: str, params: Params, dtype: DType) -> None:
     """Raises where `dtype` is real and a parameter complex, or the reverse."""
     if dtype is None:
         return
@@ -91,7 +91,7 @@ def accumulator_fits(params: Params, dtype: DType) -> None:
         if _tree.is_complex(leaf) != jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"`accumulator_dtype` {dtype} cannot hold the gradient of "
-                f"{named('params', path)}, which is {_tree.dtype_of(leaf)}: one is "
+                f"{named(name, path)}, which is {_tree.dtype_of(leaf)}: one is "
                 "complex and the other is not. Leave `accumulator_dtype` out and each "
                 "leaf gets its own"
             )

@@ -7,8 +7,8 @@ from typing import Any
 from optax_accum import (
     _accumulators,
     _arguments,
-    _batching,
     _eager,
+    _microbatching,
     _validate,
     _window,
 )
@@ -304,7 +304,7 @@ def value_and_grad(
         has_aux=has_aux,
         holomorphic=holomorphic,
         allow_int=allow_int,
-        **_batching.checked_options(
+        **_microbatching.checked_options(
             num_microbatches, microbatch_size, unroll, in_place
         ),
         num_real_microbatches=num_real_microbatches,

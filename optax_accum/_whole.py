@@ -83,13 +83,14 @@ def check(
                 )
 
 
-def check_traced(run: Any, *args: Any) -> None:
+def check_traced(who: str, run: Any, *args: Any) -> None:
     """Raises if the traced program reads a random key that is no argument of it.
 
     That finds the keys in objects that the loss closes over, in a `self`, and in what
     other functions close over, which `check` cannot look into.
 
     Args:
+      who: What to call the user's function in a message.
       run: A `jax.jit` of a function whose arguments are all that may differ.
       *args: Its arguments.
 
@@ -103,9 +104,10 @@ def check_traced(run: Any, *args: Any) -> None:
     for x in held:
         if _arguments.is_key(x):
             raise ValueError(
-                f"the loss, or something that it calls, reads a random key, {x.dtype}"
-                f"{list(x.shape)}, that is no argument of it, but an attribute of an "
-                "object, say, and every micro-batch would draw the same from it. "
+                f"{who}, or what it calls, reads a random key, {x.dtype}"
+                f"{list(x.shape)}, that is not one of its arguments (but a global "
+                "variable, say, an attribute, or in a closure), and every micro-batch "
+                "would draw the same from it. "
                 f"{_MAKE_THE_KEY_AN_ARGUMENT}. If it is no key, or all are to draw the "
                 "same, give that argument None in `batch_axis`"
             )
@@ -127,11 +129,11 @@ def _is_program(x: Any) -> bool:
 
 
 _MAKE_THE_KEY_AN_ARGUMENT = (
-    "Pass it as an argument, as in loss(params, batch, key): each micro-batch then "
+    "Pass it as an argument, as in f(params, batch, key): each micro-batch then "
     "gets a key of its own, if it is from jax.random.key or named in `rng_argnums` or "
     "`rng_argnames`"
 )
-_MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in loss(params, x, y), and name it"
+_MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in f(params, x, y), and name it"
 
 
 def _looks_like_a_batch(leaves: Named, axis: int, examples: int) -> str | None:

@@ -790,7 +790,7 @@ def test_a_loss_with_a_ref_adds_gradients_after():
         return result
 
     wanted = whole(masked(dense))(params, batch)
-    check_refused("the loss has a `jax.Ref`", run, wanted)
+    check_refused("the function has a `jax.Ref`", run, wanted)
 
 
 def test_a_loss_that_names_an_axis_of_vmap_adds_gradients_after():
@@ -808,7 +808,7 @@ def test_a_loss_that_names_an_axis_of_vmap_adds_gradients_after():
         return mapped(in_parts(masked(predict), in_place=in_place, weight=count))
 
     wanted = mapped(jax.value_and_grad(masked(predict)))
-    check_refused("the loss names an axis of `jax.vmap`", run, wanted)
+    check_refused("the function names an axis of `jax.vmap`", run, wanted)
 
 
 def test_without_jit_anywhere_gradients_are_added_after():

@@ -248,6 +248,26 @@ def test_nothing_of_a_micro_batch_without_weight_is_in_a_sum(in_place):
     same(actual, (value, (grads, grads_x)))
 
 
+def test_the_last_of_all_may_be_smaller():
+    f = oa.microbatch(encode, microbatch_size=5, outputs="last")
+    same_gradients(
+        lambda *args: jnp.sum(jnp.sin(f(*args))),
+        lambda params, x: jnp.sum(jnp.sin(encode(params, x[10:]))),
+        *(PARAMS, X),
+        argnums=(0, 1),
+    )
+
+    @jax.jit
+    def some(number):
+        f = oa.microbatch(
+            encode, microbatch_size=5, outputs="last", num_real_microbatches=number
+        )
+        return f(PARAMS, X)
+
+    with refused('"last"', "(2, 3)", "(5, 3)", "`num_real_microbatches` is traced"):
+        some(2)
+
+
 # --- What is differentiated ---
 
 
@@ -388,6 +408,48 @@ def test_both_passes_draw_the_same_bit_for_bit():
     # Each micro-batch has a key of its own, that of `value_and_grad`.
     parts = [dropped(1.0, X[i::4], jax.random.fold_in(key, i)) for i in range(4)]
     same(kept, jnp.stack(parts, 1).reshape(B, 5))
+
+
+def test_what_is_constant_is_so_to_derivatives_of_the_gradient():
+    """A carry that is written, and a weight that depends on parameters."""
+    parts = X.reshape(3, 4, 5).swapaxes(0, 1)  # of four micro-batches
+
+    def f(p, x, c):
+        z = jnp.sin(p * x + c)
+        return (z, jnp.mean(z)), c + jnp.mean(p * x)
+
+    def weight(p, x, c):
+        del x, c
+        return jnp.abs(p)
+
+    in_parts = oa.microbatch(
+        f,
+        num_microbatches=4,
+        carry_argnum=2,
+        outputs=("concat", "mean"),
+        weight=weight,
+    )
+
+    def by_hand(p, x, c):
+        del x
+        outputs, means = [], []
+        for part in parts:
+            (z, mean), c = f(p, part, jax.lax.stop_gradient(c))
+            outputs.append(z)
+            means.append(mean)
+        return (jnp.stack(outputs, 1).reshape(B, 5), sum(means) / 4), c
+
+    def loss(f):
+        def of(p):
+            (z, mean), _ = f(p, X, jnp.float32(0))
+            return jnp.sum(z**3) + mean**2
+
+        return of
+
+    p = jnp.float32(0.7)
+    for derivative in (jax.grad, lambda f: jax.grad(jax.grad(f)), jax.hessian):
+        actual, wanted = (derivative(loss(g))(p) for g in (in_parts, by_hand))
+        same(actual, wanted)
 
 
 def test_a_carried_key_is_replayed():
@@ -545,6 +607,22 @@ def test_forward_mode_is_refused():
             transformed(PARAMS, X)
 
 
+def test_forward_mode_over_reverse_mode_is_not():
+    in_parts = with_loss(oa.microbatch(encode, microbatch_size=5))
+    actual, wanted = (
+        jax.jit(jax.jacfwd(jax.grad(f), 1))(PARAMS, X)
+        for f in (in_parts, with_loss(encode))
+    )
+    same(actual, wanted)
+
+
+def test_a_real_accumulator_cannot_hold_a_complex_gradient():
+    f = oa.microbatch(encode, num_microbatches=3, accumulator_dtype=jnp.float32)
+    params = jax.tree.map(lambda p: p.astype(complex), PARAMS)
+    with refused("`accumulator_dtype` float32 cannot hold", "complex64"):
+        jax.grad(lambda params: jnp.sum(jnp.abs(f(params, X.astype(complex)))))(params)
+
+
 def test_the_options_have_the_errors_of_value_and_grad():
     with refused("exactly one of `num_microbatches` and `microbatch_size`", "None"):
         oa.microbatch(encode)
@@ -566,6 +644,14 @@ def test_outputs_without_an_entry_per_example_are_refused():
     f = oa.microbatch(lambda _, x: x.sum(0), num_microbatches=3)
     with refused('`outputs` has the policy "concat"', "shape (5,)", '"sum"'):
         f(PARAMS, X)
+    whole_loss = oa.microbatch(with_loss(encode), num_microbatches=3)
+    with refused("shape ()", "compute it from all outputs"):
+        whole_loss(PARAMS, X)
+
+
+def test_a_function_of_the_batch_alone_is_told_so():
+    with refused("function of the batch alone", "batch_argnums=0"):
+        oa.microbatch(jnp.tanh, num_microbatches=3)(X)
 
 
 def test_a_function_that_returns_no_carry_is_refused():

@@ -340,8 +340,8 @@ def test_a_loss_that_closes_over_all_of_its_batch_is_refused():
 
     with refused(
         "called with 1",
-        "A loss that closes over its batch cannot be split",
-        "loss(params, x, y) with batch_argnums=(1, 2)",
+        "closes over its batch, which cannot be split",
+        "f(params, x, y) with batch_argnums=(1, 2)",
     ):
         run(fun, W)
     with refused("lead to none", "closes over its batch"):
@@ -480,7 +480,7 @@ def test_a_key_that_the_loss_closes_over_is_refused(make):
         (lambda w, x: noisy(w, x, rngs["dropout"][0]), "over `rngs['dropout'][0]`"),
         (functools.partial(noisy, key=key), "has by default `key`"),
     ):
-        with refused("the loss", name, "random key", "as in loss(params, batch, key)"):
+        with refused("the loss", name, "random key", "as in f(params, batch, key)"):
             draws(fun, W, X)
         draws(fun, W, X, k=1)
 
@@ -508,7 +508,7 @@ def test_a_key_that_an_object_or_a_helper_brings_along_is_refused(make):
     key, key_of_step = make(0), make(1)
     own, namespace = Model(key), types.SimpleNamespace(rng=key)
     for fun in (own, own.loss, helped(key), lambda w, x: noisy(w, x, namespace.rng)):
-        with refused("the loss", "key", "draw the same", "loss(params, batch, key)"):
+        with refused("the loss", "key", "draw the same", "f(params, batch, key)"):
             draws(fun, W, X)
         draws(fun, W, X, k=1)
 

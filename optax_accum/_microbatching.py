@@ -13,18 +13,19 @@ import numpy as np
 from jax import lax
 
 from optax_accum import _arguments, _split, _tree, _validate, _whole
+from optax_accum._backward import NotInPlaceError
 from optax_accum._types import Function, Scalar, Tree
 from optax_accum.sharding import _collectives
 from optax_accum.sharding._data_parallel import DataParallel
 
-# Adds the micro-batch with a number to what goes from micro-batch to micro-batch.
+# ``step(carried, i)`` runs micro-batch i, and returns what is carried on.
 Step = Callable[[Tree, Scalar], Tree]
 
 
 def checked_options(
     num_microbatches: Any, microbatch_size: Any, unroll: Any, in_place: Any
 ) -> dict[str, Any]:
-    """These options of `Batching`.
+    """These options of `Microbatching`.
 
     Raises:
       TypeError: One of another type.
@@ -47,7 +48,7 @@ def checked_options(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batching:
+class Microbatching:
     """The options that say how a function runs in micro-batches, checked."""
 
     fun: Function
@@ -109,18 +110,45 @@ class Batching:
             )
         return split, number
 
-    def check_in_place(self, reason: str | None) -> bool:
-        """Whether gradients are added in place: there is no `reason` against it.
+    def in_place_if_possible(
+        self, run: Callable[[bool], Any], obstacle: str | None
+    ) -> Any:
+        """``run(True)``, in place; or ``run(False)``, if something is in the way.
+
+        Args:
+          run: Raises `NotInPlaceError` if something else is.
+          obstacle: What is known to be in the way, or ``None``.
+        """
+        if self.in_place is False:
+            obstacle = "`in_place` is False"
+        if self.may_add_in_place(obstacle):
+            try:
+                return run(True)
+            except NotInPlaceError as error:
+                self.may_add_in_place(str(error))
+        return run(False)
+
+    def may_add_in_place(self, obstacle: str | None) -> bool:
+        """Whether gradients may be added in place: there is no `obstacle`.
 
         Raises:
           ValueError: There is one, and ``in_place=True``.
         """
-        if reason is not None and self.in_place:
+        if obstacle is not None and self.in_place:
             raise ValueError(
-                f"`in_place=True` is not possible here: {reason}. Leave `in_place` "
+                f"`in_place=True` is not possible here: {obstacle}. Leave `in_place` "
                 "out, and gradients are computed first and then added"
             )
-        return reason is None
+        return obstacle is None
+
+    def last_number(
+        self, split: _split.Split, number: int | Scalar | None
+    ) -> int | Scalar:
+        """The number of the last micro-batch that runs, -1 if none does."""
+        count = split.num_microbatches
+        if isinstance(number, jax.Array):
+            return jnp.clip(number, 0, count) - 1
+        return (count if number is None else number) - 1
 
     def loop(
         self,
