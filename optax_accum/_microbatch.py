@@ -49,14 +49,18 @@ def microbatch(
     micro-batches, and compute the loss from all outputs at once. `value_and_grad`
     cannot make such a loss exact; this does.
 
+    `fun` must treat every example by itself, as an encoder with LayerNorm does, or
+    return sums or means over examples. Whatever compares examples belongs in the loss.
+    (BatchNorm in `fun` has the statistics of one micro-batch.)
+
     The forward pass runs `fun` on one micro-batch after another and keeps its outputs
     only. The backward pass runs each micro-batch again, with the cotangents of its own
     outputs, and adds its gradient straight into one sum. So the memory is that of one
-    micro-batch, the outputs and one gradient, and the time that of
-    `jax.checkpoint`: one more forward pass.
+    micro-batch, the outputs, one gradient and what is carried, and the time that of
+    `jax.checkpoint`: one more forward pass. As `fun` runs twice, it must be pure.
 
-    Call it under `jax.jit`; outside of it the loops are compiled again at every call,
-    and a warning says so once.
+    Put `jax.jit` around the training step. Outside of it the loops are compiled again
+    at every call.
 
     Args:
       fun: Any function of arrays that returns a tree of arrays. It sees one micro-batch
@@ -68,9 +72,11 @@ def microbatch(
       batch_argnums: As in `value_and_grad`: the positions of the batch arguments. For a
         function of the batch alone, 0.
       batch_argnames: As in `value_and_grad`.
-      batch_axis: As in `value_and_grad`.
-      num_real_microbatches: As in `value_and_grad`. If it is traced, reverse mode works
-        all the same.
+      batch_axis: The axis of the examples in the leaves of the batch arguments, as in
+        `value_and_grad`.
+      num_real_microbatches: How many micro-batches are to run, the first ones, if not
+        all: an int, or an integer scalar array, which may be traced. Outputs of those
+        that do not run are zeros, under ``"concat"`` and ``"stack"``.
       unroll: As in `value_and_grad`.
       outputs: What becomes of the outputs: ``"concat"``, ``"stack"``, ``"sum"``,
         ``"mean"``, ``"last"``, or a tree of these that is a prefix of them; see below.
@@ -83,8 +89,9 @@ def microbatch(
       rng_argnames: As in `value_and_grad`.
       accumulator_dtype: The dtype of the gradient's sum. By default at least float32.
         The gradient has the arguments' dtypes.
-      in_place: As in `value_and_grad`: whether the backward pass must, must not, or may
-        add each gradient straight into the sum.
+      in_place: Whether the backward pass adds each gradient straight into the sum:
+        ``None`` if possible, ``True`` or an error that says why not, ``False`` never.
+        See "Gradients in place" in `value_and_grad`.
       axis_name: The axis of `mesh`, or several, over which the batch is sharded.
       mesh: The mesh with that axis, for a call from plain `jax.jit`; see below.
 
@@ -94,10 +101,12 @@ def microbatch(
 
     Raises:
       TypeError: An option of another type. At the call: a carry of another type than it
-        took; under `jax.jvp`, as this has a reverse mode only.
-      ValueError: As `value_and_grad`. At the call: an output without an entry for each
-        example whose policy is ``"concat"``. When it is differentiated:
-        ``in_place=True`` where that is not possible.
+        took; a random key under ``"sum"`` or ``"mean"``; under `jax.jvp`, as this has a
+        reverse mode only.
+      ValueError: As `value_and_grad`; an `axis_name` without `mesh`. At the call: an
+        output without an entry for each example under ``"concat"``, or of different
+        shapes under ``"stack"``. When it is differentiated: ``in_place=True`` where
+        that is not possible.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -118,24 +127,30 @@ def microbatch(
       ``"concat"`` gives one entry per example along axis 0, in the order of the batch;
       ``"stack"`` all outputs on a new first axis; ``"sum"`` their sum; ``"mean"`` their
       mean, weighted; ``"last"`` the last micro-batch's. Sums and means leave out
-      micro-batches of weight 0, even if they are NaN.
+      micro-batches of weight 0, even if they are NaN. Their gradient is left out as
+      well, unless an output with another policy is differentiated, too.
 
     Note: What is differentiated
       Gradients go to all floating arguments, the batch included, and to what `fun`
-      closes over; what needs none costs nothing. If two calls share parameters, as two
-      towers may, each has a sum of its own; one call with both batches has one.
+      closes over. What is not differentiated costs nothing. If two calls share
+      parameters, as two towers may, each has a sum of its own; one call with both
+      batches has one.
 
-      The derivative is exact, and so are derivatives of it. There is no forward mode
-      (`jax.jvp`), which needs no backward pass: use `fun` itself there. If a `jax.jit`
-      is between, JAX speaks of a ``custom_vjp`` function instead.
+      The derivative is exact. So are derivatives of the gradient, which go through the
+      loops and save no memory; with a traced number of micro-batches only forward mode
+      (`jax.jacfwd` of `jax.grad`) gives these. Without a gradient there is no forward
+      mode (`jax.jvp`): it needs no backward pass, so use `fun` itself.
+
+      `value_and_grad` around a loss with this in it splits the batch again, and its
+      micro-batches have a loss each: use `jax.value_and_grad`.
 
     Note: Carries
       `fun` returns ``(outputs, carry)``. The carry goes from micro-batch to micro-batch
       in the forward pass alone. In the backward pass each micro-batch is given the
       carry that it had in the forward pass, as a constant: no derivative goes through
-      it. Micro-batches of weight 0 leave it as it was. Leaves that `fun` returns as
-      they came are arguments like any other: they are differentiated, and stay the very
-      same arrays.
+      it, and all K are kept. Micro-batches of weight 0 leave it as it was. Leaves that
+      `fun` returns as they came are arguments like any other: they are differentiated,
+      and stay the very same arrays.
 
     Note: Random keys
       As in `value_and_grad`. Both passes draw the same, bit for bit.

@@ -9,7 +9,7 @@ from flax import nnx
 from optax_accum import _eager, _microbatch
 from optax_accum._types import Function
 from optax_accum.flax import _module
-from optax_accum.flax._value_and_grad import STATE, OfState, taken_apart
+from optax_accum.flax._functional import STATE, OfState, taken_apart
 
 
 def microbatch(fun: Function, **options: Any) -> Function:
@@ -17,7 +17,8 @@ def microbatch(fun: Function, **options: Any) -> Function:
 
     For losses that are not sums over examples, such as contrastive ones: encode in
     micro-batches, and compute the loss from all outputs at once, under
-    `nnx.value_and_grad` and `nnx.jit` as ever.
+    `nnx.value_and_grad` and `nnx.jit` as ever. `fun` must treat every example by
+    itself; BatchNorm has the statistics of one micro-batch.
 
     Among the arguments may be modules, random streams (`nnx.Rngs`) and variables. What
     `fun` writes there (running statistics of BatchNorm, counts of random streams) goes
@@ -90,21 +91,20 @@ def microbatch(fun: Function, **options: Any) -> Function:
         others, call = taken_apart(settings.roles.bind(fun, args, kwargs))
         # All are alike: it is for `nnx.grad` to say what is differentiated.
         nodes = _module.Nodes(None, others)
-        graphdef, params, state = _module.split(nodes, nnx.Nothing())
+        graphdef, nothing, state = _module.split(nodes, nnx.Nothing())
         of_state = OfState(settings, nnx.Nothing(), graphdef)
 
         def of_arguments(*args: Any, **kwargs: Any) -> Any:
-            return of_state.run(params, kwargs.pop(STATE), args, kwargs)
+            return of_state.run(nothing, kwargs.pop(STATE), args, kwargs)
 
         functional = dataclasses.replace(
             settings,
             fun=of_arguments,
-            weight=settings.weight and functools.partial(of_state.weight, params),
+            weight=settings.weight and functools.partial(of_state.weight, nothing),
         )
         outputs, after = functional.run_bound(call.with_carry(STATE, state))
         _module.check_params_only_read(state, after)
         _module.update(nodes, state, after)
         return outputs
 
-    in_microbatches.settings = settings  # type: ignore[attr-defined]
     return in_microbatches

@@ -228,9 +228,9 @@ def check_params_only_read(before: State, after: State) -> None:
     if wrong:
         raise ValueError(
             "the function must only read parameters, but it wrote to "
-            f"{', '.join(wrong)}, and to what it wrote no derivative can go. If that "
-            "is not to be kept, as after nnx.WeightNorm, write to a copy: call "
-            "nnx.clone(layer)(x) in place of layer(x)"
+            f"{', '.join(wrong)}, whose gradient would be lost. For a layer that "
+            "writes to its parameters at each call, as nnx.WeightNorm does, call a "
+            "copy: nnx.clone(layer)(x) in place of layer(x)"
         )
 
 

@@ -11,7 +11,7 @@ from optax_accum import _backward, _outputs, _value_and_grad
 from optax_accum._types import Function, Params, Scalar, Tree
 from optax_accum._value_and_grad import settings_of
 from optax_accum.flax import _module
-from optax_accum.flax._value_and_grad import STATE, Loss, taken_apart
+from optax_accum.flax._functional import STATE, Loss, taken_apart
 
 
 def value_and_pullback(
