@@ -29,7 +29,6 @@ from optax_accum import (
     _split,
     _tree,
     _validate,
-    _whole,
     _window,
 )
 from optax_accum._backward import Pullback
@@ -106,33 +105,22 @@ class Settings(Microbatching):
         split, number = self.checked(call)
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
         obstacle = self._obstacle(call)
-        given = call.args, call.kwargs, number
-        arrays, numbers = _tree.arrays_in(given), _tree.numbered(call.args)
+        numbers = _tree.numbered(call.args)
+        specs = Result(
+            value=P(),
+            grads=self.devices.gradient_specs(
+                _tree.keep_inexact(call.differentiated), self.overwritten
+            ),
+            rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
+        )
 
-        def loop(batch: Batch, arrays: list[Any]) -> Result:
-            args, kwargs, number = _tree.filled(given, arrays)
-            mine = call._replace(args=args, kwargs=kwargs, batch=batch)
-            loop = _Loop(self, mine, split, outputs, number)
+        def on_device(call: _arguments.Call, number: int | Scalar | None) -> Result:
+            loop = _Loop(self, call, split, outputs, number)
             return self.in_place_if_possible(loop.run, obstacle)
 
-        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
-        # function closes over, JAX keeps. What is not an array stays what it is.
-        @jax.jit
-        def run(batch: Batch, arrays: list[Any]) -> Result:
-            specs = Result(
-                value=P(),
-                grads=self.devices.gradient_specs(
-                    _tree.keep_inexact(call.differentiated), self.overwritten
-                ),
-                rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
-            )
-            return self.devices.on_each_device(loop, batch, arrays, split.axes, specs)
-
+        run, arrays = self.on_devices(on_device, call, split, number, specs)
         is_a_part = self.devices.scatter and self.devices.mesh is None
-        shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        if self.is_split(split) and not shows_values:
-            _whole.check_traced("the loss", run, call.batch, arrays)
-        if not is_a_part and not shows_values:
+        if not is_a_part and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             result = _derivative.run_with_derivative(
                 run,
                 call.batch,

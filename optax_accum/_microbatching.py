@@ -14,7 +14,7 @@ from jax import lax
 
 from optax_accum import _arguments, _split, _tree, _validate, _whole
 from optax_accum._backward import NotInPlaceError
-from optax_accum._types import Function, Scalar, Tree
+from optax_accum._types import Batch, Function, Scalar, Specs, Tree
 from optax_accum.sharding import _collectives
 from optax_accum.sharding._data_parallel import DataParallel
 
@@ -109,6 +109,49 @@ class Microbatching:
                 "and `num_real_microbatches` is traced. Leave one of the two out"
             )
         return split, number
+
+    def on_devices(
+        self,
+        on_device: Callable[[_arguments.Call, int | Scalar | None], Any],
+        call: _arguments.Call,
+        split: _split.Split,
+        number: int | Scalar | None,
+        specs: Specs,
+    ) -> tuple[Callable[[Batch, list[Any]], Any], list[Any]]:
+        """``run(batch, arrays)``, compiled, and the arrays of `call`.
+
+        Args:
+          on_device: Makes the result of a device, from its own call and the number.
+          call: The call.
+          split: How its batch is split.
+          number: How many micro-batches are to run, or ``None`` for all.
+          specs: Where the results lie on the mesh, if there is one.
+
+        Raises:
+          ValueError: A random key is read that is not an argument.
+        """
+        given = call.args, call.kwargs, number
+
+        def run_on_device(batch: Batch, arrays: list[Any]) -> Any:
+            args, kwargs, number = _tree.filled(given, arrays)
+            return on_device(
+                call._replace(args=args, kwargs=kwargs, batch=batch), number
+            )
+
+        # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
+        # function closes over, JAX keeps. What is not an array stays what it is.
+        @jax.jit
+        def run(batch: Batch, arrays: list[Any]) -> Any:
+            return self.devices.on_each_device(
+                run_on_device, batch, arrays, split.axes, specs
+            )
+
+        arrays = _tree.arrays_in(given)
+        shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if self.is_split(split) and not shows_values:
+            who = next(iter(self.functions))
+            _whole.check_traced(who, run, call.batch, arrays)
+        return run, arrays
 
     def in_place_if_possible(
         self, run: Callable[[bool], Any], obstacle: str | None

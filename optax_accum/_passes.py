@@ -24,14 +24,13 @@ from optax_accum import (
     _split,
     _tree,
     _validate,
-    _whole,
     _window,
 )
 from optax_accum._accumulators import Accumulator, Part
 from optax_accum._backward import Pullback
 from optax_accum._microbatching import Microbatching
 from optax_accum._program import Inputs, Program, Shared
-from optax_accum._types import Args, Batch, DType, Kwargs, Scalar, Tree
+from optax_accum._types import Args, DType, Kwargs, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,24 +56,14 @@ class Settings(Microbatching):
         """As `__call__`, of arguments that are bound to their roles."""
         _check_reverse_mode(call)
         split, number = self.checked(call)
-        given = call.args, call.kwargs, number
-        arrays = _tree.arrays_in(given)
+        specs = _accumulators.specs(self.outputs, self.devices.axis_name), P()
 
-        def on_device(batch: Batch, arrays: list[Any]) -> tuple[Tree, list[Any]]:
-            args, kwargs, number = _tree.filled(given, arrays)
-            mine = call._replace(args=args, kwargs=kwargs, batch=batch)
-            return _run(self, mine, split, number)
+        def on_device(
+            call: _arguments.Call, number: int | Scalar | None
+        ) -> tuple[Tree, list[Any]]:
+            return _run(self, call, split, number)
 
-        @jax.jit
-        def run(batch: Batch, arrays: list[Any]) -> tuple[Tree, list[Any]]:
-            specs = _accumulators.specs(self.outputs, self.devices.axis_name), P()
-            return self.devices.on_each_device(
-                on_device, batch, arrays, split.axes, specs
-            )
-
-        shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
-        if self.is_split(split) and not shows_values:
-            _whole.check_traced("the function", run, call.batch, arrays)
+        run, arrays = self.on_devices(on_device, call, split, number, specs)
         outputs, written = run(call.batch, arrays)
         if call.carry_place is None:
             return outputs
