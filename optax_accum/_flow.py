@@ -123,6 +123,11 @@ def dtypes_in(jaxpr: Any) -> set[Any]:
     }
 
 
+def has_own_rules(jaxpr: Any) -> bool:
+    """Whether anything in `jaxpr` has a reverse mode of its own."""
+    return any(e.primitive.name == "custom_vjp_call" for e in equations_in(jaxpr))
+
+
 def has_refs(jaxpr: Any) -> bool:
     """Whether `jaxpr` takes, makes or calls anything with a `jax.Ref`.
 

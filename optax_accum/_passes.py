@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from optax_accum import (
     _accumulators,
     _arguments,
+    _flow,
     _obstacle,
     _program,
     _split,
@@ -29,7 +30,7 @@ from optax_accum import (
 from optax_accum._accumulators import Accumulator, Part
 from optax_accum._backward import Pullback
 from optax_accum._microbatching import Microbatching
-from optax_accum._program import Inputs, Program, Shared
+from optax_accum._program import Inputs, Program, Ran, Shared
 from optax_accum._types import Args, DType, Kwargs, Scalar, Tree
 
 
@@ -44,6 +45,11 @@ class Settings(Microbatching):
         "Leave `mesh` and `axis_name` out: outputs are each device's own there, and "
         "the loss gathers them"
     )
+
+    def without_functions(self) -> "Settings":
+        """These, without what may hold arrays."""
+        nothing: Any = {"fun": None, "weight": None, "num_real_microbatches": None}
+        return dataclasses.replace(self, functions={}, **nothing)
 
     def __call__(self, args: Args, kwargs: Kwargs) -> Any:
         """What the user gets."""
@@ -82,7 +88,14 @@ def _run(
     shapes = traced.shapes.outputs
     accumulators = _accumulators.plan("outputs", settings.outputs, shapes, split)
     known_number = None if isinstance(number, jax.Array) else number
-    passes = _Passes(settings, split, known_number, traced, accumulators)
+    passes = _Passes(
+        settings=settings.without_functions(),
+        split=split,
+        known_number=known_number,
+        is_weighted=settings.weight is not None,
+        traced=traced,
+        accumulators=accumulators,
+    )
     totals = passes.differentiable(inputs)
     weight = settings.devices.reduce("sum", totals.weight, totals.weight)
     finished = [
@@ -120,11 +133,15 @@ class _Passes:
     Each is a function of `Inputs` and of no other array. The backward pass takes them
     as two trees: `own` has the leaves that are differentiated, and ``None`` elsewhere,
     and `others` the reverse.
+
+    JAX keeps the backward pass for as long as the program, and so all that is in here:
+    neither an array nor a function of the user's, which may close over one.
     """
 
     settings: Settings
     split: _split.Split
     known_number: Any  # how many micro-batches to run, or ``None`` for all
+    is_weighted: bool  # whether the user gave a weight
     traced: _program.Traced
     accumulators: list[Accumulator]
 
@@ -133,11 +150,11 @@ class _Passes:
 
         @jax.custom_vjp
         def run(inputs: Inputs) -> _Totals:
-            return self._forward(inputs, keeps_carries=False)
+            return self._forward(inputs)
 
         def forward(primals: Any) -> tuple[_Totals, Any]:
             inputs, own, others = _taken_apart(primals)
-            totals = self._forward(inputs, keeps_carries=True)
+            totals = self._forward(inputs, own)
             return totals._replace(carries=[]), (own, others, totals.carries)
 
         def backward(saved: Any, cotangents: _Totals) -> tuple[Inputs]:
@@ -170,14 +187,15 @@ class _Passes:
     ) -> Part:
         """Which micro-batch this is."""
         last = self.settings.last_number(self.split, self._number(inputs))
-        counted = True if self.settings.weight is None else weight != 0
+        counted = weight != 0 if self.is_weighted else True
         return Part(index, program.size, weight, counted, last)
 
     # --- Forward ---
 
-    def _forward(self, inputs: Inputs, *, keeps_carries: bool) -> _Totals:
-        """One micro-batch after another."""
+    def _forward(self, inputs: Inputs, own: Inputs | None = None) -> _Totals:
+        """One micro-batch after another, with what a derivative of `own` needs."""
         shapes = self.traced.shapes
+        keeps_carries = own is not None
         start = _Totals(
             outputs=[a.start(shapes.weight) for a in self.accumulators],
             carry=inputs.carry,
@@ -187,7 +205,18 @@ class _Passes:
 
         def step(program: Program, totals: _Totals, index: Scalar) -> _Totals:
             part = program.take(inputs.batch, index)
-            ran = program(totals.carry, index, inputs.shared, part)
+
+            def run(primals: Any) -> Ran:
+                shared, own_part = primals
+                shared = _tree.merge(shared, inputs.shared)
+                own_part = _tree.merge(own_part, part)
+                return program(totals.carry, index, shared, own_part)
+
+            if own is not None and _flow.has_own_rules(program.jaxpr):
+                # A second derivative is that of the rules, as if nothing were split.
+                ran, _ = jax.vjp(run, (own.shared, _tree.kept_like(own.batch, part)))
+            else:
+                ran = program(totals.carry, index, inputs.shared, part)
             info = self._part(program, index, ran.weight, inputs)
             rows = zip(
                 self.accumulators,
@@ -241,7 +270,7 @@ class _Passes:
         }
         # Those of weight 0 are selected away only if every output is a sum or a mean.
         # What has an entry for each of them keeps it, and its gradient counts.
-        masks = self.settings.weight is not None and not any(
+        masks = self.is_weighted and not any(
             self.accumulators[i].keeps_all for i in active
         )
 

@@ -61,8 +61,8 @@ class Program(NamedTuple):
     Attributes:
       take: ``take(batch, index)`` takes one out of the batch.
       size: How many examples it has.
-      jaxpr: The traced function.
-      reads: Which of `Shared.closed_over` are its constants.
+      jaxpr: The traced function, which closes over nothing.
+      reads: Which of `Shared.closed_over` are its first arguments.
       structure: That of the `Ran` that it returns.
     """
 
@@ -78,8 +78,9 @@ class Program(NamedTuple):
         # What is written to the carry is a constant to the next micro-batch.
         carry = _tree.merge(lax.stop_gradient(carry), shared.carry)
         constants = [shared.closed_over[i] for i in self.reads]
-        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, constants))
-        outputs = function(*jax.tree.leaves((carry, index, shared.arguments, part)))
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, []))
+        leaves = jax.tree.leaves((carry, index, shared.arguments, part))
+        outputs = function(*constants, *leaves)
         return jax.tree.unflatten(self.structure, outputs)
 
 
@@ -145,16 +146,25 @@ def trace(
     closed_over: dict[int, Any] = {}  # by identity
     programs = []
     for take, size, part in takes:
-        traced, ran = jax.make_jaxpr(run, return_shape=True)(
-            _tree.filled(before, carry), index, arrays, part
-        )
+        args = _tree.filled(before, carry), index, arrays, part
+        traced, ran = jax.make_jaxpr(run, return_shape=True)(*args)
         closed_over |= {id(x): x for x in traced.consts}
         reads = [[*closed_over].index(id(x)) for x in traced.consts]
         structure = jax.tree.structure(ran)
-        programs.append(Program(take, size, traced.jaxpr, reads, structure))
+        jaxpr = _without_constants(traced, jax.tree.leaves(args))
+        programs.append(Program(take, size, jaxpr, reads, structure))
     shared = Shared(arrays, [*closed_over.values()], read)
     array = number if isinstance(number, jax.Array) else None
     return Inputs(shared, call.batch, carry, array), Traced(programs, shapes)
+
+
+def _without_constants(traced: Any, args: list[Any]) -> Any:
+    """The traced function of `args`, with its constants as arguments before these."""
+
+    def run(constants: list[Any], args: list[Any]) -> list[Any]:
+        return core.jaxpr_as_fun(core.ClosedJaxpr(traced.jaxpr, constants))(*args)
+
+    return jax.make_jaxpr(run)(traced.consts, args).jaxpr
 
 
 def _given(run: Any, arrays: list[Any], part: Batch) -> Any:

@@ -479,6 +479,23 @@ def test_derivatives_of_the_gradient_are_exact():
         same(actual, wanted)
 
 
+def test_second_derivatives_are_those_of_the_functions_own_rules():
+    """A straight-through estimator: its rule is not the derivative of its function."""
+    rounded = jax.custom_vjp(lambda x: jnp.round(4 * x) / 4)
+    rounded.defvjp(lambda x: (jnp.round(4 * x) / 4, None), lambda _, g: (g,))
+
+    def steps(x):
+        return rounded(x) + jnp.sin(x)
+
+    def along(f):
+        return lambda s: contrastive(f(s * X))
+
+    in_parts = oa.microbatch(steps, batch_argnums=0, microbatch_size=5)
+    for derivative in (jax.hessian, lambda f: jax.grad(jax.grad(f))):
+        actual, wanted = (jax.jit(derivative(along(f)))(0.3) for f in (in_parts, steps))
+        same(actual, wanted)
+
+
 @pytest.mark.parametrize("order", ["vmap of grad", "grad of vmap"])
 def test_vmap(order):
     several = jax.tree.map(lambda p: jnp.stack([p, p / 2]), PARAMS)
@@ -490,6 +507,28 @@ def test_vmap(order):
 
     in_parts = oa.microbatch(encode, microbatch_size=5)
     same(jax.jit(of(in_parts))(several, X), of(encode)(several, X))
+
+
+def test_nothing_of_a_trace_is_kept_after_it():
+    """JAX keeps the backward pass with the program, and so all that is in it."""
+
+    def step(params, x, number, weight):
+        def loss(params):
+            f = oa.microbatch(
+                lambda x: (encode(params, x), jnp.sum(x)),
+                microbatch_size=5,
+                batch_argnums=0,
+                num_real_microbatches=number,
+                outputs=("concat", "mean"),
+                weight=lambda x: weight + 0 * jnp.sum(x),
+            )
+            z, mean = f(x)
+            return contrastive(z) + mean
+
+        return jax.grad(loss)(params)
+
+    with jax.checking_leaks():
+        jax.jit(step)(PARAMS, X, 2, 1.0)
 
 
 @pytest.mark.parametrize("where", ["around", "inside"])
