@@ -136,10 +136,10 @@ def microbatch(
       parameters, as two towers may, each has a sum of its own; one call with both
       batches has one.
 
-      The derivative is exact. So are derivatives of the gradient, which go through the
-      loops and save no memory; with a traced number of micro-batches only forward mode
-      (`jax.jacfwd` of `jax.grad`) gives these. Without a gradient there is no forward
-      mode (`jax.jvp`): it needs no backward pass, so use `fun` itself.
+      The derivative is exact, and so are derivatives of the gradient: `jax.jvp` of
+      `jax.grad`, which needs little more memory, and `jax.grad` of `jax.grad`, which
+      keeps what every micro-batch needs, and a known number of them. Without a gradient
+      there is no forward mode (`jax.jvp`). It needs no backward pass: use `fun` itself.
 
       `value_and_grad` around a loss with this in it splits the batch again, and its
       micro-batches have a loss each: use `jax.value_and_grad`.
