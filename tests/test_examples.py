@@ -69,7 +69,7 @@ def test_the_language_model_learns():
 
 
 def test_two_towers_in_micro_batches_train_as_on_the_whole_batch():
-    """And plain accumulation does not: see the two last rows."""
+    """And plain accumulation does not: see the last two rows."""
     printed = run("contrastive.py")
 
     def row(label):
@@ -81,13 +81,13 @@ def test_two_towers_in_micro_batches_train_as_on_the_whole_batch():
     whole, in_parts, plain = row("test images matched")
     assert whole == pytest.approx(in_parts, abs=0.5)  # 1 of 450 images is 0.2
     assert plain < whole - 10  # 14 to 18 over ten seeds
-    whole, in_parts, _ = row("temporaries of a step")
+    whole, in_parts, _ = row("temporary memory of a step")
     assert in_parts < whole / 3
     # In ten runs of other seeds 4e-7 and 4e-5 at most, and 0.6 and 0.2 at least.
-    _, in_parts, plain = row("a test loss differs by")
+    _, in_parts, plain = row("the whole batch: test loss")
     assert in_parts < 1e-5
     assert plain > 0.1
-    _, in_parts, plain = row("a parameter differs by")
+    _, in_parts, plain = row("the whole batch: parameters")
     assert in_parts < 1e-3
     assert plain > 0.05
 
