@@ -54,3 +54,11 @@ def first(
         if types[0] == types[1]:
             return carry, shapes
         carry = cast
+
+
+def after(before: Tree, written: list[Any]) -> Tree:
+    """The carry after the last micro-batch.
+
+    What is not written is not an output, and stays the very same arrays.
+    """
+    return _tree.filled(_tree.as_jax_arrays(before), written)

@@ -130,8 +130,7 @@ class Settings(Microbatching):
         else:
             result = run(call.batch, arrays)
         aux, written, info = result.rest
-        # What `fun` has not written is not an output, and stays the very same arrays.
-        carry = _tree.filled(_tree.as_jax_arrays(call.carry), written)
+        carry = _carry.after(call.carry, written)
         grads = _tree.fill_float0(result.grads, call.differentiated)
         return (outputs.pack(result.value, aux, carry), grads), info
 

@@ -206,8 +206,7 @@ def microbatch(
         weight=weight,
         accumulator_dtype=_validate.accumulator_dtype(accumulator_dtype),
         devices=DataParallel.of(axis_name, mesh),
-        functions={"the function": fun}
-        | ({} if weight is None else {"`weight`": weight}),
+        functions=Settings.named(fun, weight),
     )
     calls = _eager.Calls("`microbatch`", "jax.jit(oa.microbatch(...))")
 

@@ -62,8 +62,14 @@ class Microbatching:
     devices: DataParallel
     functions: dict[str, Function]  # the user's, by what to call them in a message
 
+    who: ClassVar[str] = "the loss"  # what to call `fun` in a message
     # What to do inside of an axis of devices with the options that name it.
     inside_axis: ClassVar[str] = "Leave `mesh` out, and keep `axis_name`"
+
+    @classmethod
+    def named(cls, fun: Function, weight: Function | None) -> dict[str, Function]:
+        """The user's functions, as `functions` has them."""
+        return {cls.who: fun} | ({} if weight is None else {"`weight`": weight})
 
     def split(self, call: _arguments.Call) -> _split.Split:
         """How the batch of a call is split."""
@@ -149,8 +155,7 @@ class Microbatching:
         arrays = _tree.arrays_in(given)
         shows_values = jax.config.jax_disable_jit  # type: ignore[attr-defined]
         if self.is_split(split) and not shows_values:
-            who = next(iter(self.functions))
-            _whole.check_traced(who, run, call.batch, arrays)
+            _whole.check_traced(self.who, run, call.batch, arrays)
         return run, arrays
 
     def in_place_if_possible(

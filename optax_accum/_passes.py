@@ -8,6 +8,7 @@ with each other.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from optax_accum import (
     _accumulators,
     _arguments,
+    _carry,
     _flow,
     _obstacle,
     _program,
@@ -31,7 +33,7 @@ from optax_accum._accumulators import Accumulator, Part
 from optax_accum._backward import Pullback
 from optax_accum._microbatching import Microbatching
 from optax_accum._program import Inputs, Program, Ran, Shared
-from optax_accum._types import Args, DType, Kwargs, Scalar, Tree
+from optax_accum._types import Args, Batch, DType, Kwargs, Scalar, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Settings(Microbatching):
     outputs: Tree
     accumulator_dtype: DType
 
+    who: ClassVar[str] = "the function"
     inside_axis: ClassVar[str] = (
         "Leave `mesh` and `axis_name` out: outputs are each device's own there, and "
         "the loss gathers them"
@@ -73,8 +76,7 @@ class Settings(Microbatching):
         outputs, written = run(call.batch, arrays)
         if call.carry_place is None:
             return outputs
-        # What `fun` has not written is not an output, and stays the very same arrays.
-        return outputs, _tree.filled(_tree.as_jax_arrays(call.carry), written)
+        return outputs, _carry.after(call.carry, written)
 
 
 def _run(
@@ -205,16 +207,10 @@ class _Passes:
 
         def step(program: Program, totals: _Totals, index: Scalar) -> _Totals:
             part = program.take(inputs.batch, index)
-
-            def run(primals: Any) -> Ran:
-                shared, own_part = primals
-                shared = _tree.merge(shared, inputs.shared)
-                own_part = _tree.merge(own_part, part)
-                return program(totals.carry, index, shared, own_part)
-
             if own is not None and _flow.has_own_rules(program.jaxpr):
                 # A second derivative is that of the rules, as if nothing were split.
-                ran, _ = jax.vjp(run, (own.shared, _tree.kept_like(own.batch, part)))
+                run = _of_primals(program, totals.carry, index, inputs, part)
+                ran, _ = jax.vjp(run, _primals(own, part))
             else:
                 ran = program(totals.carry, index, inputs.shared, part)
             info = self._part(program, index, ran.weight, inputs)
@@ -281,18 +277,14 @@ class _Passes:
                 carries,
             )
 
-            def outputs(primals: Any) -> tuple[list[jax.Array], Scalar]:
-                shared, own_part = primals
-                ran = program(
-                    carry,
-                    index,
-                    _tree.merge(shared, others.shared),
-                    _tree.merge(own_part, part),
-                )
+            run = _of_primals(program, carry, index, inputs, part)
+
+            def outputs(primals: _Primals) -> tuple[list[jax.Array], Scalar]:
+                ran = run(primals)
                 leaves = jax.tree.leaves(ran.outputs)
                 return [leaves[i] for i in active], ran.weight
 
-            primals = own.shared, _tree.kept_like(own.batch, part)
+            primals = _primals(own, part)
             results, function, weight = jax.vjp(outputs, primals, has_aux=True)
             info = self._part(program, index, weight, inputs)
             rows = zip(active.items(), results, strict=True)
@@ -307,7 +299,7 @@ class _Passes:
             return self._added(sums, pullback, index, counted, in_place)
 
         def guarded_step(program: Program, sums: _Sums, index: Scalar) -> _Sums:
-            if self._is_in_loop(program):
+            if not self._needs_branch(program):
                 return step(program, sums, index)
             return lax.cond(
                 _tree.opaque_true(),
@@ -322,17 +314,16 @@ class _Passes:
         shared = _tree.cast_like(sums.shared, own.shared)
         return Inputs(shared, batch, [None] * len(own.carry), number=None)
 
-    def _is_in_loop(self, program: Program) -> bool:
-        """Whether a step runs inside a compiled loop.
+    def _needs_branch(self, program: Program) -> bool:
+        """Whether a step has to be in a branch to be run again.
 
-        Outside of one, XLA would take the second run for the first one, and keep all
-        activations from then on. It does not if the second is in a branch.
+        Outside of a compiled loop XLA would take the second run for the first one, and
+        keep all activations from then on. It does not if the second is in a branch.
         """
         if self.split.num_microbatches == 1:
-            return True  # There is nothing to be saved.
+            return False  # There is nothing to be saved.
         is_last = program is not self.traced.programs[0]
-        is_alone = is_last or self.split.whole == 1
-        return not is_alone and not self.settings.is_unrolled
+        return is_last or self.split.whole == 1 or self.settings.is_unrolled
 
     def _no_sums(self, own: Inputs, in_place: bool) -> _Sums:
         """Before the first micro-batch."""
@@ -375,6 +366,27 @@ class _Passes:
             for x, g, axis in rows
         ]
         return _Sums(shared, batch)
+
+
+_Primals = tuple[Shared, list[Any]]
+
+
+def _primals(own: Inputs, part: Batch) -> _Primals:
+    """What is differentiated of one micro-batch; ``None`` for all other leaves."""
+    return own.shared, _tree.kept_like(own.batch, part)
+
+
+def _of_primals(
+    program: Program, carry: list[Any], index: Scalar, inputs: Inputs, part: Batch
+) -> Callable[[_Primals], Ran]:
+    """`program` as a function of `_primals`."""
+
+    def run(primals: _Primals) -> Ran:
+        shared, own_part = primals
+        shared = _tree.merge(shared, inputs.shared)
+        return program(carry, index, shared, _tree.merge(own_part, part))
+
+    return run
 
 
 def _taken_apart(primals: Any) -> tuple[Inputs, Inputs, Inputs]:

@@ -318,7 +318,7 @@ def value_and_grad(
         returns_info=return_info or noise_scale,
         noise_scale=noise_scale,
         devices=DataParallel.of(axis_name, mesh, scatter),
-        functions={"the loss": fun} | ({} if weight is None else {"`weight`": weight}),
+        functions=Settings.named(fun, weight),
     )
 
     calls = _eager.Calls("`value_and_grad`", "jax.jit(oa.value_and_grad(...))")
