@@ -31,6 +31,7 @@ from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
+    AnyMesh,
     AxisName,
     DType,
     Grads,
@@ -46,8 +47,9 @@ from optax_accum._types import (
 from optax_accum._window import Window
 from optax_accum.noise import _tracker
 from optax_accum.noise._adaptive_k import AdaptiveK
-from optax_accum.sharding import _collectives, _windows
-from optax_accum.sharding._data_parallel import DataParallel
+from optax_accum.sharding import _inside
+from optax_accum.sharding._inside import Inside
+from optax_accum.sharding._rows import Rows
 
 OnSkip = Literal["shrink", "wait"]
 EveryK = int | Schedule | AdaptiveK | None
@@ -250,8 +252,11 @@ def accumulate(
     skip: Skip | None = None,
     on_skip: OnSkip = "shrink",
     overwrite: Overwrite | None = None,
-    axis_name: AxisName | None = None,
     noise_decay: float | None = None,
+    # devices that share the window
+    axis_name: AxisName | None = None,
+    mesh: AnyMesh | None = None,
+    scatter: bool = False,
 ) -> AccumulateTransformation:
     """Runs `inner` once per window of micro-batches, on the global batch's gradient.
 
@@ -291,13 +296,16 @@ def accumulate(
         boundary writes what the window's micro-batches returned: the largest, the
         last, or the sum. `inner` does not see these leaves. Flax's fp8 layers are found
         without it.
-      axis_name: Inside `jax.pmap` or `jax.shard_map`, the axis or axes over which S and
-        W are summed, once per window, in the boundary's branch. Gradients stay local
-        until then. Whether a window ends must not differ between devices: they would
-        deadlock.
       noise_decay: The decay, in [0, 1), of the averages with which the noise scale is
         measured, for one norm per micro-step; `oa.noise.estimate` reads it. By default
         it is not measured.
+      axis_name: The axis of devices, or several, over which S and W are summed, once
+        per window, in the boundary's branch. Gradients are each device's own until
+        then. Without `mesh` the call is inside `jax.pmap` or `jax.shard_map`. Whether a
+        window ends must not differ between devices: they would deadlock.
+      mesh: The mesh with that axis, for calls from plain `jax.jit`; see below.
+      scatter: Whether each device keeps only its part of the sum, for parameters and
+        inner state that are sharded over `axis_name`; with `mesh`.
 
     Returns:
       An `oa.AccumulateTransformation`: ``init(params)``, ``update(grads, state, params,
@@ -308,7 +316,8 @@ def accumulate(
       TypeError: `inner` is not a gradient transformation; `every_k` is not an int, a
         schedule or ``None``; `noise_decay` is not a number; an integer
         `accumulator_dtype`.
-      ValueError: `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
+      ValueError: A `mesh` without the axis; `scatter` without `mesh`;
+        `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
         from 1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
         `axis_name`, because devices would disagree on when to meet.
 
@@ -351,9 +360,20 @@ def accumulate(
       `oa.noise.adaptive_k`) cannot be used with pullbacks. Nor does `accumulate` take
       one from another transformation, such as `optax.chain`, which would modify it.
 
-    Note: Buffers and devices
+    Note: Devices
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
+
+      With `mesh`, `init` gives every device a window: a row of arrays with a leading
+      axis of devices, which is sharded over `axis_name`. Micro-steps take such rows, as
+      `oa.value_and_grad` with ``local=True`` returns them: `grads` ``[D, ...]``,
+      `value` ``[D]``, and `weight` ``[D]``, or a Python number that the devices share
+      equally. Off the boundary they exchange nothing. `inner` runs once, on the sum:
+      under `jax.jit`, and wherever parameters and state are sharded.
+
+      With `scatter` the sum is scattered as `oa.sharding.scatter_specs` says.
+
+    Note: Buffers
 
       If parameters or moments are narrower than what `inner` computes in (bfloat16),
       the updates and the inner state are computed one after the other, which saves
@@ -376,7 +396,17 @@ def accumulate(
         every_k = _validate.every_k(every_k)
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
     _validate.one_of("on_skip", on_skip, ("shrink", "wait"))
-    devices = DataParallel.of(axis_name)
+    devices: Inside | Rows
+    if mesh is None:
+        devices = Inside.of(axis_name)
+        if scatter:
+            raise ValueError(
+                "`scatter=True` needs `mesh`: inside jax.pmap and jax.shard_map the "
+                "optimizer runs on every device, on whole parameters. Leave `scatter` "
+                "out, or call `update` from plain jax.jit with `mesh` and `axis_name`"
+            )
+    else:
+        devices = Rows.of(axis_name, mesh, scatter)
     one_device = devices.axis_name is None
     if on_skip == "wait" and not one_device:
         raise ValueError(
@@ -441,7 +471,7 @@ class _Accumulation:
     skip: Skip | None
     on_skip: OnSkip
     overwritten: Overwritten
-    devices: DataParallel
+    devices: Inside | Rows
     tracker: _tracker.Tracker | _tracker.NoTracker
     names_taken: frozenset[str]  # by `inner`, of the extra arguments
 
@@ -461,7 +491,8 @@ class _Accumulation:
         trained = _tree.trained(params)
         _validate.accumulator_fits("params", trained, self.accumulator_dtype)
         dtype = _tree.scalar_dtype(trained)
-        scalar = jax.ShapeDtypeStruct((), dtype)
+        scalar = self.devices.like(jax.ShapeDtypeStruct((), dtype))
+        skip_state = _skip.initial_info(self.skip, trained, params)
         inner_state = self.inner.init(params)
         # Each array is one of its own: what is shared cannot be donated with the
         # parameters, nor twice.
@@ -470,14 +501,14 @@ class _Accumulation:
             gradient_step=jnp.zeros([], jnp.int32),
             has_updated=jnp.zeros([], bool),
             window=Window.empty(
-                trained if self.has_accumulator else (),
+                self.devices.like(trained if self.has_accumulator else ()),
                 loss=scalar,
                 weight=scalar,
                 accumulator_dtype=self.accumulator_dtype,
                 measure_noise=self.tracker.measures,
                 overwritten=self.overwritten,
             ),
-            skip_state=_skip.initial_info(self.skip, trained, params),
+            skip_state=jax.tree.map(_tree.zeros_like, self.devices.like(skip_state)),
             noise=self.tracker.init(dtype),
             inner_state=_tree.unshared(_tree.strongly_typed(inner_state), params),
         )
@@ -591,35 +622,31 @@ class _Accumulation:
     ) -> _MicroStep:
         """Everything that a caller may get wrong."""
         grads, state, params, weight, value, extra_args = arguments
-        axis_name = self.devices.axis_name
         pullback = self._pullback_in(grads)
         grads = grads if pullback is None else pullback.like
         boundary = _validate.boundary(boundary, self.every_k)
-        _collectives.check_bound(axis_name)
-        _validate.state(
-            state,
-            grads,
-            has_accumulator=self.has_accumulator,
-            has_devices=self.has_devices,
-        )
+        self.devices.check_place("Leave `mesh` out, and keep `axis_name`")
+        _validate.state(state)
         _validate.not_a_function(grads, _tree.trained(params), state.window.grads)
-        is_stacked = _windows.is_stacked(state)
-        state = _windows.unstacked(state) if is_stacked else state
-        self.tracker.check(state, _tree.keep_inexact(grads), self.devices.axes)
+        own = _tree.keep_inexact(grads)
+        self.devices.check(state, own, params)
+        _validate.sums(state, grads, has_accumulator=self.has_accumulator)
+        state, is_stacked = self.devices.own(state)
+        self.tracker.check(state, own, self.devices.axes)
+        own, sums = map(self.devices.shapes, (own, state.window.grads))
         if self.has_accumulator:
             is_narrow = self.accumulator_dtype is not None
-            _validate.accumulator(state.window.grads, grads, params, narrow=is_narrow)
+            _validate.accumulator(sums, own, params, narrow=is_narrow)
         if applies or (params is not None and not self.has_accumulator):
-            _validate.gradients(grads, _tree.trained(params), narrow=True)
-        _collectives.check_local(axis_name, _tree.keep_inexact(grads))
-        _collectives.check_same(axis_name, params)
-        number, known_weight = _validate.weight(weight, state.window.weight.dtype)
+            _validate.gradients(own, _tree.trained(params), narrow=True)
+        number, known_weight = self.devices.weight(weight, state.window.weight.dtype)
         if pullback is not None and not self._adds_in_place(
             pullback, is_masked=self.reduction == "mean" and not known_weight
         ):
             grads, pullback = pullback.gradients(), None
         given = _optimizer.Arguments(grads, params, value is not None, extra_args)
-        value = jnp.zeros([]) if value is None else _validate.scalar_value(value)
+        if value is None:
+            value = jnp.zeros_like(number)
         return _MicroStep(
             state=state,
             is_stacked=is_stacked,
@@ -627,7 +654,7 @@ class _Accumulation:
             weight=number,
             known_weight=known_weight,
             boundary=boundary,
-            value=value.astype(state.window.loss.dtype),
+            value=self.devices.value(value).astype(state.window.loss.dtype),
             arguments=given,
         )
 
@@ -635,6 +662,14 @@ class _Accumulation:
         """The pullback that a caller has given in place of gradients, or ``None``."""
         if not _backward.is_pullback(grads):
             return None
+        if isinstance(self.devices, Rows):
+            raise ValueError(
+                "`grads` is a pullback, whose gradient is summed over the devices of "
+                "`mesh` in every micro-batch. Pass each device's own gradient, from "
+                "oa.value_and_grad(..., mesh=mesh, axis_name="
+                f"{self.devices.axis_name!r}, local=True); inside jax.shard_map, and "
+                "without `mesh`, a pullback adds to the device's window in place"
+            )
         readers = {
             "skip": self.skip is not None,
             "every_k=oa.noise.adaptive_k": isinstance(self.every_k, AdaptiveK),
@@ -658,6 +693,29 @@ class _Accumulation:
 
     def _add(self, step: _MicroStep) -> AccumulateState:
         """The state with the micro-batch in its window, and counted."""
+        state = step.state
+
+        def add(window: Window, skip_state: Tree, *given: Any) -> Any:
+            own = state._replace(window=window, skip_state=skip_state)
+            grads, weight, value = given
+            return self._added(
+                step._replace(state=own, grads=grads, weight=weight, value=value)
+            )
+
+        window, skip_state, rejected = self.devices.each(add)(
+            state.window, state.skip_state, step.grads, step.weight, step.value
+        )
+        happened = jnp.ones([], bool)
+        if self.on_skip == "wait":
+            happened = jnp.logical_not(rejected)
+        return state._replace(
+            micro_step=_count(state.micro_step, happened),
+            window=window,
+            skip_state=skip_state,
+        )
+
+    def _added(self, step: _MicroStep) -> tuple[Window, Tree, Scalar]:
+        """On one device: its window and `skip_state` after, and what was rejected."""
         state, window = step.state, step.state.window
         weight, rejected, skip_state = self._ask_skip(step)
         if not self.has_accumulator:
@@ -665,12 +723,11 @@ class _Accumulation:
         counted: bool | Scalar = True
         if not step.is_positive or self.skip is not None:
             counted = _window.counts(weight, self.reduction, rejected)
-        window = _windows.add_as_stored(
+        window = self.devices.add(
             window,
             step.grads,
             step.value,
             weight,
-            has_devices=self.has_devices,
             reduction=self.reduction,
             counted=counted,
             rejected=rejected,
@@ -682,14 +739,7 @@ class _Accumulation:
         if not self.tracker.measures:
             # The sums that an older state may have stay, and cost nothing.
             window = window._replace(noise=state.window.noise)
-        happened = jnp.ones([], bool)
-        if self.on_skip == "wait":
-            happened = jnp.logical_not(rejected)
-        return state._replace(
-            micro_step=_count(state.micro_step, happened),
-            window=window,
-            skip_state=skip_state,
-        )
+        return window, skip_state, jnp.asarray(rejected)
 
     def _decide(self, step: _MicroStep, state: AccumulateState) -> _boundary.Closing:
         """Whether the window ends here, and what is known of it then."""
@@ -773,7 +823,7 @@ class _Accumulation:
             noise=buffers.noise,
             inner_state=buffers.inner_state,
         )
-        return _windows.stacked(state) if step.is_stacked else state
+        return _inside.stacked(state) if step.is_stacked else state
 
     def _ask_skip(self, step: _MicroStep) -> tuple[Scalar, bool | Scalar, Tree]:
         """As `_skip.ask`, with the info in the type that the state holds it in."""

@@ -48,6 +48,8 @@ class Accumulator(Protocol):
 
     # Whether outputs of micro-batches of weight 0 are part of the result.
     keeps_all: ClassVar[bool]
+    # Whether each device keeps its own part of the result.
+    is_local: ClassVar[bool]
 
     def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
@@ -73,7 +75,6 @@ class _OfLeaf:
     shape: jax.ShapeDtypeStruct  # of a whole micro-batch's output
     split: Split
 
-    # Whether each device keeps its own part of the result.
     is_local: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = True
 
@@ -286,8 +287,8 @@ def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> list[Accumu
     return accumulators
 
 
-def specs(policies: Tree, axis_name: AxisName | None) -> Specs:
-    """Where the results lie on a mesh: for ``out_specs``."""
+def specs(policies: Tree, axis_name: AxisName | None, reduced: P) -> Specs:
+    """Where the results lie on a mesh: for ``out_specs``; `reduced` is for the sums."""
     return jax.tree.map(
-        lambda policy: P(axis_name) if POLICIES[policy].is_local else P(), policies
+        lambda policy: P(axis_name) if POLICIES[policy].is_local else reduced, policies
     )

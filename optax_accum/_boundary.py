@@ -25,9 +25,8 @@ from optax_accum import _tree
 from optax_accum._optimizer import BoundOptimizer
 from optax_accum._overwrite import Overwritten
 from optax_accum._types import Grads, Reduction, Scalar, Tree, Updates
-from optax_accum._window import Window
+from optax_accum._window import Devices, Window
 from optax_accum.noise._tracker import NoTracker, Tracker
-from optax_accum.sharding._data_parallel import DataParallel
 
 
 class Closing(NamedTuple):
@@ -60,7 +59,7 @@ class Closing(NamedTuple):
     window: Window
     reduction: Reduction
     overwritten: Overwritten
-    devices: DataParallel
+    devices: Devices
     inner_state: Tree
     noise: Tree
     tracker: Tracker | NoTracker

@@ -106,12 +106,17 @@ class Settings(Microbatching):
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
         obstacle = self._obstacle(call)
         numbers = _tree.numbered(call.args)
+        reduced = self.devices.reduced_specs
         specs = Result(
-            value=P(),
+            value=reduced,
             grads=self.devices.gradient_specs(
                 _tree.keep_inexact(call.differentiated), self.overwritten
             ),
-            rest=(_accumulators.specs(self.aux, self.devices.axis_name), P(), P()),
+            rest=(
+                _accumulators.specs(self.aux, self.devices.axis_name, reduced),
+                P(),
+                reduced,
+            ),
         )
 
         def on_device(call: _arguments.Call, number: int | Scalar | None) -> Result:
@@ -119,8 +124,10 @@ class Settings(Microbatching):
             return self.in_place_if_possible(loop.run, obstacle)
 
         run, arrays = self.on_devices(on_device, call, split, number, specs)
-        is_a_part = self.devices.scatter and self.devices.mesh is None
-        if not is_a_part and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        is_whole = not self.devices.local and (
+            self.devices.mesh is not None or not self.devices.scatter
+        )
+        if is_whole and not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             result = _derivative.run_with_derivative(
                 run,
                 call.batch,
@@ -458,11 +465,15 @@ class _Loop:
         kept = _tree.kept_like(totals.carry, before)
         carry = devices.merge_carry(totals.carry, kept, own.weight, total.weight)
         finished = [
-            a.finish(a.over_devices(carried, devices.axis_name), total.weight)
+            a.finish(a.over_devices(carried, devices.reduced_over), total.weight)
             for a, carried in zip(accumulators, totals.aux, strict=True)
         ]
-        # Several devices have another buffer, for the exchange.
-        in_place = self.is_in_place and devices.axis_name is None
+        finished = [
+            output if a.is_local else devices.as_rows(output)
+            for a, output in zip(accumulators, finished, strict=True)
+        ]
+        # An exchange has another buffer.
+        in_place = self.is_in_place and devices.reduced_over is None
         value, grads = _tree.cast_like(
             total.result(settings.reduction, settings.overwritten, in_place=in_place),
             (shapes.value, shapes.grads),
@@ -477,6 +488,7 @@ class _Loop:
                 weight * self._examples_per_weight
             )  # a number of examples
         info = MicrobatchInfo(weight, total.skipped, self._noise_scale(total, shapes))
+        value, grads, info = devices.as_rows((value, grads, info))
         return Result(value, grads, (aux, carry, info))
 
     def _noise_scale(self, total: Window, shapes: _Microbatch) -> Any:

@@ -112,6 +112,7 @@ def bind(
             "into a boundary; put it beside `accumulate`, in an `optax.chain`",
         )
         new_state = _tree.cast_like(new_state, inner_state)
+        new_state = _tree.placed_like(new_state, inner_state)
         return _tree.cast_like(updates, shapes), new_state
 
     return BoundOptimizer(update, shapes)

@@ -65,7 +65,7 @@ class Settings(Microbatching):
         """As `__call__`, of arguments that are bound to their roles."""
         _check_reverse_mode(call)
         split, number = self.checked(call)
-        specs = _accumulators.specs(self.outputs, self.devices.axis_name), P()
+        specs = _accumulators.specs(self.outputs, self.devices.axis_name, P()), P()
 
         def on_device(
             call: _arguments.Call, number: int | Scalar | None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import dtypes, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_accum._types import DType, Leaf, Scalar, Tree
 
@@ -289,6 +289,8 @@ def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
     if not isinstance(x, jax.ShapeDtypeStruct):
         sharding = getattr(jax.typeof(x), "sharding", None)
         return _on_mesh(sharding, jnp.zeros_like(x, dtype=dtype))
+    if isinstance(getattr(x.sharding, "mesh", None), Mesh):
+        return _placed_zeros(x.shape, dtype or x.dtype, x.sharding)
     # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
     zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
     return vary_over(varying(x), _on_mesh(x.sharding, zeros))
@@ -303,6 +305,38 @@ def _on_mesh(sharding: Any, x: jax.Array) -> jax.Array:
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return x
     return jax.reshard(x, sharding) if jax.typeof(x).sharding.mesh.empty else x
+
+
+def _placed_zeros(
+    shape: tuple[int, ...], dtype: DType, sharding: NamedSharding
+) -> jax.Array:
+    """Zeros on the devices of a mesh, each of which makes its own part."""
+    zeros = jnp.zeros(shape, dtype, device=sharding)
+    if not isinstance(zeros, jax.core.Tracer):
+        return zeros
+    # Inside of a trace `device` is not heeded.
+    return placed(zeros, sharding)
+
+
+def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x` sharded over these axes; on an Auto mesh others are the compiler's choice."""
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.reshard(x, sharding)
+    free = [PartitionSpec.UNCONSTRAINED if a is None else a for a in sharding.spec]
+    free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
+    return lax.with_sharding_constraint(x, sharding.update(spec=PartitionSpec(*free)))
+
+
+def placed_like(tree: Tree, like: Tree) -> Tree:
+    """`tree` sharded as `like` is, where an Explicit mesh says how that is."""
+
+    def place(x: jax.Array, target: Leaf) -> jax.Array:
+        wanted = getattr(jax.typeof(target), "sharding", None)
+        if wanted is None or wanted.mesh.empty or jax.typeof(x).sharding == wanted:
+            return x
+        return jax.reshard(x, wanted)
+
+    return jax.tree.map(place, tree, like)
 
 
 def zeros(tree: Tree) -> Tree:

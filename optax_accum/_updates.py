@@ -29,7 +29,7 @@ class ToParams(NamedTuple):
     def write(self, updates: Updates, buffers: Buffers) -> Buffers:
         """The buffers with the updates in them."""
         out = self.overwritten.apply(apply_updates, buffers.out, updates)
-        return buffers._replace(out=out)
+        return buffers._replace(out=_tree.placed_like(out, buffers.out))
 
     def read(self, buffers: Buffers) -> Params:
         """The parameters."""

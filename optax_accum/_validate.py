@@ -97,10 +97,8 @@ def accumulator_fits(name: str, params: Params, dtype: DType) -> None:
             )
 
 
-def state(
-    value: Any, grads: Grads, *, has_accumulator: bool, has_devices: bool
-) -> None:
-    """Raises unless `value` is a state that this transformation can continue from."""
+def state(value: Any) -> None:
+    """Raises unless `value` is a state of `accumulate`."""
     if hasattr(value, "mini_step") and hasattr(value, "inner_opt_state"):
         raise TypeError(
             "`state` must be an `AccumulateState`; got the state of "
@@ -112,21 +110,10 @@ def state(
             f"{shown_kind(value)}. The order is update(grads, state, params), and "
             "update_params(grads, state, params)"
         )
-    windows = jnp.shape(value.window.weight)
-    if windows and not has_devices:
-        raise ValueError(
-            f"`state` holds {windows[0]} windows, one per device, but `accumulate` was "
-            "given no `axis_name`. Give it the axis over which devices are to meet, or "
-            "make one window of them: oa.sharding.sum_windows(state)"
-        )
-    if windows not in ((), (1,)):
-        raise ValueError(
-            f"`state` holds {windows[0]} windows on this device, where each device "
-            "needs one: it was made for another number of devices, or lacks the "
-            "`in_specs` of oa.sharding.window_specs(state, axis_name). For another "
-            "number of devices: oa.sharding.stack_windows(oa.sharding.sum_windows("
-            "state), num_devices)"
-        )
+
+
+def sums(value: Any, grads: Grads, *, has_accumulator: bool) -> None:
+    """Raises unless the state `value` has sums if they are needed, and then alone."""
     lacks_sums = not jax.tree.leaves(value.window.grads)
     if has_accumulator and lacks_sums and jax.tree.leaves(_tree.keep_inexact(grads)):
         raise ValueError(

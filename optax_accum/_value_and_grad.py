@@ -61,6 +61,7 @@ def value_and_grad(
     axis_name: AxisName | None = None,
     mesh: AnyMesh | None = None,
     scatter: bool = False,
+    local: bool = False,
 ) -> Function:
     """`jax.value_and_grad` whose batch runs in micro-batches, one after another.
 
@@ -138,6 +139,8 @@ def value_and_grad(
       axis_name: The axis of devices, or several, that share the batch; see below.
       mesh: The mesh with that axis, for a call from plain `jax.jit`.
       scatter: Whether each device keeps only its part of the gradients.
+      local: Whether to exchange nothing, and return a row for each device of `mesh`,
+        for `oa.accumulate` with the same `mesh`; see below.
 
     Returns:
       A function with the arguments of `fun` that returns what `jax.value_and_grad`
@@ -256,6 +259,13 @@ def value_and_grad(
       sharded along axis 0. A carry's floating leaves are averaged over the devices, by
       weight; its other leaves are those of the last device with any weight.
 
+      With `local` the devices of `mesh` exchange nothing, and each has its own result:
+      what would be reduced comes with a leading axis of devices, sharded over them. So
+      do value, gradients and `MicrobatchInfo`; the gradient of a leaf ``[...]`` is
+      ``[D, ...]``. `oa.accumulate` with the same `mesh` and `axis_name` takes these.
+      Only a carry is reduced all the same. (A derivative of such a result goes through
+      the loop.)
+
       On an Explicit mesh, parameters that are tagged ``reduced`` get gradients that are
       ``unreduced``, as from JAX, and `jax.reshard` sums them once; `skip` and
       `noise_scale` would read them before that, and are refused.
@@ -317,7 +327,7 @@ def value_and_grad(
         aux=aux,
         returns_info=return_info or noise_scale,
         noise_scale=noise_scale,
-        devices=DataParallel.of(axis_name, mesh, scatter),
+        devices=DataParallel.of(axis_name, mesh, scatter, local),
         functions=Settings.named(fun, weight),
     )
 

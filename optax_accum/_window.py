@@ -78,7 +78,7 @@ def contributions(
         x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
         if reduction == "mean":
             x = _tree.scaled(x, weight.astype(x.dtype))
-        return x if counted is True else jnp.where(counted, x, jnp.zeros_like(x))
+        return x if counted is True else jnp.where(counted, x, _tree.zeros_like(x))
 
     return jax.tree.map(contribution, tree)
 

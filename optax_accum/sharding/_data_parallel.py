@@ -39,19 +39,28 @@ class DataParallel(NamedTuple):
       axis_name: The name of their axis, or several, or ``None``.
       mesh: The mesh with that axis, where the call comes from outside of it.
       scatter: Whether each device keeps only its part of the gradients.
+      local: Whether nothing is reduced: results have a row for each device.
     """
 
     axis_name: AxisName | None = None
     mesh: AnyMesh | None = None
     scatter: bool = False
+    local: bool = False
 
     @classmethod
-    def of(cls, axis_name: Any, mesh: Any = None, scatter: Any = False) -> Self:
+    def of(
+        cls,
+        axis_name: Any,
+        mesh: Any = None,
+        scatter: Any = False,
+        local: Any = False,
+    ) -> Self:
         """Checks them against each other.
 
         Raises:
           TypeError: A `mesh` or an `axis_name` of another type.
-          ValueError: A `mesh` without that axis; `scatter` without an axis.
+          ValueError: A `mesh` without that axis; `scatter` without an axis; `local`
+            without a mesh, or with `scatter`.
         """
         axis_name = _collectives.check_name(axis_name)
         if mesh is not None:
@@ -61,7 +70,19 @@ class DataParallel(NamedTuple):
                 "`scatter=True` needs `axis_name`, the axis of the devices that each "
                 "keep their part of the gradients; got None"
             )
-        return cls(axis_name, mesh, bool(scatter))
+        if local and mesh is None:
+            raise ValueError(
+                "`local=True` needs `mesh` and `axis_name`, for a call from plain "
+                "jax.jit; got no `mesh`. Inside jax.pmap or jax.shard_map, leave "
+                "`axis_name` out, and nothing is reduced"
+            )
+        if local and scatter:
+            raise ValueError(
+                "`local=True` exchanges nothing, so there is nothing to `scatter`. "
+                "Leave one of the two out; oa.accumulate(..., mesh=mesh, "
+                "scatter=True) scatters the sum of a window"
+            )
+        return cls(axis_name, mesh, bool(scatter), bool(local))
 
     @property
     def axes(self) -> tuple[Any, ...]:
@@ -74,6 +95,15 @@ class DataParallel(NamedTuple):
         if self.mesh is None:
             return 1
         return _count(self.mesh, self.axis_name)
+
+    @property
+    def reduced_over(self) -> AxisName | None:
+        """The axis over which results are reduced, or ``None``."""
+        return None if self.local else self.axis_name
+
+    def as_rows(self, tree: Tree) -> Tree:
+        """`tree`, each leaf as the row of this device if nothing is reduced."""
+        return jax.tree.map(lambda x: x[None], tree) if self.local else tree
 
     def check_place(self, remedy: str) -> None:
         """Raises unless a call is made where the axis is, or the mesh is needed.
@@ -165,7 +195,7 @@ class DataParallel(NamedTuple):
         See `_window.Devices`.
         """
         if not self.scatter:
-            return _collectives.sum_over(self.axis_name, (grads, rest))
+            return _collectives.sum_over(self.reduced_over, (grads, rest))
 
         def scatter_leaf(x: jax.Array) -> jax.Array:
             dimension = scatter_dimension(x, self.num_devices())
@@ -179,7 +209,7 @@ class DataParallel(NamedTuple):
 
     def reduce(self, reduction: str, x: jax.Array, weight: Scalar) -> jax.Array:
         """The "sum", "max" or "last" of all devices, see `_window.Devices`."""
-        if self.axis_name is None:
+        if self.reduced_over is None:
             return x
         if reduction == "sum":
             return lax.psum(x, self.axis_name)
@@ -209,8 +239,10 @@ class DataParallel(NamedTuple):
           weight: This device's W.
           total: W.
         """
-        if self.axis_name is None:
+        if self.axis_name is None or not jax.tree.leaves(carry):
             return carry
+        if self.local:  # A carry has no rows.
+            total = lax.psum(weight, self.axis_name)
 
         def merge(own: jax.Array, old: jax.Array) -> jax.Array:
             if _tree.is_inexact(own):
@@ -225,10 +257,15 @@ class DataParallel(NamedTuple):
 
         return jax.tree.map(merge, carry, before)
 
+    @property
+    def reduced_specs(self) -> P:
+        """Where what is reduced lies on the mesh: for ``out_specs``."""
+        return P(self.axis_name) if self.local else P()
+
     def gradient_specs(self, params: Params, overwritten: Overwritten) -> Specs:
         """Where the gradients of `params` lie on the mesh: for ``out_specs``."""
         if not self.scatter or self.mesh is None:
-            return P()
+            return self.reduced_specs
         return scatter_specs(
             params, self.mesh, self.axis_name, overwrite=overwritten.rule
         )

@@ -7,6 +7,7 @@ stacked, and `accumulate` takes such a state as it comes, one window on each dev
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optax_accum import _tree, _validate
-from optax_accum._backward import Pullback
 from optax_accum._overwrite import Overwrite, Overwritten
-from optax_accum._state import AccumulateState, map_states, states_in
-from optax_accum._types import AxisName, Grads, Scalar, Specs, Tree
-from optax_accum._window import Window
+from optax_accum._state import AccumulateState, find, map_states, states_in
+from optax_accum._types import AxisName, Specs, Tree
+from optax_accum.sharding._rows import Rows, row, sum_rows
 
 
 def stack_windows(
@@ -135,16 +135,7 @@ def sum_windows(
       >>> on_two_devices.window.grads.shape
       (2, 3)
     """
-
-    def add_up(x: Any) -> jax.Array:
-        return jnp.sum(x, 0, dtype=x.dtype)
-
-    def of_device(x: Any, number: int | Scalar) -> jax.Array:
-        """What one device has, without gathering the others'."""
-        x = jnp.asarray(x)
-        return _tree.masked_sum(x, jnp.arange(len(x)) == number, add_up)
-
-    first = functools.partial(of_device, number=0)
+    first = functools.partial(row, number=0)
 
     def merge(state: AccumulateState) -> AccumulateState:
         if not is_stacked(state):
@@ -159,27 +150,74 @@ def sum_windows(
         if rescale:
             count = jax.tree.map(lambda c: c * num_devices, everything.micro_step)
             everything = everything._replace(micro_step=count)
-        window = jax.tree.map(add_up, state.window)
-        last = _last_with_weight(state.window.weight)
-
-        def overwritten(reduction: str | None, total: Any, x: Any) -> Any:
-            if reduction == "max":
-                return jnp.max(jnp.asarray(x), 0)
-            if reduction == "last":
-                return of_device(x, last)
-            return total
-
-        grads = Overwritten(overwrite).map(
-            overwritten, window.grads, state.window.grads
+        window, overwritten = state.window, Overwritten(overwrite)
+        sums = jax.tree.map(sum_rows, window)
+        others = overwritten.over_devices(
+            window.grads, Rows(), jnp.asarray(window.weight)
         )
+        grads = _tree.merge(overwritten.gradients(sums.grads), others)
         return everything._replace(
-            window=window._replace(grads=grads),
+            window=sums._replace(grads=grads),
             skip_state=jax.tree.map(first, state.skip_state),
         )
 
     # `jax.pmap` stacks what is around the windows as well.
     all_stacked = any(jnp.ndim(s.micro_step) > 0 for s in states_in(opt_state))
     return map_states(opt_state, merge, first if all_stacked else lambda x: x)
+
+
+def micro_steps_left(
+    opt_state: Tree, batch_size: float, micro_batch_size: float
+) -> int:
+    """How many micro-steps the open window needs, on the devices that there are now.
+
+    A training that goes on with another number of devices runs as many of them, with
+    ``boundary=True`` in the last, and updates on the global batch that it would have
+    had; see `stack_windows` for its state.
+
+        ⌈(batch_size - W) / micro_batch_size⌉
+
+    All three are in the unit of `weight`: examples, if that is what it counts. The last
+    micro-step may need less than `micro_batch_size`: the rest is padding, of weight 0.
+
+    Args:
+      opt_state: An `AccumulateState`, or any tree with one in it, stacked or not.
+      batch_size: Of a whole window.
+      micro_batch_size: What one micro-step of all devices adds.
+
+    Returns:
+      An int >= 1; between two windows that of a whole one.
+
+    Raises:
+      ValueError: The open window has `batch_size` already, or more; a size that is not
+        positive; `opt_state` holds no `AccumulateState`, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(0.1))
+      >>> params = jnp.zeros(3)
+      >>> _, state = tx.update(
+      ...     jnp.ones(3), tx.init(params), params, weight=16, boundary=False
+      ... )
+      >>> oa.sharding.micro_steps_left(state, batch_size=64, micro_batch_size=12)
+      4
+    """
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    for name, size in sizes.items():
+        if not size > 0:
+            raise ValueError(f"`{name}` must be a number > 0; got {size!r}")
+    state = find(opt_state)
+    is_open = jnp.max(jnp.asarray(state.micro_step)) > 0
+    seen = float(jnp.where(is_open, jnp.sum(jnp.asarray(state.window.weight)), 0))
+    if seen >= batch_size:
+        raise ValueError(
+            f"the open window in `opt_state` has a weight of {seen:g}, and "
+            f"`batch_size={batch_size!r}` leaves nothing to add. Both must be in one "
+            "unit, that of `weight`; to end the window as it is, pass weight=0 and "
+            "boundary=True"
+        )
+    # Weights that devices share may be off by a rounding.
+    return max(1, math.ceil((batch_size - seen) / micro_batch_size - 1e-4))
 
 
 def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
@@ -208,7 +246,7 @@ def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
 
     def specs(state: AccumulateState) -> Specs:
         everything = jax.tree.map(lambda _: shared, state)
-        return _map_local(
+        return map_local(
             lambda tree: jax.tree.map(lambda _: PartitionSpec(axis_name), tree),
             everything,
         )
@@ -230,57 +268,12 @@ def _calls(micro_batches: Any, num_devices: int) -> jax.Array:
     return (count + num_devices - 1) // num_devices
 
 
-def _last_with_weight(weights: Any) -> jax.Array:
-    """The number of the last device that has any."""
-    weights = jnp.asarray(weights)
-    return jnp.max(jnp.where(weights != 0, jnp.arange(len(weights)), -1))
-
-
 def is_stacked(state: AccumulateState) -> bool:
     """Whether the local fields have an axis of devices."""
     return jnp.ndim(state.window.weight) > 0
 
 
-def unstacked(state: AccumulateState) -> AccumulateState:
-    """The state of this device, which holds one window of a stack."""
-    return _map_local(without_leading_axis, state)
-
-
-def stacked(state: AccumulateState) -> AccumulateState:
-    """`state` with the window of this device as one of a stack."""
-    return _map_local(with_leading_axis, state)
-
-
-def add_as_stored(
-    window: Window,
-    grads: Grads | Pullback,
-    *args: Any,
-    has_devices: bool,
-    **kwargs: Any,
-) -> Window:
-    """`window.add`, in the shape in which the accumulator lies in memory.
-
-    Under `pmap` and in a stacked state the buffer has an axis of devices. XLA adds in
-    place only in the buffer's own shape, and copies S otherwise.
-    """
-    if not has_devices or isinstance(grads, Pullback):
-        return window.add(grads, *args, **kwargs)
-    window = window._replace(grads=with_leading_axis(window.grads))
-    window = window.add(with_leading_axis(grads), *args, **kwargs)
-    return window._replace(grads=without_leading_axis(window.grads))
-
-
-def with_leading_axis(tree: Tree) -> Tree:
-    """Each leaf with a leading axis of one."""
-    return jax.tree.map(lambda x: x[None], tree)
-
-
-def without_leading_axis(tree: Tree) -> Tree:
-    """The first entry of each leaf."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def _map_local(
+def map_local(
     function: Callable[[Tree], Tree], state: AccumulateState
 ) -> AccumulateState:
     """`state` with `function` of what is each device's own."""

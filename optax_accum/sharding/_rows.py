@@ -1,0 +1,224 @@
+"""Devices as rows: what is each device's own, under plain `jax.jit`.
+
+Outside of `jax.pmap` and `jax.shard_map` a program has whole arrays, and what is each
+device's own is a row of one: a leading axis of devices, sharded over them. Rows are
+added to where they lie. Their sum is the exchange.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_accum import _tree, _validate
+from optax_accum._types import (
+    AxisName,
+    DType,
+    Grads,
+    Leaf,
+    Params,
+    Scalar,
+    Tree,
+)
+from optax_accum._window import Window
+from optax_accum.sharding._data_parallel import DataParallel, scatter_specs
+
+
+class Rows(NamedTuple):
+    """The devices that have a row each, instead of `DataParallel` inside their axis.
+
+    Attributes:
+      axis_name: The name of their axis, or several.
+      mesh: The mesh with that axis.
+      scatter: Whether each device keeps only its part of the gradients' sum.
+    """
+
+    axis_name: AxisName | None = None
+    mesh: Any = None
+    scatter: bool = False
+
+    @classmethod
+    def of(cls, axis_name: Any, mesh: Any, scatter: Any) -> Self:
+        """Checks them against each other, as `DataParallel.of` does."""
+        devices = DataParallel.of(axis_name, mesh, scatter)
+        return cls(devices.axis_name, devices.mesh, devices.scatter)
+
+    @property
+    def axes(self) -> tuple[Any, ...]:
+        """The names in `axis_name`."""
+        return _tree.axes_of(self.axis_name)
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices there are."""
+        return DataParallel(self.axis_name, self.mesh).num_shards
+
+    def check_place(self, remedy: str) -> None:
+        """Raises inside of the axis, where there are no rows."""
+        DataParallel(self.axis_name, self.mesh).check_place(remedy)
+
+    def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of each row of its arguments."""
+        return jax.vmap(function)
+
+    # --- Summing ---
+
+    def sum(self, grads: Grads, rest: Tree) -> tuple[Grads, Tree]:
+        """The sums over all rows, see `_window.Devices`."""
+        if not self.scatter:
+            return jax.tree.map(sum_rows, (grads, rest))
+        # In so many words: on some devices a sum whose result is sharded does not
+        # become a reduce-scatter.
+        devices = DataParallel(self.axis_name, scatter=True)
+        specs = scatter_specs(one_row(grads), self.mesh, self.axis_name)
+        return jax.shard_map(
+            lambda rows: devices.sum(*without_leading_axis(rows)),
+            mesh=self.mesh,
+            axis_names=set(self.axes),
+            in_specs=P(self.axis_name),
+            out_specs=(specs, P()),
+            check_vma=False,
+        )((grads, rest))
+
+    def reduce(self, reduction: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The "sum", "max" or "last" of all rows, see `_window.Devices`."""
+        if reduction == "sum":
+            return sum_rows(x)
+        if reduction == "max":
+            return jnp.max(x, 0)
+        numbers = jnp.arange(len(weight))
+        return row(x, jnp.max(jnp.where(weight != 0, numbers, -1)))
+
+    # --- Making and checking ---
+
+    def like(self, tree: Tree) -> Tree:
+        """Shapes of rows that are like the leaves of `tree`, and lie on their devices.
+
+        What a leaf is sharded over, each row is.
+        """
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (self.num_devices, *jnp.shape(x)),
+                _tree.dtype_of(x),
+                sharding=NamedSharding(self.mesh, P(self.axis_name, *self._rest(x))),
+            ),
+            tree,
+        )
+
+    def _rest(self, x: Leaf) -> list[Any]:
+        """How `x` is sharded over the mesh's other axes, as far as that is known."""
+        spec: Any = _tree.spec(x)
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            placed = x.sharding
+            is_here = getattr(placed, "mesh", None) == self.mesh
+            spec = placed.spec if is_here else ()  # type: ignore[attr-defined]
+        return [
+            tuple(name for name in _tree.axes_of(part) if name not in self.axes) or None
+            for part in spec
+        ]
+
+    def check(self, state: Any, grads: Grads, params: Params) -> None:
+        """Raises unless state and gradients have a row for each device."""
+        del params
+        count = self.num_devices
+        windows = jnp.shape(state.window.weight)
+        if windows == ():
+            raise ValueError(
+                f"`state` holds one window, and with `mesh` each of {self._shown} has "
+                "its own. Take a state from `init`, or give every device a window: "
+                f"oa.sharding.stack_windows(state, {count})"
+            )
+        if windows != (count,):
+            raise ValueError(
+                f"`state` holds the windows of {windows[0]} devices, and with `mesh` "
+                f"it needs those of {self._shown}. Make one window of them, and of "
+                "that as many as there are devices: oa.sharding.stack_windows("
+                f"oa.sharding.sum_windows(state), {count})"
+            )
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            if jnp.shape(g)[:1] != (count,):
+                raise ValueError(
+                    f"{_validate.named('grads', path)} has shape {jnp.shape(g)}, but "
+                    f"with `mesh` it needs a row for each of {self._shown}: their own "
+                    "gradients, as oa.value_and_grad(..., mesh=mesh, axis_name="
+                    f"{self.axis_name!r}, local=True) returns them. Where gradients "
+                    "are summed over devices already, leave `mesh` and `axis_name` out "
+                    "of `accumulate`"
+                )
+
+    @property
+    def _shown(self) -> str:
+        """The devices, for a message."""
+        return f"the {self.num_devices} devices of `axis_name={self.axis_name!r}`"
+
+    def shapes(self, tree: Tree) -> Tree:
+        """What one device has of `tree`."""
+        return one_row(tree)
+
+    def own(self, state: Any) -> tuple[Any, bool]:
+        """The state of all devices, as it is."""
+        return state, False
+
+    def add(self, window: Window, *args: Any, **kwargs: Any) -> Window:
+        """`window.add`, of one row."""
+        return window.add(*args, **kwargs)
+
+    def weight(self, value: Any, dtype: DType) -> tuple[jax.Array, float | None]:
+        """One weight for each row, ``dtype[D]``, and as a number if that is known.
+
+        A number is the weight of all, of which each has an equal share.
+        """
+        count = self.num_devices
+        if not isinstance(value, jax.Array):
+            total, known = _validate.weight(value, dtype)
+            share = None if known is None else known / count
+            return jnp.broadcast_to(total / count, (count,)), share
+        if value.shape != (count,):
+            raise ValueError(
+                f"`weight` must be an array with a number for each of {self._shown}, "
+                f"or a Python number, which they share equally; got shape "
+                f"{value.shape}. Pass `info.weight`, from oa.value_and_grad(..., "
+                "local=True, return_info=True)"
+            )
+        return value.astype(dtype), None
+
+    def value(self, value: Any) -> jax.Array:
+        """One loss for each row."""
+        value = jnp.asarray(value)
+        is_real = jnp.issubdtype(value.dtype, jnp.floating)
+        if value.shape != (self.num_devices,) or not is_real:
+            raise ValueError(
+                f"`value` must be the losses of {self._shown}, one for each, as "
+                "oa.value_and_grad(..., local=True) returns them; got "
+                f"{_validate.shown_type(value)}"
+            )
+        return value
+
+
+def sum_rows(x: Any) -> jax.Array:
+    """The sum over the leading axis, in the same dtype."""
+    return jnp.sum(x, 0, dtype=x.dtype)
+
+
+def row(x: Any, number: int | Scalar) -> jax.Array:
+    """One row, without gathering the others; zeros if there is none of that number."""
+    x = jnp.asarray(x)
+    return _tree.masked_sum(x, jnp.arange(len(x)) == number, sum_rows)
+
+
+def one_row(tree: Tree) -> Tree:
+    """The shapes of single rows."""
+    return jax.eval_shape(lambda tree: jax.tree.map(sum_rows, tree), tree)
+
+
+def with_leading_axis(tree: Tree) -> Tree:
+    """Each leaf as the only row of one."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def without_leading_axis(tree: Tree) -> Tree:
+    """The first row of each leaf."""
+    return jax.tree.map(lambda x: x[0], tree)
