@@ -560,7 +560,8 @@ class _Accumulation:
             arguments = arguments._replace(grads=pullback.gradients())
         boundary = _validate.boundary(boundary, self.every_k)
         # Here the weight's value is known, as it is not once it has been traced.
-        _validate.weight(arguments.weight, jnp.float32)
+        weight = self.devices.known_weight(arguments.weight)
+        arguments = arguments._replace(weight=weight)
         if _eager.are_arrays(arguments):
             try:
                 if isinstance(boundary, jax.Array):

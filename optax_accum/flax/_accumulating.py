@@ -83,11 +83,9 @@ def as_gradients(grads: Grads) -> Grads:
     return _validate.pullback(grads).gradients()
 
 
-def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> bool | Scalar:
+def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     before, after = _state.find(before), _state.find(after)
     rejected = after.window.skipped > before.window.skipped
-    # A stacked state has one window on this device.
-    was_rejected = rejected.reshape(())
-    weight = jnp.where(was_rejected, 0, weight)
-    return _window.counts(weight, reduction_of(tx), was_rejected)
+    counts = _window.counts(jnp.where(rejected, 0, weight), reduction_of(tx), rejected)
+    return jnp.any(counts)  # on any device, if the state has a window for each

@@ -150,8 +150,7 @@ class DataParallel(NamedTuple):
         """`x` with `axis` over the devices; on an Auto mesh the compiler does that."""
         names = self.axes
         assert self.mesh is not None
-        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        if not all(types[name] == AxisType.Explicit for name in names):
+        if not are_explicit(self.mesh, names):
             return x
         rest = [
             tuple(name for name in _tree.axes_of(part) if name not in names)
@@ -312,6 +311,12 @@ def scatter_specs(
         return P() if dimension is None else P(*[None] * dimension, axis_name)
 
     return Overwritten(overwrite).map(spec, params)
+
+
+def are_explicit(mesh: AnyMesh, axes: Sequence[Any]) -> bool:
+    """Whether all these axes are Explicit: types say what is sharded over them."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return all(types[name] == AxisType.Explicit for name in axes)
 
 
 def _count(mesh: AnyMesh, axis_name: AxisName | None) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from optax_accum import _tree, _validate
 from optax_accum._types import (
@@ -24,7 +25,11 @@ from optax_accum._types import (
     Tree,
 )
 from optax_accum._window import Window
-from optax_accum.sharding._data_parallel import DataParallel, scatter_specs
+from optax_accum.sharding._data_parallel import (
+    DataParallel,
+    are_explicit,
+    scatter_specs,
+)
 
 
 class Rows(NamedTuple):
@@ -62,7 +67,15 @@ class Rows(NamedTuple):
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of each row of its arguments."""
-        return jax.vmap(function)
+        return lambda *rows: jax.vmap(function)(*jax.tree.map(self._placed, rows))
+
+    def _placed(self, x: jax.Array) -> jax.Array:
+        """`x` with each row on its device, as an Explicit mesh wants to be told."""
+        first, *rest = _tree.spec(x)
+        is_placed = _tree.axes_of(first) == self.axes
+        if is_placed or not are_explicit(self.mesh, self.axes):
+            return x
+        return jax.reshard(x, NamedSharding(self.mesh, P(self.axis_name, *rest)))
 
     # --- Summing ---
 
@@ -166,24 +179,28 @@ class Rows(NamedTuple):
         """`window.add`, of one row."""
         return window.add(*args, **kwargs)
 
+    def known_weight(self, value: ArrayLike) -> ArrayLike:
+        """The weights outside of any trace, checked; traced, a number is an array."""
+        return self.weight(value, jnp.result_type(float))[0]
+
     def weight(self, value: Any, dtype: DType) -> tuple[jax.Array, float | None]:
         """One weight for each row, ``dtype[D]``, and as a number if that is known.
 
         A number is the weight of all, of which each has an equal share.
         """
         count = self.num_devices
-        if not isinstance(value, jax.Array):
+        if jnp.shape(value) == () and not isinstance(value, jax.Array):
             total, known = _validate.weight(value, dtype)
             share = None if known is None else known / count
             return jnp.broadcast_to(total / count, (count,)), share
-        if value.shape != (count,):
+        if jnp.shape(value) != (count,):
             raise ValueError(
                 f"`weight` must be an array with a number for each of {self._shown}, "
                 f"or a Python number, which they share equally; got shape "
-                f"{value.shape}. Pass `info.weight`, from oa.value_and_grad(..., "
+                f"{jnp.shape(value)}. Pass `info.weight`, from oa.value_and_grad(..., "
                 "local=True, return_info=True)"
             )
-        return value.astype(dtype), None
+        return jnp.asarray(value).astype(dtype), None
 
     def value(self, value: Any) -> jax.Array:
         """One loss for each row."""
