@@ -141,6 +141,7 @@ def test_the_check_runs_on_a_mesh():
     x = jnp.concatenate([X] * COUNT)
     assert check(mean, x, k=2, mesh=mesh(), axis_name="data")
     options = {"k": 2, "mesh": mesh(), "axis_name": "data"}
+    assert check(mean, x, **options, local=True)
     assert_differs(check(contrastive, x, **options), "dependence")
     report = check(mean, x, **options, reduction="sum")
     assert_differs(report, "factor", f"are {2 * COUNT} micro-batches: `fun` is a mean")

@@ -1,9 +1,10 @@
 """One open window per device, stacked along a leading axis.
 
-Inside `jax.pmap` and `jax.shard_map` a window's sums are each device's own until the
-boundary. Between two calls they are arrays with a leading axis of devices: the state
-is *stacked*. `jax.pmap` stacks everything; with `jax.shard_map` only what is local is
-stacked, and `accumulate` takes such a state as it comes, one window on each device.
+A window's sums are each device's own until the boundary. Between two calls they are
+arrays with a leading axis of devices: the state is *stacked*. `jax.pmap` stacks
+everything; for `jax.shard_map` and plain `jax.jit` only what is local is stacked.
+Inside `jax.shard_map` `accumulate` takes such a state as it comes, one window on each
+device (`_inside`); under plain `jax.jit` it has all of them at once (`_rows`).
 """
 
 import functools
@@ -30,7 +31,10 @@ def stack_windows(
     rescale: bool = True,
     overwrite: Overwrite | None = None,
 ) -> Tree:
-    """Gives every device a window of its own, for `jax.shard_map` or `jax.pmap`.
+    """Gives every device a window of its own.
+
+    `accumulate` with a `mesh` does so in `init`. For `jax.shard_map`, `jax.pmap` and
+    after `sum_windows` it is done here.
 
     The first device continues the window that `opt_state` holds, the others start from
     zero; over all of them the sums are what they were. For large models run it under
