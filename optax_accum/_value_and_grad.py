@@ -299,6 +299,11 @@ def value_and_grad(
             "but `has_aux` is False. Return (value, aux) from `fun` and pass "
             "has_aux=True, or give the parameter another name"
         )
+    if local and weight is not None and not (return_info or noise_scale):
+        raise ValueError(
+            "`local=True` and `weight` need `return_info=True`: devices may differ in "
+            "weight, and `accumulate` needs that of each, `info.weight`"
+        )
     roles = _arguments.Roles.of(
         argnums,
         batch_argnums,
