@@ -496,7 +496,7 @@ class _Accumulation:
         inner_state = self.inner.init(params)
         # Each array is one of its own: what is shared cannot be donated with the
         # parameters, nor twice.
-        return AccumulateState(
+        state = AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
             has_updated=jnp.zeros([], bool),
@@ -512,6 +512,7 @@ class _Accumulation:
             noise=self.tracker.init(dtype),
             inner_state=_tree.unshared(_tree.strongly_typed(inner_state), params),
         )
+        return self.devices.placed(state)
 
     def update(
         self,

@@ -13,11 +13,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from tests.support import devices
+from tests.support import devices, elastic
 from tests.support import stored_checkpoint as first
 from tests.support.devices import AXIS, COUNT
 from tests.support.training import (
@@ -27,6 +27,7 @@ from tests.support.training import (
     alone,
     micro_batches,
     promoting,
+    slow,
     stepper,
     weighted_mean,
 )
@@ -291,6 +292,32 @@ def test_stacked_windows_are_restored_and_summed_on_one_device(tmp_path):
     assert oa.gradient_step(state) == 2
     wanted, _ = jax.device_get(go_on(*saved))
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.several_devices
+@pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
+def test_rows_are_restored_like_those_of_init_and_go_on_in_one_program(kind, tmp_path):
+    """From plain jit: all that `init` makes lies where micro-steps return it."""
+    mesh = devices.mesh(kind)
+    split, everywhere = (NamedSharding(mesh, spec) for spec in (P(AXIS), P()))
+    tx, step = elastic.training(mesh)
+
+    def start():
+        params = jax.device_put(jax.tree.map(np.asarray, devices.PARAMS), everywhere)
+        return params, tx.init(params)
+
+    x = elastic.global_batch(0)[: elastic.PER_DEVICE * COUNT]
+    batch = jax.device_put(elastic.padded(x, elastic.PER_DEVICE * COUNT), split)
+    one = step.lower(*start(), *batch, boundary=False).compile()
+    saved = one(*one(*start(), *batch), *batch)
+    checkpoints = Orbax(tmp_path)
+    checkpoints.save("rows", saved)
+    resumed = checkpoints.restore("rows", start())
+    same_bits(resumed, saved)
+    for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(saved), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    resumed, saved = (one(*tree, *batch) for tree in (resumed, saved))
+    same_bits(*(step(*tree, *batch, boundary=True) for tree in (resumed, saved)))
 
 
 @pytest.mark.several_devices

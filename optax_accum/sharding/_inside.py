@@ -30,6 +30,10 @@ class Inside(DataParallel):
         """What is each device's own is like `tree`."""
         return tree
 
+    def placed(self, state: AccumulateState) -> AccumulateState:
+        """`state` lies where the program runs."""
+        return state
+
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """There is one device here."""
         return function

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -120,6 +120,22 @@ class Rows(NamedTuple):
             ),
             tree,
         )
+
+    def placed(self, state: Tree) -> Tree:
+        """`state`, all of it on the devices of the mesh: counts and the like on each.
+
+        Every micro-step returns them so. The second one then runs the program of the
+        first; and checkpoints hold no array of one process, and are restored where a
+        step takes them.
+        """
+
+        def place(x: Any) -> Any:
+            is_array = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            if not is_array or x.committed or not isinstance(self.mesh, Mesh):
+                return x
+            return jax.device_put(x, NamedSharding(self.mesh, P()))
+
+        return jax.tree.map(place, state)
 
     def _rest(self, x: Leaf) -> list[Any]:
         """How `x` is sharded over the mesh's other axes, as far as that is known."""
