@@ -20,6 +20,7 @@ import optax_accum as oa
 from tests.support import devices, elastic
 from tests.support import stored_checkpoint as first
 from tests.support.devices import AXIS, COUNT
+from tests.support.errors import refused
 from tests.support.training import (
     NAN,
     PARAMS,
@@ -318,6 +319,104 @@ def test_rows_are_restored_like_those_of_init_and_go_on_in_one_program(kind, tmp
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     resumed, saved = (one(*tree, *batch) for tree in (resumed, saved))
     same_bits(*(step(*tree, *batch, boundary=True) for tree in (resumed, saved)))
+
+
+def opened(micro_batches, tx=None, **options):
+    """A state after micro-batches of these weights, in a window without an end."""
+    tx = accumulated(SGD, None, **options) if tx is None else tx
+    state = tx.init(PARAMS)
+    for weight in micro_batches:
+        _, state = tx.update(PARAMS, state, PARAMS, weight=weight, boundary=False)
+    return state
+
+
+def rows(state, count=4, **options):
+    return oa.sharding.stack_windows(state, count, rescale=False, **options)
+
+
+class TestMicroStepsLeft:
+    """`oa.sharding.micro_steps_left`."""
+
+    @pytest.mark.parametrize(
+        ("seen", "size", "left"),
+        [([], 64, 1), ([], 12, 6), ([16], 48, 1), ([16], 47, 2), ([60, 3], 16, 1)],
+    )
+    @pytest.mark.parametrize(
+        "around",
+        [
+            lambda state: state,
+            rows,
+            functools.partial(rows, all_leaves=True),
+            lambda state: oa.sharding.sum_windows(rows(state, 3), rescale=False),
+            lambda state: {"model": 0, "optimizer": (state, optax.EmptyState())},
+        ],
+        ids=["one", "stacked", "pmap", "summed", "inside"],
+    )
+    def test_they_are_what_the_global_batch_lacks(self, seen, size, left, around):
+        state = around(opened(seen))
+        assert oa.sharding.micro_steps_left(state, 64, size) == left
+
+    def test_they_are_found_in_a_chain(self):
+        tx = optax.chain(optax.clip(1.0), oa.accumulate(SGD))
+        assert oa.sharding.micro_steps_left(opened([16, 8], tx), 64, 10) == 4
+
+    @pytest.mark.parametrize("size", [16, 20])
+    def test_after_an_update_they_are_those_of_a_whole_window(self, size):
+        """The sums of the window before are still in the state."""
+        tx, state = accumulated(SGD, None), opened([16])
+        _, state = tx.update(PARAMS, state, PARAMS, weight=48, boundary=True)
+        assert state.window.weight == 64
+        assert oa.sharding.micro_steps_left(state, 64, size) == 4
+        assert oa.sharding.micro_steps_left(rows(state), 64, size) == 4
+
+    def test_a_window_of_padding_alone_lacks_everything(self):
+        assert oa.sharding.micro_steps_left(opened([0, 0]), 64, 16) == 4
+
+    def test_a_rejected_micro_batch_is_lacking(self):
+        """Its examples were taken, but are not in the window."""
+        tx = accumulated(SGD, None, skip=oa.skip_not_finite)
+        state = opened([16], tx)
+        _, state = tx.update(NAN, state, PARAMS, weight=16, boundary=False)
+        assert oa.sharding.micro_steps_left(state, 64, 16) == 3
+
+    @pytest.mark.parametrize("micro_batch", [1, 7, 16, 1000, 100_003])
+    def test_shares_of_a_weight_are_rounded(self, micro_batch):
+        """Thirds, on three devices: no micro-step too many, and none too few."""
+        state = accumulated(SGD, None).init(PARAMS)
+        share = jnp.full(3, micro_batch, jnp.float32) / 3
+        row = rows(state, 3)
+        for seen in range(1, 12):
+            window = row.window._replace(weight=row.window.weight + share)
+            row = row._replace(window=window, micro_step=jnp.int32(seen))
+            for state in (row, oa.sharding.sum_windows(row)):
+                for size in (12 * micro_batch, 12 * micro_batch + 1):
+                    left = oa.sharding.micro_steps_left(state, size, micro_batch)
+                    assert left == 12 - seen + (size > 12 * micro_batch)
+
+    def test_one_token_more_is_a_micro_step_more(self):
+        state = opened([1_000_000] * 3)
+        assert oa.sharding.micro_steps_left(state, 4_000_000, 1_000_000) == 1
+        assert oa.sharding.micro_steps_left(state, 4_000_001, 1_000_000) == 2
+
+    @pytest.mark.parametrize("around", [lambda state: state, rows])
+    @pytest.mark.parametrize("seen", [[64], [32, 48]])
+    def test_a_window_that_has_it_all_is_refused(self, seen, around):
+        words = f"weight of {sum(seen)}", "`batch_size=64`", "boundary=True"
+        with refused(*words):
+            oa.sharding.micro_steps_left(around(opened(seen)), 64, 16)
+
+    @pytest.mark.parametrize("size", [0, -1, float("nan")])
+    def test_sizes_are_positive(self, size):
+        with refused("`batch_size`", str(size)):
+            oa.sharding.micro_steps_left(opened([]), size, 16)
+        with refused("`micro_batch_size`", str(size)):
+            oa.sharding.micro_steps_left(opened([]), 64, size)
+
+    def test_there_is_one_window(self):
+        with refused("`opt_state`", "found none"):
+            oa.sharding.micro_steps_left(optax.EmptyState(), 64, 16)
+        with refused("`opt_state`", "2"):
+            oa.sharding.micro_steps_left((opened([]), opened([])), 64, 16)
 
 
 @pytest.mark.several_devices

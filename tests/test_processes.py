@@ -187,7 +187,7 @@ def test_the_windows_of_killed_processes_go_on_on_other_devices(
         (jax.tree.map(np.asarray, params), state),
         jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
     )
-    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
     taken, size, found = 13, elastic.PER_DEVICE * count, []
     for number in range(1, 4):
         left = oa.sharding.micro_steps_left(state, elastic.BATCH, size)

@@ -173,24 +173,30 @@ def sum_windows(
 def micro_steps_left(
     opt_state: Tree, batch_size: float, micro_batch_size: float
 ) -> int:
-    """How many micro-steps the open window needs, on the devices that there are now.
+    """How many micro-steps the open window still needs, with the devices of today.
 
-    A training that goes on with another number of devices runs as many of them, with
-    ``boundary=True`` in the last, and updates on the global batch that it would have
-    had; see `stack_windows` for its state.
+    A training that goes on with another number of devices runs as many of them, the
+    last with ``boundary=True``. It then updates on the global batch that it would have
+    had (see `stack_windows` for its state):
 
         ⌈(batch_size - W) / micro_batch_size⌉
 
-    All three are in the unit of `weight`: examples, if that is what it counts. The last
-    micro-step may need less than `micro_batch_size`: the rest is padding, of weight 0.
+    W is the weight of the open window. The sizes must be in its unit, which is
+    examples if `weight` counts examples. The last micro-step may need fewer than
+    `micro_batch_size`: fill it up with padding, which the loss masks out and `weight`
+    does not count.
+
+    Where `weight` counts something else, such as tokens, or where micro-batches were
+    rejected, W does not say how many examples of the global batch were taken. The data
+    loader knows it: divide what it has left of them by the examples of a micro-step.
 
     Args:
       opt_state: An `AccumulateState`, or any tree with one in it, stacked or not.
-      batch_size: Of a whole window.
-      micro_batch_size: What one micro-step of all devices adds.
+      batch_size: That of a whole window.
+      micro_batch_size: How much all devices together take in one micro-step.
 
     Returns:
-      An int >= 1; between two windows that of a whole one.
+      An int >= 1. Between two windows it is that of a whole one.
 
     Raises:
       ValueError: The open window has `batch_size` already, or more; a size that is not
@@ -213,6 +219,9 @@ def micro_steps_left(
     state = find(opt_state)
     is_open = jnp.max(jnp.asarray(state.micro_step)) > 0
     seen = float(jnp.where(is_open, jnp.sum(jnp.asarray(state.window.weight)), 0))
+    # Of shares that devices have of a weight, the sum may be off by a rounding.
+    if abs(seen - round(seen)) < 1e-6 * batch_size:
+        seen = round(seen)
     if seen >= batch_size:
         raise ValueError(
             f"the open window in `opt_state` has a weight of {seen:g}, and "
@@ -220,8 +229,7 @@ def micro_steps_left(
             "unit, that of `weight`; to end the window as it is, pass weight=0 and "
             "boundary=True"
         )
-    # Weights that devices share may be off by a rounding.
-    return max(1, math.ceil((batch_size - seen) / micro_batch_size - 1e-4))
+    return math.ceil((batch_size - seen) / micro_batch_size)
 
 
 def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:

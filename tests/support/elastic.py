@@ -46,13 +46,17 @@ def training(mesh):
     import optax_accum as oa  # noqa: PLC0415
     from tests.support import devices  # noqa: PLC0415
 
+    def count(params, x, mask):
+        del params, x
+        return mask.sum()
+
     over = {"mesh": mesh, "axis_name": "data"}
     tx = oa.accumulate(optimizer(), **over)
     gradient = oa.value_and_grad(
         devices.loss,
         num_microbatches=1,
         batch_argnums=(1, 2),
-        weight=lambda params, x, mask: mask.sum(),
+        weight=count,
         local=True,
         return_info=True,
         **over,
