@@ -78,10 +78,11 @@ def test_two_processes_end_with_the_same_bits_and_match_one_process(tmp_path):
 
     found = [dict(np.load(file)) for file in files]
     assert [int(f.pop("memory_limit")) for f in found] == [2**40 - PROCESSES] * 2
-    assert all(len(f) == 3 * 2 * DEVICES // PROCESSES for f in found)
+    ways = "checked", "unchecked", "mesh", "rows", "scatter", "hsdp"
+    assert all(len(f) == len(ways) * 2 * DEVICES // PROCESSES for f in found)
     everything = found[0] | found[1]
     wanted = alone()
-    for way in ("checked", "unchecked", "mesh"):
+    for way in ways:
         for name, p in wanted.items():
             shards = [
                 x for key, x in everything.items() if key.startswith(f"{way}/{name}/")

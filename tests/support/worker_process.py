@@ -6,6 +6,7 @@ Each has two devices and an own part of every micro-step's examples, of which it
 as many as its mask says. It leaves in FILE what its own devices hold in the end.
 """
 
+import functools
 import sys
 
 import jax
@@ -19,7 +20,7 @@ def main(address, processes, process, file):
     jax.distributed.initialize(address, int(processes), int(process))
     # Imported here, because the devices are there from now on.
     import optax  # noqa: PLC0415
-    from jax.sharding import NamedSharding  # noqa: PLC0415
+    from jax.sharding import AxisType, NamedSharding  # noqa: PLC0415
     from jax.sharding import PartitionSpec as P  # noqa: PLC0415
 
     import optax_accum as oa  # noqa: PLC0415
@@ -82,6 +83,20 @@ def main(address, processes, process, file):
         params, state = train(params, state, x[part], mask[part])
     ways["mesh"] = params
 
+    def by_rows(mesh, over, part, x, **options):
+        return rows(inner, k, count, mesh, over, part, x, mask, **options)
+
+    ways["rows"] = by_rows(mesh, devices.AXIS, None, x)
+    ways["scatter"] = by_rows(mesh, devices.AXIS, devices.AXIS, x, scatter=True)
+    # A replica is a process, whose two devices have the parameters in parts. What does
+    # not count shares a micro-batch with what does, and may not be NaN.
+    replicas = jax.make_mesh(
+        (int(processes), 2), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2
+    )
+    assert {d.process_index for d in replicas.devices[int(process)]} == {int(process)}
+    finite = jax.jit(jax.numpy.nan_to_num)(x)
+    ways["hsdp"] = by_rows(replicas, "replica", "fsdp", finite)
+
     local = {
         f"{way}/{name}/{shard.device.id}": np.asarray(shard.data)
         for way, params in ways.items()
@@ -99,6 +114,47 @@ def main(address, processes, process, file):
     )
     np.savez(file, memory_limit=plan.memory_limit, **local)
     jax.distributed.shutdown()
+
+
+def rows(inner, k, weight, mesh, over, part, x, mask, **options):
+    """What micro-steps from plain jit make of parameters in parts over axis `part`."""
+    from jax.sharding import NamedSharding  # noqa: PLC0415
+    from jax.sharding import PartitionSpec as P  # noqa: PLC0415
+
+    import optax_accum as oa  # noqa: PLC0415
+    from tests.support import devices  # noqa: PLC0415
+
+    tx = oa.accumulate(inner, k, mesh=mesh, axis_name=over, **options)
+    gradient = oa.value_and_grad(
+        devices.loss,
+        num_microbatches=1,
+        batch_argnums=(1, 2),
+        weight=weight,
+        axis_name=over,
+        mesh=mesh,
+        local=True,
+        return_info=True,
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, x, mask):
+        (value, grads), info = gradient(params, x, mask)
+        return tx.update_params(grads, state, params, weight=info.weight, value=value)
+
+    # Four columns each.
+    placed = {
+        name: NamedSharding(mesh, P(*[None] * (p.ndim - 1), part))
+        for name, p in devices.PARAMS.items()
+    }
+    params = jax.device_put(jax.tree.map(np.asarray, devices.PARAMS), placed)
+    state = tx.init(params)
+    for i in range(len(x)):
+        params, state = jax.block_until_ready(step(params, state, x[i], mask[i]))
+    for tree in (params, state.inner_state[1][0].mu):
+        for name, p in tree.items():
+            assert p.sharding.is_equivalent_to(placed[name], p.ndim)
+    # The parts are put together, if they are parts.
+    return jax.jit(lambda p: p, out_shardings=NamedSharding(mesh, P()))(params)
 
 
 if __name__ == "__main__":
