@@ -1,18 +1,29 @@
-"""Train in several processes that have different amounts of data.
+r"""Train in several processes that have different amounts of data.
 
     python examples/multiprocess.py
 
-starts two processes on this computer, with two simulated devices each. On real hosts,
+starts two processes on this computer, with two simulated devices each. On two hosts,
 start one on each, with its number:
 
     python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 0
+    python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 1
+
+SLURM, Open MPI and Cloud TPU tell JAX all that by themselves. Under SLURM start one
+process for each GPU, and on TPUs one on each host:
+
+    srun --nodes=2 --gres=gpu:8 --ntasks-per-node=8 \
+        python examples/multiprocess.py --cluster
+    gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
+        --command="python examples/multiprocess.py --cluster"
 
 Every process reads its own images, one micro-batch per step. They exchange gradients
 once per update, so all must make the same number of steps: a process that has run out
-of images continues with padding, which has no weight.
+of images continues with padding, which has no weight. How to save and restore, and how
+to go on with another number of processes, is in docs/checkpoints.md.
 """
 
 import argparse
+import functools
 import os
 import socket
 import subprocess
@@ -31,7 +42,13 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawTextHelpFormatter):
+    """Shows the text above as it stands, and defaults."""
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+parser.add_argument("--cluster", action="store_true", help="let JAX find the others")
 parser.add_argument("--coordinator", help="HOST:PORT, a free port of the first host")
 parser.add_argument("--processes", type=int, default=2, help="how many there are")
 parser.add_argument("--process", type=int, help="the number of this one, from 0")
@@ -64,24 +81,14 @@ def predict(params, x):
     return x @ params["w"] + params["b"]
 
 
-def loss_fn(params, x, y, valid):
+def loss_fn(params, batch):
+    x, y, valid = batch
     losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y)
     return jnp.sum(losses * valid) / jnp.maximum(valid.sum(), 1)
 
 
-tx = oa.accumulate(optax.adamw(1e-2), options.every_k, axis_name="data")
-
-
-def train_step(params, state, batch):
-    """On each device: its own gradient goes into its own window."""
-    local = jax.lax.pcast(params, "data", to="varying")
-    grads = jax.grad(loss_fn)(local, *batch)
-    return tx.update_params(grads, state, params, weight=batch[2].sum())
-
-
-def start():
-    params = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
-    return params, oa.sharding.stack_windows(tx.init(params), jax.device_count())
+def count(_, batch):
+    return batch[2].sum()
 
 
 def micro_batches(x, y, steps, epoch):
@@ -93,36 +100,55 @@ def micro_batches(x, y, steps, epoch):
         yield np.pad(x[part], [pad, (0, 0)]), np.pad(y[part], [pad]), valid
 
 
-if options.process is None:
+if options.cluster:
+    jax.distributed.initialize()
+elif options.process is None:
     start_here()
-jax.distributed.initialize(options.coordinator, options.processes, options.process)
+else:
+    jax.distributed.initialize(options.coordinator, options.processes, options.process)
+process, processes = jax.process_index(), jax.process_count()
 
 images, labels = load_digits(return_X_y=True)
 images = images.astype(np.float32) / 16
 train_x, test_x, train_y, test_y = train_test_split(images, labels, random_state=0)
 # Real hosts read their own files. Here the last one has twice as much as the others.
-cuts = np.arange(1, options.processes) * (len(train_x) // (options.processes + 1))
-own_x, own_y = (np.split(a, cuts)[options.process] for a in (train_x, train_y))
+cuts = np.arange(1, processes) * (len(train_x) // (processes + 1))
+own_x, own_y = (np.split(a, cuts)[process] for a in (train_x, train_y))
 steps = -(-multihost_utils.process_allgather(len(own_x)).max() // options.size)
 
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-split = NamedSharding(mesh, P("data"))
-# Parameters are the same on all devices, an open window is each device's own.
-specs = P(), oa.sharding.window_specs(jax.eval_shape(start)[1], "data")
-shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-params, state = jax.jit(start, out_shardings=shardings)()
-step = jax.shard_map(
-    train_step, mesh=mesh, in_specs=(*specs, P("data")), out_specs=specs
+replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+# Each device has gradients of its own, and an open window of its own.
+gradient = oa.value_and_grad(
+    loss_fn,
+    num_microbatches=1,
+    weight=count,
+    mesh=mesh,
+    axis_name="data",
+    local=True,
+    return_info=True,
 )
-step = jax.jit(step, donate_argnums=(0, 1))
+tx = oa.accumulate(optax.adamw(1e-2), options.every_k, mesh=mesh, axis_name="data")
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def train_step(params, state, batch):
+    (_, grads), info = gradient(params, batch)
+    return tx.update_params(grads, state, params, weight=info.weight)
+
+
+# The same in all processes.
+params = {"w": np.zeros((64, 10), np.float32), "b": np.zeros(10, np.float32)}
+params = jax.device_put(params, replicated)
+state = tx.init(params)
 
 devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
-print(f"Process {options.process} has {len(own_x)} images and {devices}")
+print(f"Process {process} has {len(own_x)} images and {devices}")
 for epoch in range(options.epochs):
     for own in micro_batches(own_x, own_y, steps, epoch):
         batch = tuple(jax.make_array_from_process_local_data(split, x) for x in own)
-        params, state = step(params, state, batch)
+        params, state = train_step(params, state, batch)
         # Simulated devices share a few threads: queued steps can deadlock.
         jax.block_until_ready(params)
 correct = predict(jax.device_get(params), test_x).argmax(-1) == test_y
-print(f"Process {options.process} ends with a test accuracy of {correct.mean():.1%}")
+print(f"Process {process} ends with a test accuracy of {correct.mean():.1%}")
