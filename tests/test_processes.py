@@ -15,12 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
-import optax_accum as oa
 from tests.support import elastic
 from tests.support.devices import PARAMS, examples, loss
 from tests.support.training import promoting
@@ -35,7 +32,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(module, folder, last_argument):
+def started(module, folder, file_of, *more):
     """Processes that run a module of `tests.support`; none of them outlives the test.
 
     What they print is in `folder`, as ``0.log`` and so on.
@@ -45,11 +42,11 @@ def started(module, folder, last_argument):
     try:
         for i in range(PROCESSES):
             command = [sys.executable, "-m", f"tests.support.{module}"]
-            arguments = [address, str(PROCESSES), str(i), str(last_argument(i))]
+            arguments = map(str, [address, PROCESSES, i, file_of(i), *more])
             with (folder / f"{i}.log").open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        command + arguments,
+                        [*command, *arguments],
                         cwd=Path(__file__).parents[1],
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -132,22 +129,6 @@ def killed(tmp_path_factory):
     return folder / "checkpoints"
 
 
-def restored(folder):
-    """The newest checkpoint: parameters, and the windows of those devices."""
-    tx = oa.accumulate(elastic.optimizer())
-    shapes = jax.eval_shape(
-        lambda p: (p, oa.sharding.stack_windows(tx.init(p), DEVICES)), PARAMS
-    )
-    here = SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
-    )
-    with ocp.CheckpointManager(folder) as manager:
-        assert manager.latest_step() == elastic.STOP
-        saved = manager.restore(elastic.STOP, args=ocp.args.StandardRestore(like))
-    return jax.device_get(saved)
-
-
 @functools.cache
 def undisturbed():
     """Plain Optax, after each of the global batches of `elastic`."""
@@ -163,45 +144,36 @@ def undisturbed():
     return found
 
 
+def check_all(found):
+    """The parameters after the second window and after each of two more."""
+    for got, wanted in zip(found, undisturbed()[1:], strict=True):
+        chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.several_devices
 @pytest.mark.parametrize(
     ("count", "micro_steps"), [(1, [5, 11]), (2, [3, 6]), (3, [2, 4]), (8, [1, 2])]
 )
-def test_the_windows_of_killed_processes_go_on_on_other_devices(
-    killed, count, micro_steps
-):
-    """On the global batches that there would have been: 13 of the 22 are in it."""
+def test_an_open_window_of_killed_processes_goes_on_in_one(killed, count, micro_steps):
+    """On the global batches that there would have been: it has 13 of 22 examples."""
     mesh = jax.make_mesh(
         (count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count]
     )
-    split = NamedSharding(mesh, P("data"))
-    tx, step = elastic.training(mesh)
-    params, state = restored(killed)
-    assert state.window.weight.sum() == sum(elastic.COUNTS[:2]) == 13
-    np.testing.assert_allclose(params["w"], undisturbed()[0]["w"], rtol=1e-5)
+    taken, found = elastic.go_on(killed, mesh)
+    first, others = micro_steps
+    assert taken == [first, others, others]
+    check_all(found)
 
-    one = oa.sharding.sum_windows(state, rescale=False)
-    state = oa.sharding.stack_windows(one, count, rescale=False)
-    specs = P(), oa.sharding.window_specs(state, "data")
-    params, state = jax.device_put(
-        (jax.tree.map(np.asarray, params), state),
-        jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
-    )
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
-    taken, size, found = 13, elastic.PER_DEVICE * count, []
-    for number in range(1, 4):
-        left = oa.sharding.micro_steps_left(state, elastic.BATCH, size)
-        found.append(left)
-        for i in range(left):
-            examples = elastic.global_batch(number)[taken : taken + size]
-            batch = jax.device_put(elastic.padded(examples, size), split)
-            params, state = jax.block_until_ready(
-                step(params, state, *batch, boundary=i == left - 1)
-            )
-            taken += len(examples)
-        assert taken == elastic.BATCH
-        taken = 0
-        chex.assert_trees_all_close(params, undisturbed()[number], rtol=1e-5)
-    assert found == [micro_steps[0], micro_steps[1], micro_steps[1]]
-    assert oa.gradient_step(state) == 4
+
+@pytest.mark.slow
+def test_an_open_window_of_killed_processes_goes_on_in_others(killed):
+    """In two that have three devices each."""
+    folder = killed.parent
+    with started("elastic", folder, lambda _: folder, 3) as processes:
+        codes = [process.wait(timeout=300) for process in processes]
+    assert codes == [0] * PROCESSES, printed_in(folder)
+    for i in range(PROCESSES):
+        with np.load(folder / f"{i}.npz") as file:
+            assert file["micro_steps"].tolist() == [1, 2, 2]
+            check_all([{n: file[f"{j}/{n}"] for n in PARAMS} for j in range(3)])
