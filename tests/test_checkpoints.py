@@ -295,6 +295,7 @@ def test_stacked_windows_are_restored_and_summed_on_one_device(tmp_path):
     chex.assert_trees_all_close(params, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.core
 @pytest.mark.several_devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, slow(AxisType.Explicit)])
 def test_rows_are_restored_like_those_of_init_and_go_on_in_one_program(kind, tmp_path):
@@ -319,6 +320,33 @@ def test_rows_are_restored_like_those_of_init_and_go_on_in_one_program(kind, tmp
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     resumed, saved = (one(*tree, *batch) for tree in (resumed, saved))
     same_bits(*(step(*tree, *batch, boundary=True) for tree in (resumed, saved)))
+
+
+@pytest.mark.several_devices
+def test_rows_in_parts_over_another_axis_are_summed_and_made_in_parts():
+    """For models of which one device does not hold as many copies as there are rows."""
+    mesh = devices.mesh()
+    tx = accumulated(SGD, mesh=mesh, axis_name=AXIS)
+    params = {"w": jnp.arange(2.0 * COUNT).reshape(COUNT, 2)}
+    wanted = jax.tree.map(lambda p: 10 * p, params)
+    state = rows(oa.accumulate(SGD, K).init(params))
+    saved = jax.tree.map(
+        lambda p: jnp.arange(1.0, 5.0).reshape(4, 1, 1) * p[None], params
+    )
+    parts = NamedSharding(mesh, P(None, AXIS))
+    window = state.window._replace(grads=jax.device_put(saved, parts))
+    one = oa.sharding.sum_windows(state._replace(window=window), rescale=False)
+    new = rows(one, COUNT)
+    placed = jax.device_put(new, jax.tree.map(lambda x: x.sharding, tx.init(params)))
+    chex.assert_trees_all_equal(one.window.grads, wanted)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x[0], placed.window.grads), wanted
+    )
+    shards = [
+        {shard.data.shape for shard in tree.window.grads["w"].addressable_shards}
+        for tree in (one, new, placed)
+    ]
+    assert shards == [{(1, 2)}, {(COUNT, 1, 2)}, {(1, COUNT, 2)}]
 
 
 def opened(micro_batches, tx=None, **options):
