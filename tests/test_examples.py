@@ -92,6 +92,32 @@ def test_two_towers_in_micro_batches_train_as_on_the_whole_batch():
     assert plain > 0.05
 
 
+def test_a_mesh_exchanges_gradients_once_per_update_and_trains_as_by_hand():
+    """Data parallel, HSDP and FSDP: the rows of the printed table, without accuracy."""
+    printed = run("mesh.py", "--epochs", 2)
+    rows = re.findall(r"^(?:data|hsdp|fsdp| {30}) .*", printed, re.MULTILINE)
+    accuracies = re.findall(r"([\d.]+)%", "".join(rows))
+    assert len(accuracies) == 6
+    for accuracy in accuracies:
+        assert float(accuracy) == pytest.approx(float(accuracies[0]), abs=0.5)
+        assert float(accuracy) > 75
+    # held, among how many devices, and then what is gathered, reduced and scattered
+    assert [re.sub(r"[\d.]+%", "", row).split() for row in rows] == [
+        row.split()
+        for row in (
+            "data by hand       4.00  8        4.00",
+            "data oa.accumulate 4.00  8        1.00",
+            "hsdp by hand       1.00  8        4.00",
+            "                         4  4.00      ",
+            "hsdp oa.accumulate 1.00  4  4.00  4.00",
+            "                         2        0.25",
+            "fsdp by hand       0.50  8  4.00  4.00",
+            "fsdp oa.accumulate 1.38  8  4.00  0.00  1.00",
+        )
+    ]
+    assert float(re.findall(r"the same up to (\S+)\.", printed)[0]) < 1e-5
+
+
 def test_five_steps_lower_the_loss():
     assert "falls from 385 to 38.2" in run("five_steps.py")
 
