@@ -182,6 +182,7 @@ def train(name, make):
             train_step,
             donate_argnums=(0, 1),
             static_argnames="boundary",
+            # Where they were. By hand JAX would put the sums whole on every device.
             out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
         )
         args = params, state, jax.device_put(batches[0][0], split)
