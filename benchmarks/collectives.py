@@ -4,10 +4,19 @@ Every way of computing one update in K micro-batches over several devices (made 
 CPU), ours and the others'. Counted are the collectives of all programs that run for one
 update: what is in a loop counts K times, what is in a micro-step K times, what is in
 the boundary's branch once. No clock: devices that are made up have no wires.
+
+Data are counted in all-reduces of the gradient. An all-reduce is a reduce-scatter and
+an all-gather, so each of these counts half of what it leaves or takes on one device.
+With HSDP the devices are replicas, in each of which the parameters lie in parts. What
+crosses replicas, which have the slow wires between them, is told from the rest.
+
+These are programs for a CPU, whose compiler leaves all-reduces of which every device
+keeps its part. Others make reduce-scatters of them, which count half.
 """
 
 import argparse
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +32,9 @@ from benchmarks import shared
 from tests.support import hlo
 
 AXIS = "data"
+# HSDP has two axes instead: parameters are in parts over the second.
+REPLICAS, PARTS = "replica", "fsdp"
+NUM_REPLICAS = 2
 
 
 class Setup(NamedTuple):
@@ -37,6 +49,11 @@ class Setup(NamedTuple):
         """All devices on one axis."""
         return jax.make_mesh((self.devices,), (AXIS,), axis_types=(kind,))
 
+    def replicas(self) -> jax.sharding.Mesh:
+        """Replicas of equally many devices."""
+        shape = NUM_REPLICAS, self.devices // NUM_REPLICAS
+        return jax.make_mesh(shape, (REPLICAS, PARTS), axis_types=(AxisType.Auto,) * 2)
+
 
 class Program(NamedTuple):
     """A compiled program, and how often it runs for one update."""
@@ -49,7 +66,8 @@ class Row(NamedTuple):
     """One way.
 
     `places` are where the collectives are, `per_update` how many run for one update,
-    and `data` is what they exchange, as a multiple of the gradient's bytes.
+    and `data` is what they exchange, in all-reduces of the gradient. `across` is how
+    much of that crosses replicas, "nan" if there are none.
     """
 
     devices: int
@@ -59,6 +77,7 @@ class Row(NamedTuple):
     places: str
     per_update: int
     data: float
+    across: float
 
 
 def loss(params: Any, x: jax.Array) -> jax.Array:
@@ -143,22 +162,82 @@ def shard_map_windows(setup: Setup, *, check: bool, static: bool) -> list[Progra
     return [Program(program(None), setup.k)]
 
 
-def jit_windows(setup: Setup, tx: Any) -> list[Program]:
+def jit_windows(
+    setup: Setup,
+    tx: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    parts_over: str | None = None,
+) -> list[Program]:
     """The compiler's own propagation: nothing is said about devices."""
-    mesh = setup.mesh()
 
     def step(params, state, x):
         updates, state = tx.update(jax.grad(loss)(params, x), state, params)
         return optax.apply_updates(params, updates), state
 
-    start = jax.device_put(
-        (setup.params, tx.init(setup.params)), NamedSharding(mesh, P())
+    mesh = mesh or setup.mesh()
+    params, x = placed(setup, mesh, parts_over, micro_batch(setup))
+    return [Program(compile_windows(step, mesh, tx.init(params), params, x), setup.k)]
+
+
+def jit_rows(
+    setup: Setup,
+    mesh: jax.sharding.Mesh,
+    axis_name: str = AXIS,
+    parts_over: str | None = None,
+    moments_over: str | None = None,
+    *,
+    scatter: bool = False,
+    static: bool = False,
+) -> list[Program]:
+    """Each device's own gradient goes to the row of the window that it has."""
+    f = oa.value_and_grad(
+        loss, num_microbatches=1, mesh=mesh, axis_name=axis_name, local=True
     )
-    x = jax.device_put(micro_batch(setup), NamedSharding(mesh, P(AXIS)))
-    jitted = jax.jit(
-        step, donate_argnums=(0, 1), out_shardings=NamedSharding(mesh, P())
+    every_k = None if static else setup.k
+    tx = oa.accumulate(
+        optimizer(), every_k, mesh=mesh, axis_name=axis_name, scatter=scatter
     )
-    return [Program(jitted.lower(*start, x).compile(), setup.k)]
+
+    def step(params, state, x, boundary=None):
+        whole = params
+        if parts_over == axis_name and AxisType.Explicit in mesh.axis_types:
+            whole = jax.reshard(params, P())
+        _, grads = f(whole, x)
+        return tx.update_params(grads, state, params, boundary=boundary)
+
+    params, x = placed(setup, mesh, parts_over, micro_batch(setup))
+    like, _ = placed(setup, mesh, parts_over or moments_over, x)
+    state = tx.init(like)
+
+    def program(boundary):
+        own = functools.partial(step, boundary=boundary)
+        return compile_windows(own, mesh, state, params, x)
+
+    if static:
+        return [Program(program(False), setup.k - 1), Program(program(True), 1)]
+    return [Program(program(None), setup.k)]
+
+
+def placed(
+    setup: Setup, mesh: jax.sharding.Mesh, parts_over: str | None, x: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Parameters everywhere, or in parts over one axis; and `x` over all."""
+    specs: Any = P()
+    if parts_over:
+        specs = oa.sharding.scatter_specs(setup.params, mesh, parts_over)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    split = NamedSharding(mesh, P(mesh.axis_names))
+    return jax.device_put(setup.params, shardings), jax.device_put(x, split)
+
+
+def compile_windows(
+    step: Any, mesh: jax.sharding.Mesh, state: Any, params: Any, x: jax.Array
+) -> Any:
+    """The step, whose parameters stay where they are."""
+    stay = jax.tree.map(lambda p: p.sharding, params)
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(stay, None))
+    with jax.set_mesh(mesh):
+        return jitted.lower(params, state, x).compile()
 
 
 # --- Inside one step: the gradient of a whole batch ---
@@ -213,27 +292,45 @@ def by_hand(setup: Setup) -> Callable[[Any, jax.Array], Any]:
     return f
 
 
-def jit_in_step(setup: Setup, f: Any, kind: AxisType = AxisType.Auto) -> list[Program]:
-    mesh = setup.mesh(kind)
-    params = jax.device_put(setup.params, NamedSharding(mesh, P()))
-    x = jax.device_put(setup.batch, NamedSharding(mesh, P(AXIS)))
+def jit_in_step(
+    setup: Setup,
+    f: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    parts_over: str | None = None,
+) -> list[Program]:
+    mesh = mesh or setup.mesh()
+    params, x = placed(setup, mesh, parts_over, setup.batch)
+    # Gradients go where the parameters are; the mesh's way says where by itself.
+    where = (None, jax.tree.map(lambda p: p.sharding, params)) if parts_over else None
     with jax.set_mesh(mesh):
-        return [Program(jax.jit(f).lower(params, x).compile(), 1)]
+        return [Program(jax.jit(f, out_shardings=where).lower(params, x).compile(), 1)]
 
 
-def on_mesh(setup: Setup, kind: AxisType, *, scatter: bool = False) -> list[Program]:
+def on_mesh(
+    setup: Setup,
+    mesh: jax.sharding.Mesh,
+    axis_name: str = AXIS,
+    parts_over: str | None = None,
+    *,
+    scatter: bool = False,
+) -> list[Program]:
     f = oa.value_and_grad(
         loss,
         num_microbatches=setup.k,
-        mesh=setup.mesh(kind),
-        axis_name=AXIS,
+        mesh=mesh,
+        axis_name=axis_name,
         scatter=scatter,
     )
-    return jit_in_step(setup, f, kind)
+    return jit_in_step(setup, f, mesh, parts_over)
 
 
-def without_mesh(setup: Setup) -> list[Program]:
-    return jit_in_step(setup, oa.value_and_grad(loss, num_microbatches=setup.k))
+def without_mesh(
+    setup: Setup,
+    mesh: jax.sharding.Mesh | None = None,
+    parts_over: str | None = None,
+) -> list[Program]:
+    f = oa.value_and_grad(loss, num_microbatches=setup.k)
+    return jit_in_step(setup, f, mesh, parts_over)
 
 
 def optax_microbatch(setup: Setup) -> list[Program]:
@@ -247,6 +344,8 @@ def optax_microbatch(setup: Setup) -> list[Program]:
 
 
 STREAM, IN_STEP = "one micro-batch per call", "all micro-batches in one call"
+FSDP = "parameters in parts (FSDP)"
+HSDP = f"{NUM_REPLICAS} replicas, in each of which parameters are in parts (HSDP)"
 WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     (STREAM, "pmap: `accumulate(axis_name=)`"): pmap_windows,
     (STREAM, "shard_map: `accumulate(axis_name=)`"): functools.partial(
@@ -257,6 +356,22 @@ WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     ),
     (STREAM, "shard_map, `boundary` a Python bool: the same"): functools.partial(
         shard_map_windows, check=True, static=True
+    ),
+    (STREAM, "jit on an Auto mesh: `accumulate(mesh=)`"): lambda setup: jit_rows(
+        setup, setup.mesh()
+    ),
+    (STREAM, "jit on an Explicit mesh: `accumulate(mesh=)`"): lambda setup: jit_rows(
+        setup, setup.mesh(AxisType.Explicit)
+    ),
+    (
+        STREAM,
+        "jit on an Explicit mesh, `boundary` a Python bool: the same",
+    ): lambda setup: jit_rows(setup, setup.mesh(AxisType.Explicit), static=True),
+    (
+        STREAM,
+        "jit on an Explicit mesh, moments in parts: with `scatter=True`",
+    ): lambda setup: jit_rows(
+        setup, setup.mesh(AxisType.Explicit), moments_over=AXIS, scatter=True
     ),
     (STREAM, "pmap: `optax.MultiSteps` after a pmean"): pmap_multi_steps,
     (STREAM, "jit on a mesh: `accumulate`"): lambda setup: jit_windows(
@@ -272,14 +387,14 @@ WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     (IN_STEP, "shard_map, `check_vma=False`: the same"): functools.partial(
         shard_map_in_step, check=False
     ),
-    (IN_STEP, "jit on an Auto mesh: `value_and_grad(mesh=)`"): functools.partial(
-        on_mesh, kind=AxisType.Auto
+    (IN_STEP, "jit on an Auto mesh: `value_and_grad(mesh=)`"): lambda setup: on_mesh(
+        setup, setup.mesh()
     ),
-    (IN_STEP, "jit on an Explicit mesh: `value_and_grad(mesh=)`"): functools.partial(
-        on_mesh, kind=AxisType.Explicit
+    (IN_STEP, "jit on an Explicit mesh: `value_and_grad(mesh=)`"): lambda setup: (
+        on_mesh(setup, setup.mesh(AxisType.Explicit))
     ),
-    (IN_STEP, "the same with `scatter=True`"): functools.partial(
-        on_mesh, kind=AxisType.Auto, scatter=True
+    (IN_STEP, "the same with `scatter=True`"): lambda setup: on_mesh(
+        setup, setup.mesh(), scatter=True
     ),
     (IN_STEP, "jit on a mesh: `value_and_grad`"): without_mesh,
     (IN_STEP, "jit on a mesh: `lax.scan` by hand"): lambda setup: jit_in_step(
@@ -287,6 +402,33 @@ WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     ),
     (IN_STEP, "jit on a mesh: `optax.microbatching`"): optax_microbatch,
     (IN_STEP, "shard_map: `lax.scan` by hand"): shard_map_by_hand,
+    (FSDP, "per call, Auto: `accumulate(mesh=, scatter=True)`"): lambda setup: jit_rows(
+        setup, setup.mesh(), parts_over=AXIS, scatter=True
+    ),
+    (
+        FSDP,
+        "per call, Explicit: the same, of `jax.reshard(params, P())`",
+    ): lambda setup: jit_rows(
+        setup, setup.mesh(AxisType.Explicit), parts_over=AXIS, scatter=True
+    ),
+    (FSDP, "per call: `accumulate`"): lambda setup: jit_windows(
+        setup, oa.accumulate(optimizer(), setup.k), setup.mesh(), AXIS
+    ),
+    (FSDP, "in one call: `value_and_grad`"): lambda setup: without_mesh(
+        setup, setup.mesh(), AXIS
+    ),
+    (HSDP, 'per call: `accumulate(mesh=, axis_name="replica")`'): lambda setup: (
+        jit_rows(setup, setup.replicas(), REPLICAS, PARTS)
+    ),
+    (HSDP, "per call: `accumulate`"): lambda setup: jit_windows(
+        setup, oa.accumulate(optimizer(), setup.k), setup.replicas(), PARTS
+    ),
+    (HSDP, 'in one call: `value_and_grad(mesh=, axis_name="replica")`'): lambda setup: (
+        on_mesh(setup, setup.replicas(), REPLICAS, PARTS)
+    ),
+    (HSDP, "in one call: `value_and_grad`"): lambda setup: without_mesh(
+        setup, setup.replicas(), PARTS
+    ),
 }
 
 
@@ -302,7 +444,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 def measure_way(group: str, way: str, programs: list[Program], setup: Setup) -> Row:
     places: list[str] = []
-    count, exchanged = 0, 0
+    count, data, across = 0, 0.0, 0.0
     for program in programs:
         for operation in hlo.collectives(program.compiled):
             times = program.runs
@@ -310,31 +452,65 @@ def measure_way(group: str, way: str, programs: list[Program], setup: Setup) -> 
                 times = 1
             elif operation.place == "loop":
                 times *= setup.k
-            places.append(f"{operation.name}, {operation.place}")
+            crosses = group == HSDP and crosses_replicas(operation, setup)
+            where = ", across replicas" if crosses else ""
+            places.append(f"{operation.name}, {operation.place}{where}")
             count += times
-            # A reduce-scatter's result is one device's part of what was exchanged.
-            parts = setup.devices if operation.name == "reduce-scatter" else 1
-            exchanged += times * parts * operation.nbytes
-    where = "; ".join(
+            exchanged = times * all_reduced(operation) / hlo.nbytes(setup.params)
+            data += exchanged
+            across += crosses * exchanged
+    shown = "; ".join(
         f"{places.count(place)} × {place}" for place in dict.fromkeys(places)
     )
-    data = exchanged / hlo.nbytes(setup.params)
-    return Row(setup.devices, setup.k, group, way, where or "none", count, data)
+    if group != HSDP:
+        across = float("nan")
+    return Row(setup.devices, setup.k, group, way, shown or "none", count, data, across)
+
+
+def all_reduced(operation: hlo.Operation) -> float:
+    """The bytes of an all-reduce for which so many go over the wires."""
+    if operation.name == "all-reduce":
+        return operation.nbytes
+    if operation.name == "all-gather":
+        return operation.nbytes / 2
+    if operation.name == "reduce-scatter":  # Its result is one device's part.
+        return operation.nbytes * len(operation.groups[0]) / 2
+    raise NotImplementedError(operation.name)
+
+
+def crosses_replicas(operation: hlo.Operation, setup: Setup) -> bool:
+    """Whether devices of different replicas meet."""
+    size = setup.devices // NUM_REPLICAS
+    groups = operation.groups or [list(range(setup.devices))]
+    return any(len({device // size for device in group}) > 1 for group in groups)
 
 
 def table(rows: list[Row]) -> shared.Table:
     lines: list[tuple[str, ...]] = []
     for group in dict.fromkeys(r.group for r in rows):
-        lines.append((f"**{group}**", "", "", ""))
+        lines.append((f"**{group}**", "", "", "", ""))
         lines += [
-            (r.way, r.places, str(r.per_update), f"{r.data:.2f}")
+            (
+                r.way,
+                r.places,
+                str(r.per_update),
+                f"{r.data:.2f}",
+                "" if math.isnan(r.across) else f"{r.across:.2f}",
+            )
             for r in rows
             if r.group == group
         ]
+    columns = (
+        "way",
+        "collectives, and where",
+        "per update",
+        "data, in all-reduces of the gradient",
+        "of that across replicas",
+    )
     return shared.Table(
         f"{rows[0].devices} devices, {rows[0].k} micro-batches to an update",
-        ("way", "collectives, and where", "per update", "data, times the gradient"),
-        "llrr",
+        columns,
+        "llrrr",
         lines,
     )
 
@@ -342,7 +518,12 @@ def table(rows: list[Row]) -> shared.Table:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--k", type=int, default=8, help="micro-batches to an update (default: 8)")
-    add("--devices", type=int, default=8, help="made up on a CPU (default: 8)")
+    add(
+        "--devices",
+        type=int,
+        default=8,
+        help="made up on a CPU, an even number (default: 8)",
+    )
 
 
 BENCHMARK = shared.Benchmark(

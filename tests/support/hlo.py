@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from tests.support.xla import optimized
 
@@ -32,6 +33,15 @@ COLLECTIVES = (
     "reduce-scatter",
 )
 SHAPE = re.compile(r"\w+\[(?P<dims>[\d,]*)\]")
+# The three ways to write which devices meet: {{0,1},{2,3}}, [2,2]<=[4]T(0) and
+# mesh['a'=2,'b'=2], device_ids=([4]T(0)) {'b'}.
+LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}")
+IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]+)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    r" \{([^:}]+)\}"
+)
 ELEMENTS = re.compile(r"[a-z]+(\d*)\w*\[([\d,]*)\]")  # bits (none: pred) and dims
 
 
@@ -59,11 +69,13 @@ class Operation(NamedTuple):
       place: ``"entry"`` for what runs once, ``"loop"`` for what is inside a loop,
         ``"branch"`` for what is inside a branch of a conditional, and for what is
         inside several of them their names from the outside in: ``"loop/branch"``.
+      text: Its operands and attributes.
     """
 
     name: str
     type: str
     place: str
+    text: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +85,33 @@ class Operation(NamedTuple):
             for bits, dims in ELEMENTS.findall(self.type)
         ]
         return sum(sizes)
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The devices of a collective that meet each other; ``[]`` if all do."""
+
+        def ints(text):
+            return [int(number) for number in text.split(",")]
+
+        def iota(shape, axes):
+            x = np.arange(math.prod(ints(shape))).reshape(ints(shape))
+            return x.transpose(ints(axes)) if axes else x
+
+        if found := LISTED.search(self.text):
+            return [ints(group) for group in re.findall(r"[\d,]*\d", found[1])]
+        if found := IOTA.search(self.text):
+            shape, *written = found.groups()
+            return iota(*written).reshape(ints(shape)).tolist()
+        if found := MESH.search(self.text):
+            shape, *written, meeting = found.groups()
+            sizes = {name: int(n) for name, n in re.findall(r"('[^']+')=(\d+)", shape)}
+            written[0] = written[0] or str(math.prod(sizes.values()))
+            devices = iota(*written).reshape(list(sizes.values()))
+            axes = [list(sizes).index(name) for name in re.findall("'.+?'", meeting)]
+            last = range(-len(axes), 0)
+            size = math.prod(devices.shape[axis] for axis in axes)
+            return np.moveaxis(devices, axes, last).reshape(-1, size).tolist()
+        raise ValueError(f"no groups of devices in {self.text}")
 
 
 def collectives(program) -> list[Operation]:
@@ -96,7 +135,7 @@ def placed(program) -> list[Operation]:
     def visit(computation, places):
         for line in LINE.finditer(computation["body"]):
             name, place = line["op"].removesuffix("-start"), "/".join(places) or "entry"
-            found.append(Operation(name, line["type"], place))
+            found.append(Operation(name, line["type"], place, line["rest"]))
             for called in CALLED.finditer(line["rest"]):
                 inner = PLACES.get(called["how"], "branch")
                 for name in re.findall(r"[\w.-]+", called["names"]):
