@@ -281,7 +281,7 @@ BENCHMARK = shared.Benchmark(
     check=check,
     page="devices.md",
     page_table=table,
-    rounds=20,
+    rounds=10,
     choices=tuple(PLACES),
     add_options=add_options,
 )
