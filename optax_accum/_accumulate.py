@@ -561,8 +561,10 @@ class _Accumulation:
             arguments = arguments._replace(grads=pullback.gradients())
         boundary = _validate.boundary(boundary, self.every_k)
         # Here the weight's value is known, as it is not once it has been traced.
-        weight = self.devices.known_weight(arguments.weight)
-        arguments = arguments._replace(weight=weight)
+        weight, _ = self.devices.weight(arguments.weight, jnp.result_type(float))
+        if isinstance(self.devices, Rows):
+            # Traced, a number that devices share would be an array.
+            arguments = arguments._replace(weight=weight)
         if _eager.are_arrays(arguments):
             try:
                 if isinstance(boundary, jax.Array):

@@ -37,8 +37,9 @@ def skip_not_finite(
     del gradient_step, params
     leaves = jax.tree.leaves(_tree.keep_inexact(updates))
     parts = [part for g in leaves for part in _real_parts(jnp.asarray(g))]
-    # A NaN wins every maximum, and is not less than infinity.
-    finite = [jnp.max(jnp.abs(part), initial=0) < jnp.inf for part in parts]
+    # x - x is 0, or NaN where x is not finite. A sum hands that on, also one of several
+    # devices, while their maximum may lose a NaN that only one of them has.
+    finite = [jnp.sum(part - part) == 0 for part in parts]
     should_skip = ~jnp.all(jnp.array(finite)) if finite else jnp.zeros([], bool)
     return should_skip, {"should_skip": should_skip}
 

@@ -390,10 +390,17 @@ def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:
     )
     for (path, g), wanted in pairs:
         if jnp.shape(g) != jnp.shape(wanted):
+            hint = ""
+            if jnp.shape(g)[1:] == jnp.shape(wanted):
+                hint = (
+                    ". If these are rows of devices, from oa.value_and_grad(..., "
+                    "local=True), give `accumulate` the same `mesh` and `axis_name`"
+                )
             raise ValueError(
                 f"{named('grads', path)} has shape {jnp.shape(g)}, but "
                 f"{named('params', path)} has shape {jnp.shape(wanted)}; "
                 "gradients must have the shapes of the parameters that `init` saw"
+                f"{hint}"
             )
         mine, sums = _tree.dtype_of(g), _tree.dtype_of(wanted)
         if _tree.is_complex(g) != _tree.is_complex(wanted):

@@ -158,9 +158,9 @@ class NoiseSums(NamedTuple):
     samples: Scalar
 
     @classmethod
-    def empty(cls, dtype: DType) -> "NoiseSums":
-        """Of no micro-batch."""
-        return cls(jnp.zeros([], dtype), jnp.zeros([], jnp.int32))
+    def empty(cls, weight: Leaf) -> "NoiseSums":
+        """Of no micro-batch, in the dtype of `weight`."""
+        return cls(_tree.zeros_like(weight), _tree.zeros_like(weight, jnp.int32))
 
     def add(
         self,
@@ -255,7 +255,7 @@ class Window(NamedTuple):
         noise: NoiseSums | NoNoiseSums = NoNoiseSums()
         if measure_noise:
             leaves = jax.tree.leaves(_tree.keep_inexact(grads))
-            noise = NoiseSums.empty(_tree.dtype_of(weight))
+            noise = NoiseSums.empty(weight)
             noise = _tree.vary_like(noise, weight, *leaves)
         return cls(
             loss=_tree.vary_like(zeros(loss), weight),

@@ -58,7 +58,7 @@ def sample_gradients(key, shape, weights):
 
 def estimate(grads, weights, reduction="mean"):
     """Through the library's own sums."""
-    sums = _window.NoiseSums.empty(jnp.float32)
+    sums = _window.NoiseSums.empty(jnp.zeros([]))
     total = jnp.zeros(grads.shape[1:])
     for g, w in zip(grads, weights, strict=True):
         sums = sums.add(g, jnp.float32(w), reduction)

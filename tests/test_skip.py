@@ -7,8 +7,11 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 
 import optax_accum as oa
+from tests.support import devices
+from tests.support.devices import AXIS, COUNT
 from tests.support.training import (
     ADAM,
     NAN,
@@ -136,6 +139,21 @@ class TestSkipNotFinite:
     def test_a_nan_of_a_narrow_dtype_is_found(self, dtype):
         assert not oa.skip_not_finite(jnp.ones(3, dtype))[0]
         assert oa.skip_not_finite(jnp.array([1, jnp.nan], dtype))[0]
+
+    @pytest.mark.several_devices
+    @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_one_value_is_found_in_a_gradient_of_which_devices_have_parts(
+        self, kind, bad
+    ):
+        """XLA's maximum over devices may lose a NaN."""
+        mesh = devices.mesh(kind)
+        parts = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        x = jnp.full((2 * COUNT, 3), jnp.finfo(jnp.float32).max)
+        skip = jax.jit(lambda x: oa.skip_not_finite(x)[0])
+        assert not skip(jax.device_put(x, parts))
+        assert skip(jax.device_put(x.at[3, 1].set(bad), parts))
+        assert skip(jax.device_put(jnp.full_like(x, bad), parts))
 
     def test_a_large_complex_number_is_finite(self):
         largest = jnp.finfo(jnp.float32).max

@@ -87,5 +87,7 @@ def counted(tx: Any, weight: Any, before: Tree, after: Tree) -> Scalar:
     """Whether the micro-batch between two states of `tx` counts for anything."""
     before, after = _state.find(before), _state.find(after)
     rejected = after.window.skipped > before.window.skipped
-    counts = _window.counts(jnp.where(rejected, 0, weight), reduction_of(tx), rejected)
-    return jnp.any(counts)  # on any device, if the state has a window for each
+    weight = jnp.where(rejected, 0, weight)
+    # A stacked state has one window on this device. Of the rows of all devices one is
+    # enough: their statistics have been averaged by weight.
+    return jnp.any(_window.counts(weight, reduction_of(tx), rejected))

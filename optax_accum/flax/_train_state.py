@@ -122,13 +122,17 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
 
         Raises:
           ValueError: As ``update`` of `oa.accumulate`; `batch_stats` of another
-            structure.
+            structure; inside an `optax.chain`, rows of devices for what is overwritten.
         """
         is_apart = False
         if _has_overwritten(self.params) and not _accumulating.takes_all(self.tx):
             # What stands around `oa.accumulate` is not to see what is overwritten.
             grads = _accumulating.as_gradients(grads)
             is_apart = _has_overwritten(grads)
+            if is_apart:
+                _check_no_rows(
+                    grads[OVERWRITE_WITH_GRADIENT], self.params[OVERWRITE_WITH_GRADIENT]
+                )
         params, opt_state = _accumulating.apply(
             self.tx,
             grads["params"] if is_apart else grads,
@@ -162,6 +166,18 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
 def _has_overwritten(tree: Tree) -> bool:
     """Whether Flax's collection of that name is in it."""
     return not isinstance(tree, jax.Array) and OVERWRITE_WITH_GRADIENT in tree
+
+
+def _check_no_rows(new: Tree, old: Tree) -> None:
+    """Raises where the values of several devices would take the place of one."""
+    got, needed = (list(map(jnp.shape, jax.tree.leaves(tree))) for tree in (new, old))
+    if got != needed:
+        raise ValueError(
+            f"`grads[{OVERWRITE_WITH_GRADIENT!r}]` has leaves of the shapes {got}, and "
+            f"`params` of {needed}. If they are rows of devices, only `oa.accumulate` "
+            "itself can join them. Put the chain into it: tx=oa.accumulate(optax.chain("
+            "...), mesh=mesh, axis_name=...)"
+        )
 
 
 def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:

@@ -144,13 +144,14 @@ class DataParallel(NamedTuple):
             in_specs=([P(*[None] * axis, self.axis_name) for axis in axes], P()),
             out_specs=out_specs,
             check_vma=False,
-        )(list(map(self._spread, batch, axes)), arrays)
+        )(list(map(self.spread, batch, axes)), arrays)
 
-    def _spread(self, x: jax.Array, axis: int) -> jax.Array:
+    def spread(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` with `axis` over the devices; on an Auto mesh the compiler does that."""
         names = self.axes
         assert self.mesh is not None
-        if not are_explicit(self.mesh, names):
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if not all(types[name] == AxisType.Explicit for name in names):
             return x
         rest = [
             tuple(name for name in _tree.axes_of(part) if name not in names)
@@ -174,8 +175,10 @@ class DataParallel(NamedTuple):
                         f"`axis_name={axis!r}`, and with `mesh` everything but the "
                         "batch must be the same on all devices of that axis. For "
                         "parameters that are sharded over the axis of the batch "
-                        "(FSDP), leave `mesh` and `axis_name` out: the compiler then "
-                        "gathers and scatters in every micro-batch, as it must"
+                        "(FSDP), gather them once for all micro-batches of the call, "
+                        "with jax.reshard(params, P()); or leave `mesh` and "
+                        "`axis_name` out: the compiler then gathers and scatters in "
+                        "every micro-batch"
                     )
 
     def global_index(self, index: Any, count: int) -> Any:
@@ -311,12 +314,6 @@ def scatter_specs(
         return P() if dimension is None else P(*[None] * dimension, axis_name)
 
     return Overwritten(overwrite).map(spec, params)
-
-
-def are_explicit(mesh: AnyMesh, axes: Sequence[Any]) -> bool:
-    """Whether all these axes are Explicit: types say what is sharded over them."""
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return all(types[name] == AxisType.Explicit for name in axes)
 
 
 def _count(mesh: AnyMesh, axis_name: AxisName | None) -> int:

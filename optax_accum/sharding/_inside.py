@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optax_accum import _tree, _validate
 from optax_accum._backward import Pullback
@@ -72,11 +71,6 @@ class Inside(DataParallel):
     def shapes(self, tree: Tree) -> Tree:
         """What one device has of `tree`."""
         return tree
-
-    def known_weight(self, value: ArrayLike) -> ArrayLike:
-        """The weight outside of any trace, checked."""
-        _validate.weight(value, jnp.float32)
-        return value
 
     def weight(self, value: Any, dtype: DType) -> tuple[Scalar, float | None]:
         """As `_validate.weight`."""

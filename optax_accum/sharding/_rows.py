@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from optax_accum import _tree, _validate
 from optax_accum._types import (
@@ -25,11 +24,7 @@ from optax_accum._types import (
     Tree,
 )
 from optax_accum._window import Window
-from optax_accum.sharding._data_parallel import (
-    DataParallel,
-    are_explicit,
-    scatter_specs,
-)
+from optax_accum.sharding._data_parallel import DataParallel, scatter_specs
 
 
 class Rows(NamedTuple):
@@ -67,15 +62,15 @@ class Rows(NamedTuple):
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of each row of its arguments."""
-        return lambda *rows: jax.vmap(function)(*jax.tree.map(self._placed, rows))
+        return lambda *args: jax.vmap(function)(*self.spread(args))
 
-    def _placed(self, x: jax.Array) -> jax.Array:
-        """`x` with each row on its device, as an Explicit mesh wants to be told."""
-        first, *rest = _tree.spec(x)
-        is_placed = _tree.axes_of(first) == self.axes
-        if is_placed or not are_explicit(self.mesh, self.axes):
-            return x
-        return jax.reshard(x, NamedSharding(self.mesh, P(self.axis_name, *rest)))
+    def spread(self, tree: Tree) -> Tree:
+        """`tree` with each row on its device, as an Explicit mesh asks for it.
+
+        What a caller made, or a number that devices share, lies nowhere in particular.
+        """
+        devices = DataParallel(self.axis_name, self.mesh)
+        return jax.tree.map(lambda x: devices.spread(x, 0), tree)
 
     # --- Summing ---
 
@@ -94,7 +89,7 @@ class Rows(NamedTuple):
             in_specs=P(self.axis_name),
             out_specs=(specs, P()),
             check_vma=False,
-        )((grads, rest))
+        )(self.spread((grads, rest)))
 
     def reduce(self, reduction: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """The "sum", "max" or "last" of all rows, see `_window.Devices`."""
@@ -151,7 +146,6 @@ class Rows(NamedTuple):
 
     def check(self, state: Any, grads: Grads, params: Params) -> None:
         """Raises unless state and gradients have a row for each device."""
-        del params
         count = self.num_devices
         windows = jnp.shape(state.window.weight)
         if windows == ():
@@ -167,8 +161,12 @@ class Rows(NamedTuple):
                 "that as many as there are devices: oa.sharding.stack_windows("
                 f"oa.sharding.sum_windows(state), {count})"
             )
+        # A parameter may have as many entries as there are devices.
+        whole = one_row(state.window.grads) if params is None else _tree.trained(params)
+        shapes = dict(jax.tree_util.tree_leaves_with_path(whole))
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
-            if jnp.shape(g)[:1] != (count,):
+            is_whole = path in shapes and jnp.shape(g) == jnp.shape(shapes[path])
+            if is_whole or jnp.shape(g)[:1] != (count,):
                 raise ValueError(
                     f"{_validate.named('grads', path)} has shape {jnp.shape(g)}, but "
                     f"with `mesh` it needs a row for each of {self._shown}: their own "
@@ -195,17 +193,13 @@ class Rows(NamedTuple):
         """`window.add`, of one row."""
         return window.add(*args, **kwargs)
 
-    def known_weight(self, value: ArrayLike) -> ArrayLike:
-        """The weights outside of any trace, checked; traced, a number is an array."""
-        return self.weight(value, jnp.result_type(float))[0]
-
     def weight(self, value: Any, dtype: DType) -> tuple[jax.Array, float | None]:
         """One weight for each row, ``dtype[D]``, and as a number if that is known.
 
         A number is the weight of all, of which each has an equal share.
         """
         count = self.num_devices
-        if jnp.shape(value) == () and not isinstance(value, jax.Array):
+        if not isinstance(value, jax.Array) and jnp.ndim(value) == 0:
             total, known = _validate.weight(value, dtype)
             share = None if known is None else known / count
             return jnp.broadcast_to(total / count, (count,)), share
