@@ -1232,7 +1232,7 @@ class TestMistakes:
         with refused("`local=True`", "nothing to `scatter`", "oa.accumulate("):
             f(scatter=True, **self.place.options)
         with refused("`local=True` and `weight` need `return_info=True`"):
-            f(weight=lambda params, x: len(x), **self.place.options)
+            f(weight=lambda _, x: len(x), **self.place.options)
         with refused('`on_skip="wait"` cannot be used with `axis_name`'):
             skip = {"skip": oa.skip_not_finite, "on_skip": "wait"}
             oa.accumulate(SGD, K, **skip, **self.place.options)
