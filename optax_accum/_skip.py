@@ -15,9 +15,9 @@ def skip_not_finite(
     """Rejects a micro-batch whose gradient holds a NaN or an infinity.
 
     The same answer as `optax.skip_not_finite` and the same signature, for a fraction
-    of the cost: whether ``max(|g|) < inf`` is one fused read of each leaf, where
-    counting the elements that are not finite writes a temporary as large as the
-    parameters.
+    of the cost: whether ``Σ (g - g)`` is 0, and not NaN, is one fused read of each
+    leaf, where counting the elements that are not finite writes a temporary as large as
+    the parameters.
 
     Args:
       updates: The micro-batch's gradients; leaves of any shape. Integer leaves are
