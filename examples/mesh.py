@@ -6,16 +6,18 @@ Every call of the training step gets one micro-batch, which is split over all de
 `oa.value_and_grad(..., local=True)` leaves the gradients where they are, and
 `oa.accumulate(mesh=...)` adds them up there and exchanges the sums once per update.
 
-The three ways differ in the mesh and in where parameters and moments lie, as `WAYS`
-says. Each of them also runs by hand, without the library: there JAX exchanges gradients
-in every call. The table is read from the compiled programs:
+The three ways differ in the mesh and in how parameters and moments are sharded; see
+`WAYS`. Each of them also runs by hand, without the library: there JAX exchanges
+gradients in every call. The table at the end is read from the compiled programs:
 
-* `data`: gradients are summed once per update instead of once per micro-batch;
-* `hsdp`: the devices of one replica, with a fast network between them, meet in every
-  micro-batch. Replicas meet once per update, and each device sums only its part;
+* `data`: every device has all parameters. Gradients are summed over devices once per
+  update instead of once per micro-batch;
+* `hsdp`: the devices of one replica, with a fast network between them, exchange in
+  every micro-batch. Replicas exchange once per update, and each device only its part;
 * `fsdp`: parameters are gathered in every micro-batch, and gradients scattered once per
   update. The price is memory: until then each device's sum of gradients is as large as
-  all parameters. By hand it has a part of it.
+  all parameters. By hand, a device keeps only its part of the sum. (There, XLA has an
+  all-reduce on a CPU where a reduce-scatter would do.)
 
 A computer without accelerators simulates eight devices.
 """
@@ -43,7 +45,12 @@ from sklearn.model_selection import train_test_split
 import optax_accum as oa
 
 parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--way", choices=["data", "hsdp", "fsdp", "all"], default="all")
+parser.add_argument(
+    "--way",
+    choices=["data", "hsdp", "fsdp", "all"],
+    default="all",
+    help="what is sharded: only the data, or also the parameters",
+)
 parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
 parser.add_argument("--size", type=int, default=64, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
@@ -62,8 +69,8 @@ class Way(NamedTuple):
 
     mesh: dict[str, int]  # its axes; the batch is split over all of them
     axis_name: str  # the axis over which gradients are summed once per update
-    cut_over: str | None = None  # the axis over which parameters lie in parts
-    scatter: bool = False  # whether a device needs only its part of that sum
+    cut_over: str | None = None  # the axis over which parameters are sharded
+    scatter: bool = False  # whether each device gets only its part of that sum
 
 
 WAYS = {
@@ -91,7 +98,7 @@ def predict(params, x):
 
 def loss_fn(params, batch):
     """The mean over the images that are not padding."""
-    # Gathers what is in parts. Otherwise JAX may cut activations, and exchange those.
+    # Gathers the shards. Otherwise JAX may shard activations, and exchange those.
     params = jax.lax.with_sharding_constraint(params, P())
     logits = predict(params, batch["image"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -120,7 +127,7 @@ def accumulated(mesh, way):
     tx = oa.accumulate(adamw, mesh=mesh, axis_name=way.axis_name, scatter=way.scatter)
 
     def train_step(params, state, batch, boundary):
-        # Each device's own, as rows of [D, ...]; the count of images as well.
+        # Rows, one for each device (`hsdp`: each replica); the numbers of images too.
         (_, grads), info = value_and_grad(params, batch)
         return tx.update_params(
             grads, state, params, weight=info.weight, boundary=boundary
@@ -152,7 +159,7 @@ def by_hand(mesh, way):
 
 
 def micro_batches():
-    """Each with whether it is a boundary. An epoch's last one is padded."""
+    """Each with whether it ends a window. An epoch's last one is padded."""
     for epoch in range(options.epochs):
         order = np.random.default_rng(epoch).permutation(len(train_x))
         parts = np.split(order, range(options.size, len(order), options.size))
@@ -177,12 +184,12 @@ def train(name, make):
     params = jax.device_put(params, jax.tree.map(partial(NamedSharding, mesh), parts))
     init, train_step = make(mesh, way)
     with jax.set_mesh(mesh):
-        state = init(params)  # the moments lie where the parameters do
+        state = init(params)  # the moments are sharded as the parameters are
         step = jax.jit(
             train_step,
             donate_argnums=(0, 1),
             static_argnames="boundary",
-            # Where they were. By hand JAX would put the sums whole on every device.
+            # As before the step. By hand, JAX would replicate the sums.
             out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
         )
         args = params, state, jax.device_put(batches[0][0], split)
@@ -225,7 +232,7 @@ def exchanged(programs):
             arrays, devices = ARRAY.findall(result), num_meeting(groups)
             if kind == "all-gather" and start:
                 arrays = arrays[len(arrays) // 2 :]  # the others are what goes in
-            # What is scattered comes out in parts. Its size is that of all parts.
+            # A reduce-scatter returns one part: count all of them.
             factor = calls * devices if kind == "reduce-scatter" else calls
             for bits, sizes in arrays:
                 size = math.prod(map(int, re.findall(r"\d+", sizes)))
@@ -259,9 +266,9 @@ for key, (params, state, _) in results.items():
         cells = [""] * len(cells)
 
 print(f"""
-In sizes of all parameters: what each device holds between calls (parameters,
-moments, sums of gradients), and what {options.every_k} micro-batches exchange,
-among how many of the {D} devices. (0.00: single numbers.)
+In multiples of the parameters' size: what each device holds between calls
+(parameters, moments, sums of gradients), and what {options.every_k} micro-batches
+exchange, among how many of the {D} devices. (0.00: scalars only.)
 """)
 Console().print(table)
 

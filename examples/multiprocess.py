@@ -8,8 +8,8 @@ start one on each, with its number:
     python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 0
     python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 1
 
-SLURM, Open MPI and Cloud TPU tell JAX all that by themselves. Under SLURM start one
-process for each GPU, and on TPUs one on each host:
+SLURM, Open MPI and Cloud TPU tell JAX all that by themselves. Start one process for
+each GPU under SLURM, and one on each host of a TPU:
 
     srun --nodes=2 --gres=gpu:8 --ntasks-per-node=8 \
         python examples/multiprocess.py --cluster
@@ -72,7 +72,7 @@ def start_here():
     ]
     for process in processes:
         lines = process.communicate()[0].splitlines(keepends=True)
-        # Gloo reports every connection on stdout, and has no setting against it.
+        # Gloo reports every connection on stdout, and no setting turns that off.
         print("".join(line for line in lines if not line.startswith("[Gloo]")), end="")
     sys.exit(any(process.returncode for process in processes))
 
@@ -111,14 +111,14 @@ process, processes = jax.process_index(), jax.process_count()
 images, labels = load_digits(return_X_y=True)
 images = images.astype(np.float32) / 16
 train_x, test_x, train_y, test_y = train_test_split(images, labels, random_state=0)
-# Real hosts read their own files. Here the last one has twice as much as the others.
+# Real hosts read their own files. Here the last process has twice as many images.
 cuts = np.arange(1, processes) * (len(train_x) // (processes + 1))
 own_x, own_y = (np.split(a, cuts)[process] for a in (train_x, train_y))
 steps = -(-multihost_utils.process_allgather(len(own_x)).max() // options.size)
 
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-# Each device has gradients of its own, and an open window of its own.
+# Each device has its own gradients, and its own open window.
 gradient = oa.value_and_grad(
     loss_fn,
     num_microbatches=1,
