@@ -1,9 +1,9 @@
 """What one update exchanges between devices, read from the compiled programs.
 
-Every way of computing one update in K micro-batches over several devices (made up on a
+Every way of computing one update in K micro-batches over several devices (simulated on a
 CPU), ours and the others'. Counted are the collectives of all programs that run for one
 update: what is in a loop counts K times, what is in a micro-step K times, what is in
-the boundary's branch once. No clock: devices that are made up have no wires.
+the boundary's branch once. No clock: simulated devices have no wires.
 
 Data are counted in all-reduces of the gradient. An all-reduce is a reduce-scatter and
 an all-gather, so each of these counts half of what it leaves or takes on one device.
@@ -344,8 +344,8 @@ def optax_microbatch(setup: Setup) -> list[Program]:
 
 
 STREAM, IN_STEP = "one micro-batch per call", "all micro-batches in one call"
-FSDP = "parameters in parts (FSDP)"
-HSDP = f"{NUM_REPLICAS} replicas, in each of which parameters are in parts (HSDP)"
+FSDP = "sharded parameters (FSDP)"
+HSDP = f"{NUM_REPLICAS} replicas, parameters sharded inside each (HSDP)"
 WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     (STREAM, "pmap: `accumulate(axis_name=)`"): pmap_windows,
     (STREAM, "shard_map: `accumulate(axis_name=)`"): functools.partial(
@@ -369,7 +369,7 @@ WAYS: dict[tuple[str, str], Callable[[Setup], list[Program]]] = {
     ): lambda setup: jit_rows(setup, setup.mesh(AxisType.Explicit), static=True),
     (
         STREAM,
-        "jit on an Explicit mesh, moments in parts: with `scatter=True`",
+        "jit on an Explicit mesh, sharded moments: with `scatter=True`",
     ): lambda setup: jit_rows(
         setup, setup.mesh(AxisType.Explicit), moments_over=AXIS, scatter=True
     ),
@@ -503,9 +503,9 @@ def table(rows: list[Row]) -> shared.Table:
     columns = (
         "way",
         "collectives, and where",
-        "per update",
+        "collectives per update",
         "data, in all-reduces of the gradient",
-        "of that across replicas",
+        "of which across replicas",
     )
     return shared.Table(
         f"{rows[0].devices} devices, {rows[0].k} micro-batches to an update",
@@ -522,7 +522,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--devices",
         type=int,
         default=8,
-        help="made up on a CPU, an even number (default: 8)",
+        help="simulated on a CPU, an even number (default: 8)",
     )
 
 

@@ -10,7 +10,7 @@ value_and_grad(local=True)  its gradients stay on their devices, and go to
 accumulate                  of gradients that the compiler has reduced, in every call
 optax.MultiSteps            likewise
 
-Two processes on this machine exchange over a socket. Devices that are made up in one
+Two processes on this machine exchange over a socket. Simulated devices of one
 process have no wires, and share the cores: their exchange is reading each other's
 memory, which any real one costs more than.
 """
@@ -245,7 +245,7 @@ def table(rows: list[Row]) -> shared.Table:
     return shared.Table(
         f"{row.parameters / 1e6:.2g}M parameters with AdamW, {row.k} micro-batches of "
         f"{row.examples} examples on each device to an update",
-        ("way", "MB exchanged per update", "ms per update", "times the first"),
+        ("way", "MB exchanged per update", "ms per update", "relative to the first row"),
         "lrrr",
         lines,
     )
@@ -254,7 +254,7 @@ def table(rows: list[Row]) -> shared.Table:
 def place(row: Row) -> str:
     if row.processes > 1:
         return f"{row.processes} processes, over a socket, on {row.cores} cores"
-    return f"{row.devices} devices made up in one process, on {row.cores} cores"
+    return f"{row.devices} simulated devices in one process, on {row.cores} cores"
 
 
 def check(rows: list[Row]) -> str:

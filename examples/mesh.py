@@ -194,7 +194,7 @@ def train(name, make):
         )
         args = params, state, jax.device_put(batches[0][0], split)
         programs = {b: step.lower(*args, b).compile() for b in (False, True)}
-        for batch, boundary in track(batches, f"{name}, {make.__name__}"):
+        for batch, boundary in track(batches, f"{name}, {make.__name__.replace('_', ' ')}"):
             args = params, state, jax.device_put(batch, split)
             params, state = programs[boundary](*args)
             # Simulated devices share a few threads: queued steps can deadlock.
@@ -279,4 +279,4 @@ def largest_difference(a, b):
 
 first, *others = (jax.device_get(params) for params, *_ in results.values())
 away = max(largest_difference(first, params) for params in others)
-print(f"\nThe parameters of all rows are the same up to {away:.0e}.")
+print(f"\nThe parameters of all rows agree to within {away:.0e}.")

@@ -66,15 +66,15 @@ def start_here():
     command = [sys.executable, *sys.argv, "--coordinator", coordinator, "--process"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [
+    children = [
         subprocess.Popen([*command, str(i)], env=environment, **pipes)
         for i in range(options.processes)
     ]
-    for process in processes:
-        lines = process.communicate()[0].splitlines(keepends=True)
+    for child in children:
+        lines = child.communicate()[0].splitlines(keepends=True)
         # Gloo reports every connection on stdout, and no setting turns that off.
         print("".join(line for line in lines if not line.startswith("[Gloo]")), end="")
-    sys.exit(any(process.returncode for process in processes))
+    sys.exit(any(child.returncode for child in children))
 
 
 def predict(params, x):
@@ -133,8 +133,8 @@ tx = oa.accumulate(optax.adamw(1e-2), options.every_k, mesh=mesh, axis_name="dat
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def train_step(params, state, batch):
-    (_, grads), info = gradient(params, batch)
-    return tx.update_params(grads, state, params, weight=info.weight)
+    (loss, grads), info = gradient(params, batch)
+    return tx.update_params(grads, state, params, weight=info.weight, value=loss)
 
 
 # The same in all processes.
@@ -150,5 +150,9 @@ for epoch in range(options.epochs):
         params, state = train_step(params, state, batch)
         # Simulated devices share a few threads: queued steps can deadlock.
         jax.block_until_ready(params)
+    # All processes must compute it, even if one prints it.
+    loss = float(state.window.loss.sum() / state.window.weight.sum())
+    if process == 0 and epoch % 5 == 4:
+        print(f"epoch {epoch + 1}: loss of the latest window {loss:.3f}")
 correct = predict(jax.device_get(params), test_x).argmax(-1) == test_y
 print(f"Process {process} ends with a test accuracy of {correct.mean():.1%}")
