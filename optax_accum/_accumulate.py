@@ -443,9 +443,13 @@ class _Arguments(NamedTuple):
 
 
 class _MicroStep(NamedTuple):
-    """The arguments of a micro-step, checked."""
+    """The arguments of a micro-step, checked.
 
-    state: AccumulateState  # before it; of several devices this one's
+    What is a device's own has the shape of one device's. With `Rows` it has a leading
+    axis of devices, which `Rows.each` takes away.
+    """
+
+    state: AccumulateState  # before it
     is_stacked: bool  # whether it came, and is to go, as one window of a stack
     grads: Grads | Pullback  # with None for what is not accumulated
     weight: Scalar
@@ -632,17 +636,18 @@ class _Accumulation:
         self.devices.check_place("Leave `mesh` out, and keep `axis_name`")
         _validate.state(state)
         _validate.not_a_function(grads, _tree.trained(params), state.window.grads)
-        own = _tree.keep_inexact(grads)
-        self.devices.check(state, own, params)
+        accumulated = _tree.keep_inexact(grads)
+        self.devices.check(state, accumulated, params)
         _validate.sums(state, grads, has_accumulator=self.has_accumulator)
         state, is_stacked = self.devices.own(state)
-        self.tracker.check(state, own, self.devices.axes)
-        own, sums = map(self.devices.shapes, (own, state.window.grads))
+        self.tracker.check(state, accumulated, self.devices.axes)
+        shapes = self.devices.shapes(accumulated)
         if self.has_accumulator:
+            sums = self.devices.shapes(state.window.grads)
             is_narrow = self.accumulator_dtype is not None
-            _validate.accumulator(sums, own, params, narrow=is_narrow)
+            _validate.accumulator(sums, shapes, params, narrow=is_narrow)
         if applies or (params is not None and not self.has_accumulator):
-            _validate.gradients(own, _tree.trained(params), narrow=True)
+            _validate.gradients(shapes, _tree.trained(params), narrow=True)
         number, known_weight = self.devices.weight(weight, state.window.weight.dtype)
         if pullback is not None and not self._adds_in_place(
             pullback, is_masked=self.reduction == "mean" and not known_weight
@@ -699,9 +704,14 @@ class _Accumulation:
         """The state with the micro-batch in its window, and counted."""
         state = step.state
 
-        def add(window: Window, skip_state: Tree, *given: Any) -> Any:
+        def add(
+            window: Window,
+            skip_state: Tree,
+            grads: Grads | Pullback,
+            weight: Scalar,
+            value: Scalar,
+        ) -> tuple[Window, Tree, Scalar]:
             own = state._replace(window=window, skip_state=skip_state)
-            grads, weight, value = given
             return self._added(
                 step._replace(state=own, grads=grads, weight=weight, value=value)
             )
@@ -719,7 +729,7 @@ class _Accumulation:
         )
 
     def _added(self, step: _MicroStep) -> tuple[Window, Tree, Scalar]:
-        """On one device: its window and `skip_state` after, and what was rejected."""
+        """One device's window and `skip_state`, and whether it was rejected."""
         state, window = step.state, step.state.window
         weight, rejected, skip_state = self._ask_skip(step)
         if not self.has_accumulator:
