@@ -315,16 +315,13 @@ def _placed_zeros(
     if not isinstance(zeros, jax.core.Tracer):
         return zeros
     # Inside of a trace `device` is not heeded.
-    return placed(zeros, sharding)
-
-
-def placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """`x` sharded over these axes; on an Auto mesh others are the compiler's choice."""
     if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.reshard(x, sharding)
+        return jax.reshard(zeros, sharding)
+    # How the other dimensions are sharded, the compiler finds from their use.
     free = [PartitionSpec.UNCONSTRAINED if a is None else a for a in sharding.spec]
-    free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
-    return lax.with_sharding_constraint(x, sharding.update(spec=PartitionSpec(*free)))
+    free += [PartitionSpec.UNCONSTRAINED] * (len(shape) - len(free))
+    spec = PartitionSpec(*free)
+    return lax.with_sharding_constraint(zeros, sharding.update(spec=spec))
 
 
 def placed_like(tree: Tree, like: Tree) -> Tree:
@@ -337,6 +334,16 @@ def placed_like(tree: Tree, like: Tree) -> Tree:
         return jax.reshard(x, wanted)
 
     return jax.tree.map(place, tree, like)
+
+
+def with_leading_axis(tree: Tree) -> Tree:
+    """Each leaf as the only entry along a new first axis."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def without_leading_axis(tree: Tree) -> Tree:
+    """The first entry of each leaf."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def zeros(tree: Tree) -> Tree:

@@ -58,7 +58,7 @@ class DataParallel(NamedTuple):
         """Checks them against each other.
 
         Raises:
-          TypeError: A `mesh` or an `axis_name` of another type.
+          TypeError: An `axis_name` of another type.
           ValueError: A `mesh` without that axis; `scatter` without an axis; `local`
             without a mesh, or with `scatter`.
         """
@@ -103,7 +103,7 @@ class DataParallel(NamedTuple):
 
     def as_rows(self, tree: Tree) -> Tree:
         """`tree`, each leaf as the row of this device if nothing is reduced."""
-        return jax.tree.map(lambda x: x[None], tree) if self.local else tree
+        return _tree.with_leading_axis(tree) if self.local else tree
 
     def check_place(self, remedy: str) -> None:
         """Raises unless a call is made where the axis is, or the mesh is needed.
@@ -296,7 +296,6 @@ def scatter_specs(
       whole, ``P()``.
 
     Raises:
-      TypeError: `mesh` is not a mesh.
       ValueError: `mesh` has no such axis.
 
     Examples:

@@ -1,6 +1,6 @@
-"""Devices of which every one runs the program itself, or only one device.
+"""Devices that each run the program, as inside `jax.pmap` and `jax.shard_map`.
 
-So it is inside `jax.pmap` and `jax.shard_map`. See `_rows` for plain `jax.jit`.
+Or one device alone. See `_rows` for plain `jax.jit`.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,19 @@ from optax_accum._types import DType, Grads, Params, Scalar, Tree
 from optax_accum._window import Window
 from optax_accum.sharding import _collectives
 from optax_accum.sharding._data_parallel import DataParallel
-from optax_accum.sharding._rows import with_leading_axis, without_leading_axis
 from optax_accum.sharding._windows import is_stacked, map_local
 
 
 class Inside(DataParallel):
-    """The devices that share a window, seen from one of them."""
+    """The devices that share a window, seen from one of them; `Rows` is the other way.
+
+    `accumulate` asks either the same questions.
+    """
 
     __slots__ = ()
 
     def like(self, tree: Tree) -> Tree:
-        """What is each device's own is like `tree`."""
+        """Shapes of what this device has of its own: those of `tree`."""
         return tree
 
     def placed(self, state: AccumulateState) -> AccumulateState:
@@ -34,7 +36,7 @@ class Inside(DataParallel):
         return state
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """There is one device here."""
+        """`function` itself: there is only one device here."""
         return function
 
     def check(self, state: AccumulateState, grads: Grads, params: Params) -> None:
@@ -69,7 +71,7 @@ class Inside(DataParallel):
         _collectives.check_same(self.axis_name, params)
 
     def shapes(self, tree: Tree) -> Tree:
-        """What one device has of `tree`."""
+        """The shapes of what one device has of `tree`."""
         return tree
 
     def weight(self, value: Any, dtype: DType) -> tuple[Scalar, float | None]:
@@ -84,7 +86,7 @@ class Inside(DataParallel):
         """The state of this device, and whether it came as one row of a stack."""
         if not is_stacked(state):
             return state, False
-        return map_local(without_leading_axis, state), True
+        return map_local(_tree.without_leading_axis, state), True
 
     def add(
         self, window: Window, grads: Grads | Pullback, *args: Any, **kwargs: Any
@@ -96,11 +98,11 @@ class Inside(DataParallel):
         """
         if self.axis_name is None or isinstance(grads, Pullback):
             return window.add(grads, *args, **kwargs)
-        window = window._replace(grads=with_leading_axis(window.grads))
-        window = window.add(with_leading_axis(grads), *args, **kwargs)
-        return window._replace(grads=without_leading_axis(window.grads))
+        window = window._replace(grads=_tree.with_leading_axis(window.grads))
+        window = window.add(_tree.with_leading_axis(grads), *args, **kwargs)
+        return window._replace(grads=_tree.without_leading_axis(window.grads))
 
 
 def stacked(state: AccumulateState) -> AccumulateState:
     """`state` with the window of this device as one row of a stack."""
-    return map_local(with_leading_axis, state)
+    return map_local(_tree.with_leading_axis, state)

@@ -28,7 +28,7 @@ from optax_accum.sharding._data_parallel import DataParallel, scatter_specs
 
 
 class Rows(NamedTuple):
-    """The devices that have a row each, instead of `DataParallel` inside their axis.
+    """The devices that share a window, seen from outside: each has a row.
 
     Attributes:
       axis_name: The name of their axis, or several.
@@ -78,12 +78,12 @@ class Rows(NamedTuple):
         """The sums over all rows, see `_window.Devices`."""
         if not self.scatter:
             return jax.tree.map(sum_rows, (grads, rest))
-        # In so many words: on some devices a sum whose result is sharded does not
-        # become a reduce-scatter.
+        # By hand, because not every compiler makes a reduce-scatter of a sum whose
+        # result is sharded.
         devices = DataParallel(self.axis_name, scatter=True)
-        specs = scatter_specs(one_row(grads), self.mesh, self.axis_name)
+        specs = scatter_specs(self.shapes(grads), self.mesh, self.axis_name)
         return jax.shard_map(
-            lambda rows: devices.sum(*without_leading_axis(rows)),
+            lambda rows: devices.sum(*_tree.without_leading_axis(rows)),
             mesh=self.mesh,
             axis_names=set(self.axes),
             in_specs=P(self.axis_name),
@@ -103,9 +103,10 @@ class Rows(NamedTuple):
     # --- Making and checking ---
 
     def like(self, tree: Tree) -> Tree:
-        """Shapes of rows that are like the leaves of `tree`, and lie on their devices.
+        """Shapes ``[D, ...]`` of what is each device's own, and where it lies.
 
-        What a leaf is sharded over, each row is.
+        Each device has one row. A row is sharded over the mesh's other axes as its
+        leaf in `tree` is.
         """
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -134,11 +135,11 @@ class Rows(NamedTuple):
 
     def _rest(self, x: Leaf) -> list[Any]:
         """How `x` is sharded over the mesh's other axes, as far as that is known."""
-        spec: Any = _tree.spec(x)
+        spec = _tree.spec(x)
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            placed = x.sharding
-            is_here = getattr(placed, "mesh", None) == self.mesh
-            spec = placed.spec if is_here else ()  # type: ignore[attr-defined]
+            spec, sharding = [], x.sharding
+            if isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh:
+                spec = list(sharding.spec)
         return [
             tuple(name for name in _tree.axes_of(part) if name not in self.axes) or None
             for part in spec
@@ -162,7 +163,10 @@ class Rows(NamedTuple):
                 f"oa.sharding.sum_windows(state), {count})"
             )
         # A parameter may have as many entries as there are devices.
-        whole = one_row(state.window.grads) if params is None else _tree.trained(params)
+        if params is None:
+            whole = self.shapes(state.window.grads)
+        else:
+            whole = _tree.trained(params)
         shapes = dict(jax.tree_util.tree_leaves_with_path(whole))
         for path, g in jax.tree_util.tree_leaves_with_path(grads):
             is_whole = path in shapes and jnp.shape(g) == jnp.shape(shapes[path])
@@ -182,8 +186,8 @@ class Rows(NamedTuple):
         return f"the {self.num_devices} devices of `axis_name={self.axis_name!r}`"
 
     def shapes(self, tree: Tree) -> Tree:
-        """What one device has of `tree`."""
-        return one_row(tree)
+        """The shapes of what one device has of `tree`."""
+        return jax.eval_shape(lambda tree: jax.tree.map(sum_rows, tree), tree)
 
     def own(self, state: Any) -> tuple[Any, bool]:
         """The state of all devices, as it is."""
@@ -234,18 +238,3 @@ def row(x: Any, number: int | Scalar) -> jax.Array:
     """One row, without gathering the others; zeros if there is none of that number."""
     x = jnp.asarray(x)
     return _tree.masked_sum(x, jnp.arange(len(x)) == number, sum_rows)
-
-
-def one_row(tree: Tree) -> Tree:
-    """The shapes of single rows."""
-    return jax.eval_shape(lambda tree: jax.tree.map(sum_rows, tree), tree)
-
-
-def with_leading_axis(tree: Tree) -> Tree:
-    """Each leaf as the only row of one."""
-    return jax.tree.map(lambda x: x[None], tree)
-
-
-def without_leading_axis(tree: Tree) -> Tree:
-    """The first row of each leaf."""
-    return jax.tree.map(lambda x: x[0], tree)
