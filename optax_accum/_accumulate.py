@@ -73,7 +73,8 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           params: The parameters.
 
         Returns:
-          An `oa.AccumulateState`.
+          An `oa.AccumulateState`. With `mesh`, what is each device's own in it has a
+          leading axis of devices, ``[D, ...]``.
 
         Raises:
           TypeError: An `accumulator_dtype` that is real for complex parameters, or the
@@ -100,7 +101,8 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             optimizer without an accumulator. In place of the gradient, its pullback:
             `jax.vjp` of the loss with respect to the parameters alone. The backward
             pass then adds the gradient straight into the window (see the note in
-            `accumulate`).
+            `accumulate`). If `accumulate` was given a `mesh`, `grads`, `weight` and
+            `value` have a leading axis of devices (see the note there).
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
           weight: A real scalar >= 0: how many units (examples, tokens) this
@@ -136,7 +138,8 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             summed over it already; a state for another number of devices; a pullback
             of anything but one real scalar, with respect to more than the parameters,
             from another transformation, such as `optax.chain`, or together with `skip`,
-            `noise_decay` or `oa.noise.adaptive_k`.
+            `noise_decay`, `oa.noise.adaptive_k` or `mesh`; with `mesh`, gradients, a
+            `value` or an array as `weight` that lack the axis of devices.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -316,10 +319,10 @@ def accumulate(
       TypeError: `inner` is not a gradient transformation; `every_k` is not an int, a
         schedule or ``None``; `noise_decay` is not a number; an integer
         `accumulator_dtype`.
-      ValueError: A `mesh` without the axis; `scatter` without `mesh`;
-        `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
+      ValueError: `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
         from 1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
-        `axis_name`, because devices would disagree on when to meet.
+        `axis_name`, because devices would disagree on when to meet; a `mesh` without
+        the axis; `scatter` without `mesh`.
 
     Examples:
       Two micro-batches, of three examples and of one, update as their four would:
@@ -334,6 +337,32 @@ def accumulate(
       >>> params, state = tx.update_params(
       ...     jnp.array([5.0, 0.0]), state, params, weight=1
       ... )
+      >>> print(params)
+      [-2. -3.]
+
+      The same on a mesh, here of one device, which exchanges once per update:
+
+      >>> import jax
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> over = {"mesh": mesh, "axis_name": "data"}
+      >>> def loss(params, x):
+      ...     return jnp.mean(x @ params)
+      >>> value_and_grad = oa.value_and_grad(
+      ...     loss, num_microbatches=1, local=True, **over
+      ... )
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=2, **over)
+      >>> @jax.jit
+      ... def step(params, state, x):
+      ...     value, grads = value_and_grad(params, x)
+      ...     return tx.update_params(
+      ...         grads, state, params, weight=len(x), value=value
+      ...     )
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> state.window.grads.shape, state.window.weight.shape
+      ((1, 2), (1,))
+      >>> params, state = step(params, state, jnp.array([[1.0, 4.0]] * 3))
+      >>> params, state = step(params, state, jnp.array([[5.0, 0.0]]))
       >>> print(params)
       [-2. -3.]
 
@@ -364,17 +393,17 @@ def accumulate(
       Inside `jax.shard_map` a state may come with one window per device, as
       `oa.sharding.stack_windows` makes it, and goes out so.
 
-      With `mesh`, `init` gives every device a window: a row of arrays with a leading
-      axis of devices, which is sharded over `axis_name`. Micro-steps take such rows, as
-      `oa.value_and_grad` with ``local=True`` returns them: `grads` ``[D, ...]``,
-      `value` ``[D]``, and `weight` ``[D]``, or a Python number that the devices share
-      equally. Off the boundary they exchange nothing. `inner` runs once, on the sum:
-      under `jax.jit`, and wherever parameters and state are sharded.
+      With `mesh`, `init` gives each of the D devices a window: one row of arrays with a
+      leading axis of devices, which is sharded over `axis_name`. Micro-steps take such
+      rows, as `oa.value_and_grad` with ``local=True`` returns them: `grads`
+      ``[D, ...]``, `value` ``[D]``, and `weight` ``[D]``, or a Python number that the
+      devices share equally. Off the boundary they exchange nothing. At it `inner` runs
+      on the sum, which has no rows; parameters and inner state may be sharded in any
+      way. Pullbacks are refused.
 
       With `scatter` the sum is scattered as `oa.sharding.scatter_specs` says.
 
     Note: Buffers
-
       If parameters or moments are narrower than what `inner` computes in (bfloat16),
       the updates and the inner state are computed one after the other, which saves
       parameter-sized copies; what the two have in common is then computed twice, once

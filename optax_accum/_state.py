@@ -21,7 +21,8 @@ class AccumulateState(NamedTuple):
     undefined, because the updates use its memory.
 
     Across devices (`axis_name`), `window` and `skip_state` are each device's own; the
-    rest is the same everywhere.
+    rest is the same everywhere. From plain `jax.jit` (`mesh`) they have a leading axis
+    of devices, ``[D, ...]``.
 
     Attributes:
       micro_step: ``i32[]``, how many micro-steps the open window has seen.

@@ -259,12 +259,11 @@ def value_and_grad(
       sharded along axis 0. A carry's floating leaves are averaged over the devices, by
       weight; its other leaves are those of the last device with any weight.
 
-      With `local` the devices of `mesh` exchange nothing, and each has its own result:
-      what would be reduced comes with a leading axis of devices, sharded over them. So
-      do value, gradients and `MicrobatchInfo`; the gradient of a leaf ``[...]`` is
-      ``[D, ...]``. `oa.accumulate` with the same `mesh` and `axis_name` takes these.
-      Only a carry is reduced all the same. (A derivative of such a result goes through
-      the loop.)
+      With `local` the D devices of `mesh` exchange nothing, and each has its own
+      result: whatever would be reduced has a leading axis of devices instead, which is
+      sharded over them. The value is ``[D]``, the gradient of a parameter ``[...]`` is
+      ``[D, ...]``, and so is what `MicrobatchInfo` holds. `oa.accumulate` with the same
+      `mesh` and `axis_name` takes these. Only a carry is reduced all the same.
 
       On an Explicit mesh, parameters that are tagged ``reduced`` get gradients that are
       ``unreduced``, as from JAX, and `jax.reshard` sums them once; `skip` and
@@ -277,7 +276,8 @@ def value_and_grad(
       what every micro-batch needs for its backward pass: it is right, but saves no
       memory. These are derivatives of the gradient, of auxiliary outputs and of a
       carry; all derivatives of a call if something else is differentiated as well, such
-      as the batch or what `fun` closes over; and those of a `fun` with a `jax.Ref`.
+      as the batch or what `fun` closes over; those of a call with `local`; and those of
+      a `fun` with a `jax.Ref`.
       (There, a NaN in a micro-batch of weight 0 makes a derivative NaN, as with
       `jnp.where`.)
 

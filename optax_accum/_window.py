@@ -201,7 +201,10 @@ class Devices(Protocol):
         """The sums over all devices, of the gradients and of everything else."""
 
     def reduce(self, reduction: str, x: jax.Array, weight: Scalar) -> jax.Array:
-        """The "sum", "max" or "last" of all devices; `weight` is this one's W."""
+        """The "sum", "max" or "last" of all devices.
+
+        `weight` is this one's W, or of rows that of each.
+        """
 
 
 class Window(NamedTuple):

@@ -33,8 +33,8 @@ def stack_windows(
 ) -> Tree:
     """Gives every device a window of its own.
 
-    `accumulate` with a `mesh` does so in `init`. For `jax.shard_map`, `jax.pmap` and
-    after `sum_windows` it is done here.
+    For `jax.shard_map` and `jax.pmap`, and after `sum_windows`. `accumulate` with a
+    `mesh` does the same in `init`.
 
     The first device continues the window that `opt_state` holds, the others start from
     zero; over all of them the sums are what they were. For large models run it under
@@ -117,7 +117,8 @@ def sum_windows(
     open: what they hold is added up.
 
     Args:
-      opt_state: A stacked state, from `jax.shard_map` or from `jax.pmap`.
+      opt_state: A stacked state, from `jax.shard_map`, from `jax.pmap`, or of an
+        `accumulate` with a `mesh`.
       rescale: Whether `micro_step` becomes the number of micro-batches that all devices
         have run, which `stack_windows` divides by the new number of devices: the window
         then ends after as many examples if the micro-batches of one device keep their
@@ -126,7 +127,8 @@ def sum_windows(
       overwrite: What `accumulate` was given.
 
     Returns:
-      The state as `init` would have built it. `skip_state` is the first device's.
+      The state as `init` without a `mesh` would have built it. `skip_state` is the
+      first device's.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`, or is not stacked.
@@ -173,11 +175,11 @@ def sum_windows(
 def micro_steps_left(
     opt_state: Tree, batch_size: float, micro_batch_size: float
 ) -> int:
-    """How many micro-steps the open window still needs, with the devices of today.
+    """How many micro-steps the open window still needs, if their size has changed.
 
-    A training that goes on with another number of devices runs as many of them, the
-    last with ``boundary=True``. It then updates on the global batch that it would have
-    had (see `stack_windows` for its state):
+    A training that goes on with another number of devices runs that many, the last one
+    with ``boundary=True``. It then updates on the global batch that it would have had
+    (see `stack_windows` for its state):
 
         ⌈(batch_size - W) / micro_batch_size⌉
 
@@ -186,7 +188,9 @@ def micro_steps_left(
     `micro_batch_size`: fill it up with padding, which the loss masks out and `weight`
     does not count.
 
-    Where `weight` counts something else, such as tokens, or where micro-batches were
+    It reads values of the state: call it outside of `jax.jit`.
+
+    If `weight` counts something else, such as tokens, or if micro-batches were
     rejected, W does not say how many examples of the global batch were taken. The data
     loader knows it: divide what it has left of them by the examples of a micro-step.
 
