@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_accum import _tree, _validate
+from optax_accum._state import AccumulateState
 from optax_accum._types import (
+    AnyMesh,
     AxisName,
     DType,
     Grads,
@@ -36,15 +38,15 @@ class Rows(NamedTuple):
       scatter: Whether each device keeps only its part of the gradients' sum.
     """
 
-    axis_name: AxisName | None = None
-    mesh: Any = None
-    scatter: bool = False
+    axis_name: AxisName
+    mesh: AnyMesh
+    scatter: bool
 
     @classmethod
-    def of(cls, axis_name: Any, mesh: Any, scatter: Any) -> Self:
+    def of(cls, axis_name: AxisName | None, mesh: AnyMesh, scatter: bool) -> Self:
         """Checks them against each other, as `DataParallel.of` does."""
         devices = DataParallel.of(axis_name, mesh, scatter)
-        return cls(devices.axis_name, devices.mesh, devices.scatter)
+        return cls(devices.axis_name, mesh, devices.scatter)
 
     @property
     def axes(self) -> tuple[Any, ...]:
@@ -93,12 +95,7 @@ class Rows(NamedTuple):
 
     def reduce(self, reduction: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """The "sum", "max" or "last" of all rows, see `_window.Devices`."""
-        if reduction == "sum":
-            return sum_rows(x)
-        if reduction == "max":
-            return jnp.max(x, 0)
-        numbers = jnp.arange(len(weight))
-        return row(x, jnp.max(jnp.where(weight != 0, numbers, -1)))
+        return reduce_rows(reduction, x, weight)
 
     # --- Making and checking ---
 
@@ -117,7 +114,7 @@ class Rows(NamedTuple):
             tree,
         )
 
-    def placed(self, state: Tree) -> Tree:
+    def placed(self, state: AccumulateState) -> AccumulateState:
         """`state`, all of it on the devices of the mesh: counts and the like on each.
 
         Every micro-step returns them so. The second one then runs the program of the
@@ -145,7 +142,7 @@ class Rows(NamedTuple):
             for part in spec
         ]
 
-    def check(self, state: Any, grads: Grads, params: Params) -> None:
+    def check(self, state: AccumulateState, grads: Grads, params: Params) -> None:
         """Raises unless state and gradients have a row for each device."""
         count = self.num_devices
         windows = jnp.shape(state.window.weight)
@@ -189,7 +186,7 @@ class Rows(NamedTuple):
         """The shapes of what one device has of `tree`."""
         return jax.eval_shape(lambda tree: jax.tree.map(sum_rows, tree), tree)
 
-    def own(self, state: Any) -> tuple[Any, bool]:
+    def own(self, state: AccumulateState) -> tuple[AccumulateState, bool]:
         """The state of all devices, as it is."""
         return state, False
 
@@ -232,6 +229,16 @@ class Rows(NamedTuple):
 def sum_rows(x: Any) -> jax.Array:
     """The sum over the leading axis, in the same dtype."""
     return jnp.sum(x, 0, dtype=x.dtype)
+
+
+def reduce_rows(reduction: str, x: Any, weight: jax.Array) -> jax.Array:
+    """The "sum", "max" or "last" of all rows with any `weight`, ``[D]``."""
+    if reduction == "sum":
+        return sum_rows(x)
+    if reduction == "max":
+        return jnp.max(jnp.asarray(x), 0)
+    numbers = jnp.arange(len(weight))
+    return row(x, jnp.max(jnp.where(weight != 0, numbers, -1)))
 
 
 def row(x: Any, number: int | Scalar) -> jax.Array:

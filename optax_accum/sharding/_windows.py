@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from optax_accum import _tree, _validate
+from optax_accum import _validate
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState, find, map_states, states_in
 from optax_accum._types import AxisName, Specs, Tree
-from optax_accum.sharding._rows import Rows, row, sum_rows
+from optax_accum.sharding._rows import reduce_rows, row, sum_rows
 
 
 def stack_windows(
@@ -156,12 +156,12 @@ def sum_windows(
         if rescale:
             count = jax.tree.map(lambda c: c * num_devices, everything.micro_step)
             everything = everything._replace(micro_step=count)
-        window, overwritten = state.window, Overwritten(overwrite)
-        sums = jax.tree.map(sum_rows, window)
-        others = overwritten.over_devices(
-            window.grads, Rows(), jnp.asarray(window.weight)
+        weight = jnp.asarray(state.window.weight)
+        sums = jax.tree.map(sum_rows, state.window._replace(grads=()))
+        grads = Overwritten(overwrite).map(
+            lambda reduction, x: reduce_rows(reduction or "sum", x, weight),
+            state.window.grads,
         )
-        grads = _tree.merge(overwritten.gradients(sums.grads), others)
         return everything._replace(
             window=sums._replace(grads=grads),
             skip_state=jax.tree.map(first, state.skip_state),
