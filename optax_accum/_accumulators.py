@@ -287,8 +287,11 @@ def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> list[Accumu
     return accumulators
 
 
-def specs(policies: Tree, axis_name: AxisName | None, reduced: P) -> Specs:
-    """Where the results lie on a mesh: for ``out_specs``; `reduced` is for the sums."""
+def specs(policies: Tree, axis_name: AxisName | None, spec: P) -> Specs:
+    """Where the results lie on a mesh: for ``out_specs``.
+
+    `spec` is for those of which devices do not keep their own part.
+    """
     return jax.tree.map(
-        lambda policy: P(axis_name) if POLICIES[policy].is_local else reduced, policies
+        lambda policy: P(axis_name) if POLICIES[policy].is_local else spec, policies
     )

@@ -106,16 +106,16 @@ class Settings(Microbatching):
         outputs = _outputs.Outputs(self.has_aux, call.carry_name, self.holomorphic)
         obstacle = self._obstacle(call)
         numbers = _tree.numbered(call.args)
-        reduced = self.devices.reduced_specs
+        spec = self.devices.result_spec
         specs = Result(
-            value=reduced,
+            value=spec,
             grads=self.devices.gradient_specs(
                 _tree.keep_inexact(call.differentiated), self.overwritten
             ),
             rest=(
-                _accumulators.specs(self.aux, self.devices.axis_name, reduced),
+                _accumulators.specs(self.aux, self.devices.axis_name, spec),
                 P(),
-                reduced,
+                spec,
             ),
         )
 
@@ -464,14 +464,11 @@ class _Loop:
         total = own.over_devices(devices, settings.overwritten)
         kept = _tree.kept_like(totals.carry, before)
         carry = devices.merge_carry(totals.carry, kept, own.weight, total.weight)
-        finished = [
-            a.finish(a.over_devices(carried, devices.reduced_over), total.weight)
-            for a, carried in zip(accumulators, totals.aux, strict=True)
-        ]
-        finished = [
-            output if a.is_local else devices.as_rows(output)
-            for a, output in zip(accumulators, finished, strict=True)
-        ]
+        finished = []
+        for a, own_carried in zip(accumulators, totals.aux, strict=True):
+            carried = a.over_devices(own_carried, devices.reduced_over)
+            output = a.finish(carried, total.weight)
+            finished.append(output if a.is_local else devices.as_rows(output))
         # An exchange has another buffer.
         in_place = self.is_in_place and devices.reduced_over is None
         value, grads = _tree.cast_like(

@@ -113,7 +113,7 @@ def state(value: Any) -> None:
 
 
 def sums(value: Any, grads: Grads, *, has_accumulator: bool) -> None:
-    """Raises unless the state `value` has sums if they are needed, and then alone."""
+    """Raises if the state `value` lacks sums that are needed, or has needless ones."""
     lacks_sums = not jax.tree.leaves(value.window.grads)
     if has_accumulator and lacks_sums and jax.tree.leaves(_tree.keep_inexact(grads)):
         raise ValueError(

@@ -260,14 +260,14 @@ class DataParallel(NamedTuple):
         return jax.tree.map(merge, carry, before)
 
     @property
-    def reduced_specs(self) -> P:
-        """Where what is reduced lies on the mesh: for ``out_specs``."""
+    def result_spec(self) -> P:
+        """Where what is reduced, or a row instead, lies on the mesh."""
         return P(self.axis_name) if self.local else P()
 
     def gradient_specs(self, params: Params, overwritten: Overwritten) -> Specs:
         """Where the gradients of `params` lie on the mesh: for ``out_specs``."""
         if not self.scatter or self.mesh is None:
-            return self.reduced_specs
+            return self.result_spec
         return scatter_specs(
             params, self.mesh, self.axis_name, overwrite=overwritten.rule
         )

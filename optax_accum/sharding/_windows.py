@@ -223,7 +223,7 @@ def micro_steps_left(
     state = find(opt_state)
     is_open = jnp.max(jnp.asarray(state.micro_step)) > 0
     seen = float(jnp.where(is_open, jnp.sum(jnp.asarray(state.window.weight)), 0))
-    # Of shares that devices have of a weight, the sum may be off by a rounding.
+    # The sum of the devices' equal shares of a weight may be off by a rounding.
     if abs(seen - round(seen)) < 1e-6 * batch_size:
         seen = round(seen)
     if seen >= batch_size:
