@@ -1316,6 +1316,14 @@ class TestMistakes:
         with refused("`mesh` was given inside an axis", "keep `axis_name`"):
             devices.inside("unchecked", step, (None, 0), (None,))(PARAMS, X)
 
+    @pytest.mark.parametrize("number", [-1, np.nan, np.inf])
+    def test_a_known_weight_that_is_no_number_of_units(self, number):
+        weight = np.ones(COUNT)
+        weight[-1] = number
+        update, state = self.tx.update_params, self.tx.init(PARAMS)
+        with refused("`weight` must be finite and >= 0", "Use 0 for"):
+            update(self.rows, state, PARAMS, weight=weight)
+
     @pytest.mark.parametrize("weight", [jnp.ones([]), np.ones(3), jnp.ones((COUNT, 1))])
     def test_a_weight_that_is_no_row_of_numbers(self, weight):
         with refused("`weight` must be an array with a number for each", "info.weight"):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -211,6 +212,9 @@ class Rows(NamedTuple):
                 f"{jnp.shape(value)}. Pass `info.weight`, from oa.value_and_grad(..., "
                 "local=True, return_info=True)"
             )
+        if not isinstance(value, jax.Array):
+            for number in np.asarray(value):
+                _validate.weight(number, dtype)
         return jnp.asarray(value).astype(dtype), None
 
     def value(self, value: Any) -> jax.Array:
