@@ -1,9 +1,9 @@
 """What one update exchanges between devices, read from the compiled programs.
 
-Every way of computing one update in K micro-batches over several devices (simulated on a
-CPU), ours and the others'. Counted are the collectives of all programs that run for one
-update: what is in a loop counts K times, what is in a micro-step K times, what is in
-the boundary's branch once. No clock: simulated devices have no wires.
+Every way of computing one update in K micro-batches over several devices (simulated on
+a CPU), ours and the others'. Counted are the collectives of all programs that run for
+one update: what is in a loop counts K times, what is in a micro-step K times, what is
+in the boundary's branch once. No clock: simulated devices have no wires.
 
 Data are counted in all-reduces of the gradient. An all-reduce is a reduce-scatter and
 an all-gather, so each of these counts half of what it leaves or takes on one device.

@@ -245,7 +245,12 @@ def table(rows: list[Row]) -> shared.Table:
     return shared.Table(
         f"{row.parameters / 1e6:.2g}M parameters with AdamW, {row.k} micro-batches of "
         f"{row.examples} examples on each device to an update",
-        ("way", "MB exchanged per update", "ms per update", "relative to the first row"),
+        (
+            "way",
+            "MB exchanged per update",
+            "ms per update",
+            "relative to the first",
+        ),
         "lrrr",
         lines,
     )

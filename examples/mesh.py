@@ -194,7 +194,8 @@ def train(name, make):
         )
         args = params, state, jax.device_put(batches[0][0], split)
         programs = {b: step.lower(*args, b).compile() for b in (False, True)}
-        for batch, boundary in track(batches, f"{name}, {make.__name__.replace('_', ' ')}"):
+        shown = f"{name}, {make.__name__.replace('_', ' ')}"
+        for batch, boundary in track(batches, shown):
             args = params, state, jax.device_put(batch, split)
             params, state = programs[boundary](*args)
             # Simulated devices share a few threads: queued steps can deadlock.

@@ -47,7 +47,6 @@ from optax_accum._types import (
 from optax_accum._window import Window
 from optax_accum.noise import _tracker
 from optax_accum.noise._adaptive_k import AdaptiveK
-from optax_accum.sharding import _inside
 from optax_accum.sharding._inside import Inside
 from optax_accum.sharding._rows import Rows
 
@@ -668,7 +667,7 @@ class _Accumulation:
         accumulated = _tree.keep_inexact(grads)
         self.devices.check(state, accumulated, params)
         _validate.sums(state, grads, has_accumulator=self.has_accumulator)
-        state, is_stacked = self.devices.own(state)
+        state, is_stacked = self.devices.unstacked(state)
         self.tracker.check(state, accumulated, self.devices.axes)
         shapes = self.devices.shapes(accumulated)
         if self.has_accumulator:
@@ -866,7 +865,7 @@ class _Accumulation:
             noise=buffers.noise,
             inner_state=buffers.inner_state,
         )
-        return _inside.stacked(state) if step.is_stacked else state
+        return self.devices.stacked(state) if step.is_stacked else state
 
     def _ask_skip(self, step: _MicroStep) -> tuple[Scalar, bool | Scalar, Tree]:
         """As `_skip.ask`, with the info in the type that the state holds it in."""

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
-from optax_accum.sharding import _inside
+from optax_accum.sharding._inside import Inside
 from tests.support import devices, hlo
 from tests.support.devices import AXIS, COUNT, PARAMS
 from tests.support.errors import saying
@@ -217,7 +217,7 @@ def test_parameters_sharded_over_another_axis_stay_sharded(kind, update):
         state = tx.init(w)
         for g in grads:
             w, state = stepper(tx, update)(w, state, jnp.full_like(w, 1.0) * g[0])
-        return w, _inside.stacked(state)
+        return w, Inside().stacked(state)
 
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(

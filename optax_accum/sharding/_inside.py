@@ -82,11 +82,15 @@ class Inside(DataParallel):
         """As `_validate.scalar_value`."""
         return _validate.scalar_value(value)
 
-    def own(self, state: AccumulateState) -> tuple[AccumulateState, bool]:
+    def unstacked(self, state: AccumulateState) -> tuple[AccumulateState, bool]:
         """The state of this device, and whether it came as one row of a stack."""
         if not is_stacked(state):
             return state, False
         return map_local(_tree.without_leading_axis, state), True
+
+    def stacked(self, state: AccumulateState) -> AccumulateState:
+        """`state` with the window of this device as one row of a stack."""
+        return map_local(_tree.with_leading_axis, state)
 
     def add(
         self, window: Window, grads: Grads | Pullback, *args: Any, **kwargs: Any
@@ -101,8 +105,3 @@ class Inside(DataParallel):
         window = window._replace(grads=_tree.with_leading_axis(window.grads))
         window = window.add(_tree.with_leading_axis(grads), *args, **kwargs)
         return window._replace(grads=_tree.without_leading_axis(window.grads))
-
-
-def stacked(state: AccumulateState) -> AccumulateState:
-    """`state` with the window of this device as one row of a stack."""
-    return map_local(_tree.with_leading_axis, state)

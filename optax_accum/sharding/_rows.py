@@ -57,11 +57,16 @@ class Rows(NamedTuple):
     @property
     def num_devices(self) -> int:
         """How many devices there are."""
-        return DataParallel(self.axis_name, self.mesh).num_shards
+        return self._from_inside.num_shards
+
+    @property
+    def _from_inside(self) -> DataParallel:
+        """The same devices, as each of them sees them."""
+        return DataParallel(self.axis_name, self.mesh, self.scatter)
 
     def check_place(self, remedy: str) -> None:
         """Raises inside of the axis, where there are no rows."""
-        DataParallel(self.axis_name, self.mesh).check_place(remedy)
+        self._from_inside.check_place(remedy)
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of each row of its arguments."""
@@ -72,8 +77,7 @@ class Rows(NamedTuple):
 
         What a caller made, or a number that devices share, lies nowhere in particular.
         """
-        devices = DataParallel(self.axis_name, self.mesh)
-        return jax.tree.map(lambda x: devices.spread(x, 0), tree)
+        return jax.tree.map(lambda x: self._from_inside.spread(x, 0), tree)
 
     # --- Summing ---
 
@@ -83,10 +87,9 @@ class Rows(NamedTuple):
             return jax.tree.map(sum_rows, (grads, rest))
         # By hand, because not every compiler makes a reduce-scatter of a sum whose
         # result is sharded.
-        devices = DataParallel(self.axis_name, scatter=True)
         specs = scatter_specs(self.shapes(grads), self.mesh, self.axis_name)
         return jax.shard_map(
-            lambda rows: devices.sum(*_tree.without_leading_axis(rows)),
+            lambda rows: self._from_inside.sum(*_tree.without_leading_axis(rows)),
             mesh=self.mesh,
             axis_names=set(self.axes),
             in_specs=P(self.axis_name),
@@ -187,9 +190,13 @@ class Rows(NamedTuple):
         """The shapes of what one device has of `tree`."""
         return jax.eval_shape(lambda tree: jax.tree.map(sum_rows, tree), tree)
 
-    def own(self, state: AccumulateState) -> tuple[AccumulateState, bool]:
-        """The state of all devices, as it is."""
+    def unstacked(self, state: AccumulateState) -> tuple[AccumulateState, bool]:
+        """`state` as it is: here it is that of all devices."""
         return state, False
+
+    def stacked(self, state: AccumulateState) -> AccumulateState:
+        """`state` as it is."""
+        return state
 
     def add(self, window: Window, *args: Any, **kwargs: Any) -> Window:
         """`window.add`, of one row."""
