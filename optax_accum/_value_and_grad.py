@@ -299,11 +299,12 @@ def value_and_grad(
             "but `has_aux` is False. Return (value, aux) from `fun` and pass "
             "has_aux=True, or give the parameter another name"
         )
-    if local and weight is not None and not (return_info or noise_scale):
-        raise ValueError(
-            "`local=True` and `weight` need `return_info=True`: devices may differ in "
-            "weight, and `accumulate` needs that of each, `info.weight`"
-        )
+    for name, option in {"weight": weight, "skip": skip}.items():
+        if local and option is not None and not (return_info or noise_scale):
+            raise ValueError(
+                f"`local=True` and `{name}` need `return_info=True`: devices may "
+                "differ in weight, and `accumulate` needs that of each, `info.weight`"
+            )
     roles = _arguments.Roles.of(
         argnums,
         batch_argnums,

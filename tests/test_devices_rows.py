@@ -1233,6 +1233,8 @@ class TestMistakes:
             f(scatter=True, **self.place.options)
         with refused("`local=True` and `weight` need `return_info=True`"):
             f(weight=lambda _, x: len(x), **self.place.options)
+        with refused("`local=True` and `skip` need `return_info=True`"):
+            f(skip=oa.skip_not_finite, **self.place.options)
         with refused('`on_skip="wait"` cannot be used with `axis_name`'):
             skip = {"skip": oa.skip_not_finite, "on_skip": "wait"}
             oa.accumulate(SGD, K, **skip, **self.place.options)
