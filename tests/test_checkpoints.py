@@ -421,6 +421,14 @@ class TestMicroStepsLeft:
                     left = oa.sharding.micro_steps_left(state, size, micro_batch)
                     assert left == 12 - seen + (size > 12 * micro_batch)
 
+    def test_weights_may_be_fractions(self):
+        """0.7 is a little less in float32, and 0.9 / 0.3 a little more than 3."""
+        assert oa.sharding.micro_steps_left(opened([0.7]), 1.4, 0.7) == 1
+        assert oa.sharding.micro_steps_left(opened([0.7]), 1.5, 0.7) == 2
+        assert oa.sharding.micro_steps_left(opened([]), 0.9, 0.3) == 3
+        with refused("leaves nothing to add"):
+            oa.sharding.micro_steps_left(opened([0.7, 0.7]), 1.4, 0.7)
+
     def test_one_token_more_is_a_micro_step_more(self):
         state = opened([1_000_000] * 3)
         assert oa.sharding.micro_steps_left(state, 4_000_000, 1_000_000) == 1
@@ -433,8 +441,8 @@ class TestMicroStepsLeft:
         with refused(*words):
             oa.sharding.micro_steps_left(around(opened(seen)), 64, 16)
 
-    @pytest.mark.parametrize("size", [0, -1, float("nan")])
-    def test_sizes_are_positive(self, size):
+    @pytest.mark.parametrize("size", [0, -1, float("nan"), float("inf")])
+    def test_sizes_are_positive_and_finite(self, size):
         with refused("`batch_size`", str(size)):
             oa.sharding.micro_steps_left(opened([]), size, 16)
         with refused("`micro_batch_size`", str(size)):

@@ -218,22 +218,27 @@ def micro_steps_left(
     """
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     for name, size in sizes.items():
-        if not size > 0:
-            raise ValueError(f"`{name}` must be a number > 0; got {size!r}")
+        if not 0 < size < math.inf:
+            raise ValueError(f"`{name}` must be a finite number > 0; got {size!r}")
     state = find(opt_state)
     is_open = jnp.max(jnp.asarray(state.micro_step)) > 0
     seen = float(jnp.where(is_open, jnp.sum(jnp.asarray(state.window.weight)), 0))
-    # The sum of the devices' equal shares of a weight may be off by a rounding.
-    if abs(seen - round(seen)) < 1e-6 * batch_size:
+    # Sums of fractions may be off by a rounding: of weights like 0.7, and of shares
+    # that devices have of a whole number. Whole numbers are exact.
+    rounding = 1e-6 * batch_size
+    if abs(seen - round(seen)) < rounding:
         seen = round(seen)
-    if seen >= batch_size:
+    if all(x == round(x) for x in (seen, *sizes.values())):
+        rounding = 0
+    left = batch_size - seen
+    if left <= rounding:
         raise ValueError(
             f"the open window in `opt_state` has a weight of {seen:g}, and "
             f"`batch_size={batch_size!r}` leaves nothing to add. Both must be in one "
             "unit, that of `weight`; to end the window as it is, pass weight=0 and "
             "boundary=True"
         )
-    return math.ceil((batch_size - seen) / micro_batch_size)
+    return math.ceil((left - rounding) / micro_batch_size)
 
 
 def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
