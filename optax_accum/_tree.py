@@ -291,9 +291,21 @@ def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
         return _on_mesh(sharding, jnp.zeros_like(x, dtype=dtype))
     if isinstance(getattr(x.sharding, "mesh", None), Mesh):
         return _placed_zeros(x.shape, dtype or x.dtype, x.sharding)
+    if _names_auto_axes(x.sharding):  # Of an abstract mesh, which `jnp.zeros` refuses.
+        shape, dtype = x.shape, dtype or x.dtype
+        return jax.jit(lambda: placed(jnp.zeros(shape, dtype), x.sharding))()
     # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
     zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
     return vary_over(varying(x), _on_mesh(x.sharding, zeros))
+
+
+def _names_auto_axes(sharding: Any) -> bool:
+    """Whether something is said to be sharded over axes that the compiler shards."""
+    if not isinstance(sharding, NamedSharding):
+        return False
+    names = {name for part in sharding.spec for name in axes_of(part)}
+    types = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    return any(kind == AxisType.Auto for name, kind in types if name in names)
 
 
 def _on_mesh(sharding: Any, x: jax.Array) -> jax.Array:

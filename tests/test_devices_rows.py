@@ -1185,6 +1185,21 @@ def test_init_gives_each_device_its_row_and_no_other(kind, jitted):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
 
 
+@kinds
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_mesh_may_be_that_of_the_context(kind, jitted):
+    place = layout("whole", kind)
+    params = place.put(PARAMS, P())
+    with jax.set_mesh(place.mesh):
+        tx = oa.accumulate(
+            ADAMW, K, mesh=jax.sharding.get_abstract_mesh(), axis_name=AXIS
+        )
+        state = (jax.jit(tx.init) if jitted else tx.init)(params)
+    own_rows(state, place)
+    start = oa.accumulate(ADAMW, K, **place.options).init(params)
+    chex.assert_trees_all_equal(state, start)
+
+
 @needs_four
 @kinds
 def test_rows_lie_where_the_parameters_do(kind):
