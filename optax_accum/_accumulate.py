@@ -400,6 +400,10 @@ def accumulate(
       on the sum, which has no rows; parameters and inner state may be sharded in any
       way. Pullbacks are refused.
 
+      What is before `accumulate` in an `optax.chain`, or beside it in an
+      `optax.partition`, is given rows as well: `optax.clip_by_global_norm` would take
+      the norm of all rows together. Put it inside: ``accumulate(optax.chain(...))``.
+
       With `scatter` the sum is scattered as `oa.sharding.scatter_specs` says.
 
     Note: Buffers
