@@ -289,23 +289,23 @@ def zeros_like(x: Leaf, dtype: DType = None) -> jax.Array:
     if not isinstance(x, jax.ShapeDtypeStruct):
         sharding = getattr(jax.typeof(x), "sharding", None)
         return _on_mesh(sharding, jnp.zeros_like(x, dtype=dtype))
-    if isinstance(getattr(x.sharding, "mesh", None), Mesh):
+    is_asked_for = isinstance(getattr(x.sharding, "mesh", None), Mesh)
+    # What JAX has made itself says nothing of Auto axes.
+    if is_asked_for or _names_auto_axes(x.sharding):
         return _placed_zeros(x.shape, dtype or x.dtype, x.sharding)
-    if _names_auto_axes(x.sharding):  # Of an abstract mesh, which `jnp.zeros` refuses.
-        shape, dtype = x.shape, dtype or x.dtype
-        return jax.jit(lambda: placed(jnp.zeros(shape, dtype), x.sharding))()
     # In a `jax.shard_map` over some of a mesh's axes `jnp.zeros_like` forgets the rest.
     zeros = jnp.zeros(x.shape, dtype or x.dtype, out_sharding=x.sharding)
     return vary_over(varying(x), _on_mesh(x.sharding, zeros))
 
 
 def _names_auto_axes(sharding: Any) -> bool:
-    """Whether something is said to be sharded over axes that the compiler shards."""
-    if not isinstance(sharding, NamedSharding):
+    """Whether a sharding says something of axes that are the compiler's."""
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or AxisType.Auto not in mesh.axis_types:
         return False
-    names = {name for part in sharding.spec for name in axes_of(part)}
-    types = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
-    return any(kind == AxisType.Auto for name, kind in types if name in names)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    named = [name for part in sharding.spec for name in axes_of(part)]
+    return any(types[name] == AxisType.Auto for name in named)
 
 
 def _on_mesh(sharding: Any, x: jax.Array) -> jax.Array:
@@ -323,17 +323,23 @@ def _placed_zeros(
     shape: tuple[int, ...], dtype: DType, sharding: NamedSharding
 ) -> jax.Array:
     """Zeros on the devices of a mesh, each of which makes its own part."""
+    if not isinstance(sharding.mesh, Mesh):  # but an abstract one, of the context
+        return jax.jit(lambda: _placed(jnp.zeros(shape, dtype), sharding))()
     zeros = jnp.zeros(shape, dtype, device=sharding)
-    if not isinstance(zeros, jax.core.Tracer):
-        return zeros
     # Inside of a trace `device` is not heeded.
+    is_traced = isinstance(zeros, jax.core.Tracer)
+    return _placed(zeros, sharding) if is_traced else zeros
+
+
+def _placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x` sharded like that, inside of a trace."""
     if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.reshard(zeros, sharding)
+        return jax.reshard(x, sharding)
     # How the other dimensions are sharded, the compiler finds from their use.
     free = [PartitionSpec.UNCONSTRAINED if a is None else a for a in sharding.spec]
-    free += [PartitionSpec.UNCONSTRAINED] * (len(shape) - len(free))
+    free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
     spec = PartitionSpec(*free)
-    return lax.with_sharding_constraint(zeros, sharding.update(spec=spec))
+    return lax.with_sharding_constraint(x, sharding.update(spec=spec))
 
 
 def placed_like(tree: Tree, like: Tree) -> Tree:
