@@ -21,7 +21,7 @@ from tests.support.xla import optimized
 
 pytestmark = [pytest.mark.core, pytest.mark.several_devices]
 K = 3
-ADAMW = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+ADAMW = promoting(devices.CLIPPED_ADAMW)
 ways = devices.parametrized(devices.INSIDE)
 also_in_pmap = devices.parametrized(devices.INSIDE, usual=("pmap", "checked"))
 

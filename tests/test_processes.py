@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType
 
 from tests.support import elastic
-from tests.support.devices import PARAMS, examples, loss
+from tests.support.devices import CLIPPED_ADAMW, PARAMS, examples, loss
 from tests.support.training import promoting
 
 PROCESSES, DEVICES, K = 2, 4, 3
@@ -92,7 +92,7 @@ def test_two_processes_end_with_the_same_bits_and_match_one_process(tmp_path):
 
 def alone():
     """Plain Optax in this process, on the counted examples of both."""
-    inner = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+    inner = promoting(CLIPPED_ADAMW)
     x, mask = examples(2 * K, count=DEVICES)
     params, state = PARAMS, inner.init(PARAMS)
     for start in range(0, 2 * K, K):

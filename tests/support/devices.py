@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -84,6 +85,10 @@ PARAMS = {
     "w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32),
     "b": jnp.full(4, 0.1, jnp.float32),
 }
+
+# It clips in one of two windows of `examples`, and has an epsilon, without which Adam
+# does not see how large a gradient is.
+CLIPPED_ADAMW = optax.chain(optax.clip_by_global_norm(0.8), optax.adamw(0.1, eps=0.1))
 
 
 def examples(steps, per_device=3, count=COUNT, seed=0):

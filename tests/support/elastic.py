@@ -39,11 +39,10 @@ def padded(examples, size):
 def optimizer():
     """The inner one."""
     # Such imports wait for the devices, which `jax.distributed.initialize` finds.
-    import optax  # noqa: PLC0415
-
+    from tests.support.devices import CLIPPED_ADAMW  # noqa: PLC0415
     from tests.support.training import promoting  # noqa: PLC0415
 
-    return promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
+    return promoting(CLIPPED_ADAMW)
 
 
 def training(mesh):

@@ -37,7 +37,7 @@ def main(address, processes, process, file):
         jax.make_array_from_process_local_data(split, np.asarray(a)[:, own])
         for a in (x, mask)
     )
-    inner = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))
+    inner = devices.CLIPPED_ADAMW
     ways = {}
 
     for way in ("checked", "unchecked"):
