@@ -832,7 +832,7 @@ def test_the_inner_optimizer_sees_value_and_grad_of_the_global_batch(kind):
 
 
 @mostly_auto
-@pytest.mark.parametrize("measure", [slow("noise_decay"), "adaptive_k"])
+@pytest.mark.parametrize("measure", [slow("noise_decay"), slow("adaptive_k")])
 def test_the_noise_scale_of_rows_is_that_inside_shard_map(kind, measure):
     x, mask = devices.examples(2 * K)
     inner, options = promoting(optax.sgd(0.0)), {"noise_decay": 0.9}
@@ -854,7 +854,7 @@ def test_the_noise_scale_of_rows_is_that_inside_shard_map(kind, measure):
 
 
 @mostly_auto
-@pytest.mark.parametrize("update", WAYS)
+@pytest.mark.parametrize("update", ["update_params", slow("update")])
 def test_overwritten_leaves_are_reduced_over_the_rows(kind, update):
     """The largest of all; the last of the last device that counts; the sum."""
     place = layout("whole", kind)
@@ -947,7 +947,7 @@ def test_open_windows_of_rows_come_back_from_orbax_with_the_same_bits(kind, tmp_
 
 
 @mostly_auto
-@pytest.mark.parametrize("number", [2, slow(1)])
+@pytest.mark.parametrize("number", [slow(2), slow(1)])
 def test_open_windows_of_rows_go_on_with_another_number_of_devices(kind, number):
     """Summed, and given to two devices, which take the same batches."""
     _, params, state, rest, wanted = half_a_window(kind)
@@ -1029,6 +1029,7 @@ def of_small(kind, fun=small, **options):
     return jax.jit(oa.value_and_grad(fun, **place.options, **(defaults | options)))
 
 
+@pytest.mark.slow
 @mostly_auto
 def test_oa_grad_returns_rows(kind):
     place = layout("whole", kind)
@@ -1037,6 +1038,7 @@ def test_oa_grad_returns_rows(kind):
     close(jax.device_get(jax.jit(f)(PARAMS, X)), wanted)
 
 
+@pytest.mark.slow
 @mostly_auto
 def test_a_derivative_of_rows_goes_through_the_loop(kind):
     """Of the values, and of the gradients."""
@@ -1115,6 +1117,7 @@ def test_random_keys_differ_between_rows(kind):
     close(values, jax.vmap(small, (None, 0))(PARAMS, *parts(X)) + noise)
 
 
+@pytest.mark.slow
 @mostly_auto
 def test_integers_among_the_parameters_pass_through(kind):
     """Their gradient is of dtype float0, and they have no window."""
