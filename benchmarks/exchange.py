@@ -95,11 +95,12 @@ def make(way: str, k: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
 
         return multi_steps.init, reduced_step
 
-    grad: Any = jax.grad(loss)
-    tx = oa.accumulate(optimizer, k)
+    grad: Any
     if way == OURS:
         grad = oa.grad(loss, num_microbatches=1, mesh=mesh, axis_name=AXIS, local=True)
         tx = oa.accumulate(optimizer, k, mesh=mesh, axis_name=AXIS)
+    else:
+        grad, tx = jax.grad(loss), oa.accumulate(optimizer, k)
     return tx.init, lambda params, state, x: tx.update_params(
         grad(params, x), state, params
     )
@@ -133,7 +134,7 @@ class Runner:
         start = time.perf_counter()
         for _ in range(self.k):
             self.params, self.state = self.step(self.params, self.state, self.x)
-            # Made-up devices share a few threads: queued steps can deadlock.
+            # Simulated devices share a few threads: queued steps can deadlock.
             jax.block_until_ready((self.params, self.state))
         return time.perf_counter() - start
 

@@ -107,6 +107,38 @@ def examples(steps, per_device=3, count=COUNT, seed=0):
     return jnp.asarray(x.reshape(*shape, 3)), jnp.asarray(mask.reshape(shape))
 
 
+def count(params, x, mask):
+    """The weight of `loss`."""
+    del params, x
+    return mask.sum()
+
+
+def rows(inner, every_k, mesh, axis_name=AXIS, **options):
+    """``tx`` and ``step(params, state, x, mask, boundary=None)``, from plain jit.
+
+    A `boundary` is a Python bool.
+    """
+    over = {"mesh": mesh, "axis_name": axis_name}
+    tx = oa.accumulate(inner, every_k, **over, **options)
+    gradient = oa.value_and_grad(
+        loss,
+        num_microbatches=1,
+        batch_argnums=(1, 2),
+        weight=count,
+        local=True,
+        return_info=True,
+        **over,
+    )
+
+    def step(params, state, x, mask, boundary=None):
+        (value, grads), info = gradient(params, x, mask)
+        return tx.update_params(
+            grads, state, params, weight=info.weight, value=value, boundary=boundary
+        )
+
+    return tx, jax.jit(step, donate_argnums=(0, 1), static_argnames="boundary")
+
+
 def windows(way, tx, update="update_params", takes="gradients", loss=loss, **static):
     """``step(params, state, x, mask, boundary)`` on all devices, and its start.
 

@@ -46,33 +46,10 @@ def optimizer():
 
 
 def training(mesh):
-    """``tx`` and ``step(params, state, x, mask, boundary)``, from plain jit."""
-    import optax_accum as oa  # noqa: PLC0415
+    """`devices.rows`, with a boundary in every call."""
     from tests.support import devices  # noqa: PLC0415
 
-    def count(params, x, mask):
-        del params, x
-        return mask.sum()
-
-    over = {"mesh": mesh, "axis_name": "data"}
-    tx = oa.accumulate(optimizer(), **over)
-    gradient = oa.value_and_grad(
-        devices.loss,
-        num_microbatches=1,
-        batch_argnums=(1, 2),
-        weight=count,
-        local=True,
-        return_info=True,
-        **over,
-    )
-
-    def step(params, state, x, mask, boundary):
-        (value, grads), info = gradient(params, x, mask)
-        return tx.update_params(
-            grads, state, params, weight=info.weight, value=value, boundary=boundary
-        )
-
-    return tx, jax.jit(step, donate_argnums=(0, 1), static_argnames="boundary")
+    return devices.rows(optimizer(), None, mesh)
 
 
 def go_on(folder, mesh):

@@ -6,7 +6,6 @@ Each has two devices and an own part of every micro-step's examples, of which it
 as many as its mask says. It leaves in FILE what its own devices hold in the end.
 """
 
-import functools
 import sys
 
 import jax
@@ -55,15 +54,11 @@ def main(address, processes, process, file):
             params, state = step(params, state, x[i], mask[i], None)
         ways[way] = params
 
-    def count(params, x, mask):
-        del params, x
-        return mask.sum()
-
     gradient = oa.value_and_grad(
         devices.loss,
         num_microbatches=k,
         batch_argnums=(1, 2),
-        weight=count,
+        weight=devices.count,
         axis_name=devices.AXIS,
         mesh=mesh,
     )
@@ -84,7 +79,7 @@ def main(address, processes, process, file):
     ways["mesh"] = params
 
     def by_rows(mesh, over, part, x, **options):
-        return rows(inner, k, count, mesh, over, part, x, mask, **options)
+        return rows(inner, k, mesh, over, part, x, mask, **options)
 
     ways["rows"] = by_rows(mesh, devices.AXIS, None, x)
     ways["scatter"] = by_rows(mesh, devices.AXIS, devices.AXIS, x, scatter=True)
@@ -116,31 +111,14 @@ def main(address, processes, process, file):
     jax.distributed.shutdown()
 
 
-def rows(inner, k, weight, mesh, over, part, x, mask, **options):
+def rows(inner, k, mesh, over, part, x, mask, **options):
     """What micro-steps from plain jit make of parameters in parts over axis `part`."""
     from jax.sharding import NamedSharding  # noqa: PLC0415
     from jax.sharding import PartitionSpec as P  # noqa: PLC0415
 
-    import optax_accum as oa  # noqa: PLC0415
     from tests.support import devices  # noqa: PLC0415
 
-    tx = oa.accumulate(inner, k, mesh=mesh, axis_name=over, **options)
-    gradient = oa.value_and_grad(
-        devices.loss,
-        num_microbatches=1,
-        batch_argnums=(1, 2),
-        weight=weight,
-        axis_name=over,
-        mesh=mesh,
-        local=True,
-        return_info=True,
-    )
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, x, mask):
-        (value, grads), info = gradient(params, x, mask)
-        return tx.update_params(grads, state, params, weight=info.weight, value=value)
-
+    tx, step = devices.rows(inner, k, mesh, over, **options)
     # Four columns each.
     placed = {
         name: NamedSharding(mesh, P(*[None] * (p.ndim - 1), part))
