@@ -103,7 +103,7 @@ def alone():
     return params
 
 
-# --- A training that goes on with other devices ---
+# --- A training that continues on other devices ---
 
 
 @pytest.fixture(scope="module")

@@ -253,6 +253,6 @@ def reduce_rows(reduction: str, x: Any, weight: jax.Array) -> jax.Array:
 
 
 def row(x: Any, number: int | Scalar) -> jax.Array:
-    """One row, without gathering the others; zeros if there is none of that number."""
+    """One row, without gathering the others; zeros if no row has that number."""
     x = jnp.asarray(x)
     return _tree.masked_sum(x, jnp.arange(len(x)) == number, sum_rows)

@@ -177,7 +177,7 @@ def micro_steps_left(
 ) -> int:
     """How many micro-steps the open window still needs, if their size has changed.
 
-    A training that goes on with another number of devices runs that many, the last one
+    A training that continues on another number of devices runs that many, the last one
     with ``boundary=True``. It then updates on the global batch that it would have had
     (see `stack_windows` for its state):
 

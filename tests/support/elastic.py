@@ -1,4 +1,4 @@
-"""A training that is killed, and goes on with any number of devices and processes.
+"""A training that is killed, and continues on any number of devices and processes.
 
     python -m tests.support.elastic ADDRESS PROCESSES PROCESS FOLDER
 
@@ -7,7 +7,7 @@ killed inside the second window.
 
     python -m tests.support.elastic ADDRESS PROCESSES PROCESS FOLDER DEVICES
 
-goes on from there, on so many devices of each process.
+continues from there, on that many devices of each process.
 """
 
 import sys
