@@ -5,6 +5,7 @@ from optax_accum import noise as noise
 from optax_accum import sharding as sharding
 from optax_accum._accumulate import AccumulateTransformation as AccumulateTransformation
 from optax_accum._accumulate import accumulate as accumulate
+from optax_accum._by_weight import by_weight as by_weight
 from optax_accum._epochs import with_boundaries as with_boundaries
 from optax_accum._loop import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import microbatch as microbatch
@@ -27,6 +28,7 @@ __all__ = [
     "Window",
     "accumulate",
     "accumulated",
+    "by_weight",
     "from_multi_steps",
     "grad",
     "gradient_step",

@@ -28,6 +28,7 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
+from optax_accum._by_weight import ByWeight
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
@@ -51,7 +52,7 @@ from optax_accum.sharding._inside import Inside
 from optax_accum.sharding._rows import Rows
 
 OnSkip = Literal["shrink", "wait"]
-EveryK = int | Schedule | AdaptiveK | None
+EveryK = int | Schedule | ByWeight | AdaptiveK | None
 Boundary = bool | jax.Array | None
 
 
@@ -87,7 +88,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -105,10 +106,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
           weight: A real scalar >= 0: how many units (examples, tokens) this
-            micro-batch's mean was taken over. In a mean, weight 0 contributes nothing,
-            even if the gradient is NaN. In a ``"ratio"`` or ``"sum"`` it is a share of
-            the denominator, and the gradient counts whatever it is. A window whose
-            weights are all 0 makes no update.
+            micro-batch's mean was taken over. By default 1. In a mean, weight 0
+            contributes nothing, even if the gradient is NaN. In a ``"ratio"`` or
+            ``"sum"`` it is a share of the denominator, and the gradient counts whatever
+            it is. A window whose weights are all 0 makes no update.
           boundary: Whether the window ends here: ``True``, ``False``, or ``None`` for
             the count to decide. A Python bool is decided at trace time; a boolean
             array is decided at run time. After ``True`` a `lax.cond` is left only if
@@ -132,13 +133,14 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
             optimizer does not take.
           ValueError: Gradients without the parameters' structure and shapes; a state of
             other parameters or of another optimizer; a `weight` that is not a scalar,
-            or a negative number; a `grad` that is not `grads`; no `boundary` with
-            ``every_k=None``; an `axis_name` that is not bound; gradients that were
-            summed over it already; a state for another number of devices; a pullback
-            of anything but one real scalar, with respect to more than the parameters,
-            from another transformation, such as `optax.chain`, or together with `skip`,
-            `noise_decay`, `oa.noise.adaptive_k` or `mesh`; with `mesh`, gradients, a
-            `value` or an array as `weight` that lack the axis of devices.
+            or a negative number; no `weight` with `oa.by_weight`, no `boundary` with
+            ``every_k=None``; a `grad` that is not `grads`; an `axis_name` that is not
+            bound; gradients that were summed over it already; a state for another
+            number of devices; a pullback of anything but one real scalar, with respect
+            to more than the parameters, from another transformation, such as
+            `optax.chain`, or together with `skip`, `noise_decay`, `oa.noise.adaptive_k`
+            or `mesh`; with `mesh`, gradients, a `value` or an array as `weight` that
+            lack the axis of devices.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -171,7 +173,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -275,9 +277,9 @@ def accumulate(
     Args:
       inner: Any Optax gradient transformation.
       every_k: How many micro-steps make a window: an int >= 1, a schedule
-        ``gradient_step -> k``, `oa.noise.adaptive_k`, or ``None`` if the caller passes
-        `boundary`. With the int 1 no accumulator is kept and the cost is that of
-        `inner`.
+        ``gradient_step -> k``, `oa.by_weight` for windows of so many tokens,
+        `oa.noise.adaptive_k`, or ``None`` if the caller passes `boundary`. With the
+        int 1 no accumulator is kept and the cost is that of `inner`.
       reduction: ``"mean"`` for gradients of means, weighted (S = Σ wᵢ·gᵢ, result
         S / W); ``"ratio"`` for gradients of sums that are normalised once, e.g. by
         the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
@@ -424,7 +426,7 @@ def accumulate(
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
     _validate.transformation(inner)
-    if not isinstance(every_k, AdaptiveK):
+    if not isinstance(every_k, ByWeight | AdaptiveK):
         every_k = _validate.every_k(every_k)
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
     _validate.one_of("on_skip", on_skip, ("shrink", "wait"))
@@ -469,7 +471,7 @@ class _Arguments(NamedTuple):
     grads: Grads
     state: AccumulateState
     params: Params
-    weight: ArrayLike
+    weight: ArrayLike | None
     value: ArrayLike | None
     extra_args: Kwargs
 
@@ -556,7 +558,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -573,7 +575,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -585,6 +587,8 @@ class _Accumulation:
         self, arguments: _Arguments, boundary: Boundary, *, applies: bool
     ) -> tuple[Updates | Params, AccumulateState]:
         """One micro-step, in one compiled program if nobody else compiles it."""
+        if arguments.weight is None:
+            arguments = arguments._replace(weight=self._default_weight())
         if "grad" in arguments.extra_args:
             _extra_args.check_grad(arguments.extra_args["grad"], arguments.grads)
             # Its place is taken by the window's.
@@ -610,6 +614,15 @@ class _Accumulation:
                 pass  # A schedule needs values, which only an uncompiled call has.
         self._compiled_each_time.note()
         return self._micro_step(arguments, boundary, applies=applies)
+
+    def _default_weight(self) -> float:
+        if isinstance(self.every_k, ByWeight):
+            raise ValueError(
+                "`weight` is needed on every call, because `every_k=oa.by_weight(...)` "
+                "ends windows by it; got None. Pass how many of what its `target` "
+                "counts this micro-batch has: valid tokens, or examples"
+            )
+        return 1.0
 
     @functools.cached_property
     def _compiled_each_time(self) -> _eager.Calls:
@@ -796,7 +809,7 @@ class _Accumulation:
             reduction = "sum" if reduction == "mean" else reduction
         ends = step.boundary
         if ends is None:
-            ends = self._count_ends(step, state)
+            ends = self._ends(step, state)
         runs = ends
         checks_total = not step.is_positive or self.skip is not None
         if checks_total and ends is not False and not self.has_devices:
@@ -822,17 +835,21 @@ class _Accumulation:
             widens=self.has_accumulator,
         )
 
-    def _count_ends(self, step: _MicroStep, state: AccumulateState) -> bool | jax.Array:
-        """Whether the count ends the window."""
+    def _ends(self, step: _MicroStep, state: AccumulateState) -> bool | jax.Array:
+        """Whether the window has all that `every_k` asks for."""
         if self.every_k == 1:
             return True
         every_k: Any = self.every_k
+        counted = state.micro_step > step.state.micro_step
+        if isinstance(every_k, ByWeight):
+            own = state.window.weight
+            weight = self.devices.reduce("sum", own, own)
+            return counted & every_k.is_reached(weight, state.gradient_step)
         if isinstance(every_k, AdaptiveK):
             every_k = state.noise.k
         elif callable(every_k):
             every_k = every_k(state.gradient_step)
-        k = _validate.scheduled_k(every_k)
-        counted = state.micro_step > step.state.micro_step
+        k = _validate.scheduled("every_k", "how many micro-steps it has", every_k)
         # >=, so that a schedule that shrinks k still closes.
         return counted & (state.micro_step.astype(k.dtype) >= k)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from optax_accum import _validate
+from optax_accum._by_weight import ByWeight
 from optax_accum.noise._adaptive_k import AdaptiveK
 
 Batch = TypeVar("Batch")
@@ -40,8 +41,7 @@ def with_boundaries(
       takes nothing from `batches` before its first pair is asked for.
 
     Raises:
-      TypeError: `every_k` or `micro_step` is not an
-        int, or `every_k` is a schedule.
+      TypeError: `every_k` or `micro_step` is not an int.
       ValueError: `every_k` < 1; a `micro_step` < 0, or one that `every_k` has closed
         already.
 
@@ -70,11 +70,10 @@ def with_boundaries(
       2.5
       5.0
     """
-    if callable(every_k) or isinstance(every_k, AdaptiveK):
+    if callable(every_k) or isinstance(every_k, ByWeight | AdaptiveK):
         raise TypeError(
-            "`every_k` must be an int >= 1 or None; got the schedule "
-            f"{every_k!r}. A schedule needs the gradient step, which is in the "
-            "optimizer's state: give it to `accumulate`, leave it out here, and pass "
+            f"`every_k` must be an int >= 1 or None; got {every_k!r}, which needs the "
+            "optimizer's state. Give it to `accumulate`, leave it out here, and pass "
             "boundary=True on the epoch's last micro-batch and None on the others"
         )
     if every_k is not None:

@@ -45,23 +45,23 @@ def every_k(value: Any) -> Any:
     return whole_number(
         "every_k",
         value,
-        "an int >= 1, a schedule `gradient_step -> k`, oa.noise.adaptive_k(...), or "
-        "None",
+        "an int >= 1, a schedule `gradient_step -> k`, oa.by_weight(...), "
+        "oa.noise.adaptive_k(...), or None",
         ". Use every_k=1 to update on every micro-step, or every_k=None and "
         "`boundary=` to close windows yourself",
     )
 
 
-def scheduled_k(value: Any) -> Scalar:
+def scheduled(name: str, meaning: str, value: Any) -> Scalar:
     """What a schedule returned, as a real scalar; Optax's schedules return floats."""
-    k = jnp.asarray(value)
-    is_number = jnp.issubdtype(k.dtype, jnp.number) and not jnp.iscomplexobj(k)
-    if k.shape != () or not is_number:
+    number = jnp.asarray(value)
+    is_real = jnp.issubdtype(number.dtype, jnp.number) and not jnp.iscomplexobj(number)
+    if number.shape != () or not is_real:
         raise TypeError(
-            "`every_k` as a schedule must return one real number, how many micro-steps "
-            f"the window has; got shape {k.shape} and dtype {k.dtype}"
+            f"`{name}` as a schedule must return one real number, {meaning}; got shape "
+            f"{number.shape} and dtype {number.dtype}"
         )
-    return k
+    return number
 
 
 def accumulator_dtype(value: DType) -> DType:

@@ -119,9 +119,11 @@ class TestTheIteration:
 
 
 class TestErrorsAtTheCall:
-    @pytest.mark.parametrize("every_k", [lambda _: 2, oa.noise.adaptive_k(2, 8)])
-    def test_a_schedule_as_every_k_is_refused(self, every_k):
-        words = ("`every_k` must be an int >= 1 or None", "schedule", "`accumulate`")
+    @pytest.mark.parametrize(
+        "every_k", [lambda _: 2, oa.noise.adaptive_k(2, 8), oa.by_weight(8)]
+    )
+    def test_an_every_k_that_needs_the_state_is_refused(self, every_k):
+        words = ("`every_k` must be an int >= 1 or None", "state", "`accumulate`")
         with pytest.raises(TypeError, match=saying(*words)):
             oa.with_boundaries([1], every_k)
 

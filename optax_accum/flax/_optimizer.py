@@ -61,7 +61,7 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         grads: nnx.State,
         /,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -79,7 +79,7 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
             the gradient straight to the window. If `tx` is an `optax.chain` with
             `oa.accumulate` in it, the gradient is computed first.
           weight: As in `oa.accumulate`: over how many examples or tokens this
-            micro-batch's mean was taken.
+            micro-batch's mean was taken. By default 1.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is

@@ -82,7 +82,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         self,
         *,
         grads: Grads,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         extra_args: Mapping[str, Any] | None = None,
@@ -104,7 +104,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             the gradient straight to the window, as in `oa.accumulate`. If `tx` is an
             `optax.chain` with `oa.accumulate` in it, the gradient is computed first.
           weight: As in `oa.accumulate`: over how many examples or tokens this
-            micro-batch's mean was taken.
+            micro-batch's mean was taken. By default 1.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
             for the count to decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
@@ -144,7 +144,11 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             **(extra_args or {}),
         )
         counted = functools.partial(
-            _accumulating.counted, self.tx, weight, self.opt_state, opt_state
+            _accumulating.counted,
+            self.tx,
+            1 if weight is None else weight,
+            self.opt_state,
+            opt_state,
         )
         if is_apart:
             is_counted = counted()

@@ -1,0 +1,89 @@
+"""Windows that end by their weight."""
+
+import dataclasses
+import math
+from numbers import Real
+from typing import Any
+
+import jax.numpy as jnp
+
+from optax_accum import _validate
+from optax_accum._types import Scalar, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class ByWeight:
+    """What `by_weight` returns: the weight that a window is to have."""
+
+    target: float | Schedule
+
+    def is_reached(self, weight: Scalar, gradient_step: Scalar) -> Scalar:
+        """``bool[]``, whether a window of this `weight` is to end."""
+        target: Any = self.target
+        if callable(target):
+            target = target(gradient_step)
+        meaning = "the weight that the window is to have"
+        target = _validate.scheduled("target", meaning, target).astype(weight.dtype)
+        # A sum of shares, such as three thirds, may be a few roundings below 1.
+        rounding = 16 * float(jnp.finfo(weight.dtype).eps)
+        return weight >= target * (1 - rounding)
+
+
+def by_weight(target: float | Schedule) -> ByWeight:
+    """An `every_k` for `accumulate` that closes windows by their weight.
+
+    A window ends at the micro-step that brings W, the sum of its weights, to `target`:
+    so many tokens, or examples, whatever `weight` counts. A window never has less,
+    unless `boundary` closes it, and never has more than the last micro-batch adds.
+    `weight` is then needed on every call.
+
+    Micro-batches of weight 0, and those that `skip` rejects, bring a window no nearer
+    to its end.
+
+    Across devices W is that of all devices, and every micro-step exchanges this one
+    number. W is float32: it is compared to within 2e-6 of `target`, and beyond
+    16.7 million it is not exact to one unit.
+
+    Args:
+      target: A positive number, or a schedule ``gradient_step -> number``: a ramp.
+
+    Returns:
+      A value for `every_k`.
+
+    Raises:
+      TypeError: `target` is neither a number nor callable.
+      ValueError: `target` is not positive, or not finite.
+
+    Examples:
+      Micro-batches of 500, 300 and 400 tokens, and then of 1000:
+
+      >>> import jax.numpy as jnp, optax, optax_accum as oa
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=oa.by_weight(1000))
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for tokens in (500, 300, 400, 1000):
+      ...     _, state = tx.update(jnp.ones(2), state, params, weight=tokens)
+      ...     print(state.window.weight, oa.has_updated(state))
+      500.0 False
+      800.0 False
+      1200.0 True
+      1000.0 True
+
+      A batch that is doubled after 1000 updates, and again after 3000:
+
+      >>> target = optax.piecewise_constant_schedule(0.5e6, {1000: 2, 3000: 2})
+      >>> tx = oa.accumulate(optax.sgd(1.0), every_k=oa.by_weight(target))
+    """
+    if callable(target):
+        return ByWeight(target)
+    if not isinstance(target, Real) or isinstance(target, bool):
+        raise TypeError(
+            "`target` must be a number, the weight that a window is to have, or a "
+            f"schedule `gradient_step -> number`; got {_validate.shown(target)}"
+        )
+    if not (target > 0 and math.isfinite(target)):
+        raise ValueError(
+            "`target` must be positive and finite, the weight that a window is to "
+            f"have; got {target}"
+        )
+    return ByWeight(float(target))
