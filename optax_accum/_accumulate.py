@@ -28,7 +28,7 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
-from optax_accum._by_weight import ByWeight
+from optax_accum._by_weight import ONE, ByWeight, DefaultWeight
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
@@ -88,7 +88,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayLike = ONE,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -173,7 +173,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayLike = ONE,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -471,7 +471,7 @@ class _Arguments(NamedTuple):
     grads: Grads
     state: AccumulateState
     params: Params
-    weight: ArrayLike | None
+    weight: ArrayLike
     value: ArrayLike | None
     extra_args: Kwargs
 
@@ -558,7 +558,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayLike = ONE,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -575,7 +575,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayLike = ONE,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -587,7 +587,7 @@ class _Accumulation:
         self, arguments: _Arguments, boundary: Boundary, *, applies: bool
     ) -> tuple[Updates | Params, AccumulateState]:
         """One micro-step, in one compiled program if nobody else compiles it."""
-        if arguments.weight is None:
+        if isinstance(arguments.weight, DefaultWeight):
             arguments = arguments._replace(weight=self._default_weight())
         if "grad" in arguments.extra_args:
             _extra_args.check_grad(arguments.extra_args["grad"], arguments.grads)
@@ -619,8 +619,8 @@ class _Accumulation:
         if isinstance(self.every_k, ByWeight):
             raise ValueError(
                 "`weight` is needed on every call, because `every_k=oa.by_weight(...)` "
-                "ends windows by it; got None. Pass how many of what its `target` "
-                "counts this micro-batch has: valid tokens, or examples"
+                "ends windows by it. Pass how many of what its `target` counts this "
+                "micro-batch has: valid tokens, or examples"
             )
         return 1.0
 

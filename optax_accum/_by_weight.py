@@ -11,6 +11,16 @@ from optax_accum import _validate
 from optax_accum._types import Scalar, Schedule
 
 
+class DefaultWeight(float):
+    """A weight that was not given: a 1 that can be told from a 1 that was.
+
+    ``None`` would be told too, but a ``None`` that was given is a mistake.
+    """
+
+
+ONE = DefaultWeight(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class ByWeight:
     """What `by_weight` returns: the weight that a window is to have."""

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from optax_accum import _validate
 from optax_accum._accumulate import Boundary
+from optax_accum._by_weight import ONE
 from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum.flax import _accumulating
 
@@ -82,7 +83,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         self,
         *,
         grads: Grads,
-        weight: ArrayLike | None = None,
+        weight: ArrayLike = ONE,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         extra_args: Mapping[str, Any] | None = None,
@@ -144,11 +145,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             **(extra_args or {}),
         )
         counted = functools.partial(
-            _accumulating.counted,
-            self.tx,
-            1 if weight is None else weight,
-            self.opt_state,
-            opt_state,
+            _accumulating.counted, self.tx, weight, self.opt_state, opt_state
         )
         if is_apart:
             is_counted = counted()
