@@ -7,15 +7,18 @@ policy     result
 "concat"   their axis 0 is that of the examples: one axis 0, in the batch's order
 "mean"     their mean, weighted
 "sum"      their sum
+"ratio"    of pairs ``(sum, count)``: the sum of all over the count of all
 "last"     the last one
+a function ``combine(a, b)`` of the outputs so far and of the next one
 =========  ====================================================================
 
-``"mean"`` and ``"sum"`` leave out micro-batches that do not count (`_window.counts`),
-as all sums here do; the others keep what came.
+The first, second and last keep what came. The others leave out micro-batches that do
+not count (`_window.counts`), as all sums here do.
 
-An accumulator serves one leaf of the outputs. What it carries from micro-batch to
-micro-batch it starts, adds to, joins with the other devices', and turns into the
-result. All of that is linear, and the backward pass of `add` is `cotangent`.
+An accumulator serves one node of the outputs: a leaf, a pair, or whatever a function
+combines. What it carries from micro-batch to micro-batch it starts, adds to, joins with
+the other devices', and turns into the result. If it is `differentiable`, all of that is
+linear, and the backward pass of `add` is `cotangent`.
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ from optax_accum._split import Split
 from optax_accum._types import AxisName, Leaf, Scalar, Specs, Tree
 from optax_accum.sharding import _collectives
 
+Policy = str | Callable[[Tree, Tree], Tree]
+
 
 class Part(NamedTuple):
     """Which micro-batch an output is of."""
@@ -44,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Accumulator(Protocol):
-    """How one leaf of the outputs is accumulated."""
+    """How one node of the outputs is accumulated."""
 
     # Whether outputs of micro-batches of weight 0 are part of the result.
     keeps_all: ClassVar[bool]
@@ -54,7 +59,7 @@ class Accumulator(Protocol):
     def start(self, weight: Leaf) -> Tree:
         """What is carried before the first micro-batch; `weight` is like theirs."""
 
-    def add(self, carried: Tree, output: jax.Array, part: Part) -> Tree:
+    def add(self, carried: Tree, output: Tree, part: Part) -> Tree:
         """With the output of one more micro-batch."""
 
     def cotangent(self, carried: Tree, part: Part) -> jax.Array:
@@ -63,23 +68,52 @@ class Accumulator(Protocol):
     def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
         """What the devices of `axis_name`, if there is one, carry together."""
 
-    def finish(self, carried: Tree, weight: Scalar) -> jax.Array:
+    def finish(self, carried: Tree, weight: Scalar) -> Tree:
         """The result; `weight` is W, of all devices."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfLeaf:
-    """What every accumulator knows of its leaf."""
+class _OfNode:
+    """What every accumulator knows of its node."""
 
+    policy: Policy
     path: str
-    shape: jax.ShapeDtypeStruct  # of a whole micro-batch's output
+    shape: Any  # of a whole micro-batch's output
     split: Split
 
     is_local: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+
+    @staticmethod
+    def is_node(tree: Tree) -> bool:
+        """Whether the policy is of all of `tree`, and not of each leaf in it."""
+        del tree
+        return False
+
+    @property
+    def _said(self) -> str:
+        """Which policy its output has, for a message."""
+        if callable(self.policy):
+            return f"{self.path} has a function as its policy"
+        return f'{self.path} has the policy "{self.policy}"'
+
+    def _check_like_others(self, output: Tree) -> None:
+        """Raises if `output` is shaped as the smaller last micro-batch is."""
+        got, needed = (
+            [jnp.shape(x) for x in jax.tree.leaves(tree)]
+            for tree in (output, self.shape)
+        )
+        if got != needed:
+            raise ValueError(
+                f"{self._said}, but the last micro-batch, which is smaller, gave shape "
+                f"{', '.join(map(str, got))} and the others "
+                f'{", ".join(map(str, needed))}. Use "concat" for outputs with one '
+                "entry per example, or a `microbatch_size` that divides the batch"
+            )
 
 
-class _Reduced(_OfLeaf):
+class _Reduced(_OfNode):
     """A sum, in at least float32, that is divided once."""
 
     keeps_all = False
@@ -89,13 +123,14 @@ class _Reduced(_OfLeaf):
     def start(self, weight: Leaf) -> jax.Array:
         if jnp.issubdtype(self.shape.dtype, jax.dtypes.extended):
             raise TypeError(
-                f'{self.path} has the policy "{self.reduction}", but '
-                f'{self.shape.dtype} cannot be added up. Use "stack" or "last"'
+                f"{self._said}, but {self.shape.dtype} cannot be added up. Use "
+                '"stack" or "last"'
             )
         dtype = _tree.at_least_float32(self._result().dtype)
         return _tree.vary_like(_tree.zeros_like(self.shape, dtype), weight)
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
+        self._check_like_others(output)
         return _window.add(
             carried, output, part.weight, self.reduction, counted=part.counted
         )
@@ -128,7 +163,118 @@ class Sum(_Reduced):
     reduction, numpy = "sum", jnp.sum
 
 
-class Last(_OfLeaf):
+class Ratio(_OfNode):
+    """Sums over counts, such as metrics with denominators of their own."""
+
+    keeps_all = False
+    differentiable = False
+
+    @staticmethod
+    def is_node(tree: Tree) -> bool:
+        return type(tree) is tuple and len(tree) == 2 and jax.tree_util.all_leaves(tree)
+
+    def start(self, weight: Leaf) -> Tree:
+        if not self.is_node(self.shape):
+            raise ValueError(
+                f"{self._said}, which needs a tuple of two arrays, (sum, count); got "
+                f"{_validate.shown_type(self.shape)}. If it is a mean already, take "
+                '"mean", which weights it as the loss is'
+            )
+        total, count = self.shape
+        if jnp.broadcast_shapes(total.shape, count.shape) != total.shape:
+            raise ValueError(
+                f"{self._said}, which needs one count, or one for each sum; got sums "
+                f"of shape {total.shape} and counts of shape {count.shape}. The order "
+                "is (sum, count)"
+            )
+        return tuple(part.start(weight) for part in self._parts)
+
+    def add(self, carried: Tree, output: Tree, part: Part) -> Tree:
+        each = zip(self._parts, carried, output, strict=True)
+        return tuple(own.add(s, x, part) for own, s, x in each)
+
+    def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
+        return _collectives.sum_over(axis_name, carried)
+
+    def finish(self, carried: Tree, weight: Scalar) -> jax.Array:
+        del weight
+        total, count = carried
+        dtype = jnp.mean(jnp.zeros([], self.shape[0].dtype)).dtype
+        wide = _tree.at_least_float32(dtype)
+        return (total.astype(wide) / count.astype(wide)).astype(dtype)
+
+    @property
+    def _parts(self) -> list[Sum]:
+        names = ("[0]", "[1]")
+        return [
+            Sum(self.policy, self.path + name, shape, self.split)
+            for name, shape in zip(names, self.shape, strict=True)
+        ]
+
+
+class Combined(_OfNode):
+    """What a user's function makes of the outputs."""
+
+    keeps_all = False
+    differentiable = False
+
+    @staticmethod
+    def is_node(tree: Tree) -> bool:
+        del tree
+        return True
+
+    def start(self, weight: Leaf) -> Tree:
+        self._check()
+        empty = jax.tree.map(_tree.zeros_like, self.shape), jnp.zeros([], bool)
+        return _tree.vary_like(empty, weight)
+
+    def add(self, carried: Tree, output: Tree, part: Part) -> Tree:
+        self._check_like_others(output)
+        return self._add(carried, (output, jnp.asarray(part.counted)))
+
+    def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
+        if axis_name is None:
+            return carried
+        rows = _collectives.rows(axis_name, carried)
+        first = jax.tree.map(lambda x: x[0], rows)
+        others = jax.tree.map(lambda x: x[1:], rows)
+        add = lambda so_far, row: (self._add(so_far, row), None)  # noqa: E731
+        return lax.scan(add, first, others)[0]
+
+    def finish(self, carried: Tree, weight: Scalar) -> Tree:
+        del weight
+        return carried[0]
+
+    def _add(self, carried: Tree, new: Tree) -> Tree:
+        """Pairs of outputs, and whether there are any."""
+        (outputs, has_any), (output, has_new) = carried, new
+        both = self._combine(outputs, output)
+        with_new = _select(has_any, both, output)
+        return _select(has_new, with_new, outputs), has_any | has_new
+
+    @property
+    def _combine(self) -> Callable[[Tree, Tree], Tree]:
+        assert callable(self.policy)
+        return self.policy
+
+    def _check(self) -> None:
+        needed = (
+            f"{self._said}, which must be combine(a, b), of two outputs like this one, "
+            "and return a third"
+        )
+        try:
+            both = jax.eval_shape(self._combine, self.shape, self.shape)
+        except Exception as error:
+            raise TypeError(
+                f"{needed}; it raised {type(error).__name__}. For the mean or the sum "
+                'of all, pass "mean" or "sum"; for the largest, jnp.maximum'
+            ) from error
+        types = [jax.tree.map(_validate.shown_type, x) for x in (self.shape, both)]
+        if types[0] != types[1]:
+            raise TypeError(f"{needed}; got {types[1]} for outputs {types[0]}")
+
+
+class Last(_OfNode):
     """The last micro-batch's output; over devices, the last device's."""
 
     def start(self, weight: Leaf) -> jax.Array:
@@ -139,11 +285,10 @@ class Last(_OfLeaf):
         del carried
         if output.shape != self.shape.shape and isinstance(part.last, jax.Array):
             raise ValueError(
-                f'{self.path} has the policy "last", but the last micro-batch, which '
-                f"is smaller, gave shape {output.shape} and the others "
-                f"{self.shape.shape}, and `num_real_microbatches` is traced, so that "
-                "either may be the last one. Use a `microbatch_size` that divides the "
-                "batch"
+                f"{self._said}, but the last micro-batch, which is smaller, gave shape "
+                f"{output.shape} and the others {self.shape.shape}, and "
+                "`num_real_microbatches` is traced, so that either may be the last "
+                "one. Use a `microbatch_size` that divides the batch"
             )
         return output
 
@@ -164,7 +309,7 @@ class Last(_OfLeaf):
         return carried
 
 
-class _Kept(_OfLeaf):
+class _Kept(_OfNode):
     """Every output, in one array that is written in place."""
 
     is_local = True
@@ -184,13 +329,7 @@ class Stack(_Kept):
         )
 
     def add(self, carried: jax.Array, output: jax.Array, part: Part) -> jax.Array:
-        if output.shape != self.shape.shape:
-            raise ValueError(
-                f'{self.path} has the policy "stack", but the last micro-batch, which '
-                f"is smaller, gave shape {output.shape} and the others "
-                f'{self.shape.shape}. Use "concat" for outputs with one entry per '
-                "example, or a `microbatch_size` that divides the batch"
-            )
+        self._check_like_others(output)
         return lax.dynamic_update_index_in_dim(carried, output, part.number, 0)
 
     def cotangent(self, carried: jax.Array, part: Part) -> jax.Array:
@@ -223,9 +362,9 @@ class Concat(_Kept):
     def _check(self, shape: tuple[int, ...], examples: int) -> None:
         if shape[:1] != (examples,):
             raise ValueError(
-                f'{self.path} has the policy "concat", which needs one entry per '
-                f"example along axis 0; a micro-batch of {examples} examples gave "
-                f"shape {shape}. {self._remedy(shape)}"
+                f"{self._said}, which needs one entry per example along axis 0; a "
+                f"micro-batch of {examples} examples gave shape {shape}. "
+                f"{self._remedy(shape)}"
             )
 
     def _remedy(self, shape: tuple[int, ...]) -> str:
@@ -241,13 +380,22 @@ class Concat(_Kept):
         )
 
 
-POLICIES: dict[str, type[_OfLeaf]] = {
+def _select(condition: Scalar, tree: Tree, other: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
+
+
+_BY_NAME: dict[str, type[_OfNode]] = {
     "stack": Stack,
     "concat": Concat,
     "mean": Mean,
     "sum": Sum,
+    "ratio": Ratio,
     "last": Last,
 }
+
+
+def _class_of(policy: Policy) -> type[_OfNode]:
+    return Combined if callable(policy) else _BY_NAME[policy]
 
 
 _AS = {"aux": " as auxiliary output", "outputs": ""}
@@ -255,12 +403,15 @@ _AS = {"aux": " as auxiliary output", "outputs": ""}
 
 def check_policies(option: str, policies: Tree) -> None:
     """Raises unless all leaves of `policies`, the value of an option, are policies."""
+    is_aux = option == "aux"
+    names = [name for name, x in _BY_NAME.items() if is_aux or x.differentiable]
     for policy in jax.tree.leaves(policies):
-        _validate.one_of(option, policy, tuple(POLICIES))
+        if not (is_aux and callable(policy)):
+            _validate.one_of(option, policy, tuple(names))
 
 
-def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> list[Accumulator]:
-    """An accumulator for each leaf of `shapes`, the outputs of a whole micro-batch.
+def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> Tree:
+    """A tree of accumulators, of all nodes of `shapes`, a whole micro-batch's outputs.
 
     Args:
       option: Which option has the `policies`.
@@ -272,19 +423,25 @@ def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> list[Accumu
       ValueError: `policies` is not a prefix of `shapes`.
     """
     try:
-        matched = jax.tree.leaves(jax.tree.broadcast(policies, shapes))
+        jax.tree.broadcast(policies, shapes)
     except ValueError as error:
         raise ValueError(
             f"`{option}` must be a policy, or a tree of policies that is a prefix of "
             f"what `fun` returns{_AS[option]}; got {policies!r} for "
             f"{jax.tree.structure(shapes)}"
         ) from error
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    accumulators: list[Any] = [
-        POLICIES[policy](_validate.named(option, path), leaf, split)
-        for policy, (path, leaf) in zip(matched, leaves, strict=True)
-    ]
-    return accumulators
+
+    def accumulators(path: Any, policy: Policy, tree: Tree) -> Tree:
+        of = _class_of(policy)
+        return jax.tree_util.tree_map_with_path(
+            lambda rest, node: of(
+                policy, _validate.named(option, path + rest), node, split
+            ),
+            tree,
+            is_leaf=of.is_node,
+        )
+
+    return jax.tree_util.tree_map_with_path(accumulators, policies, shapes)
 
 
 def specs(policies: Tree, axis_name: AxisName | None, spec: P) -> Specs:
@@ -293,5 +450,5 @@ def specs(policies: Tree, axis_name: AxisName | None, spec: P) -> Specs:
     `spec` is for those of which devices do not keep their own part.
     """
     return jax.tree.map(
-        lambda policy: P(axis_name) if POLICIES[policy].is_local else spec, policies
+        lambda policy: P(axis_name) if _class_of(policy).is_local else spec, policies
     )

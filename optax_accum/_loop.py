@@ -183,7 +183,7 @@ class _Totals(NamedTuple):
     """What goes from micro-batch to micro-batch."""
 
     window: Window
-    aux: list[Tree]  # what each leaf's accumulator carries
+    aux: Tree  # what the accumulators carry
     carry: list[Any]  # the leaves that `fun` writes, and None for the others
 
 
@@ -283,9 +283,7 @@ class _Loop:
         """Whether a micro-batch may have weight 0, and so contribute nothing."""
         return self.settings.weight is not None and self.settings.reduction == "mean"
 
-    def _may_leave_out(
-        self, accumulators: list[_accumulators.Accumulator], program: Any
-    ) -> bool:
+    def _may_leave_out(self, accumulators: Tree, program: Any) -> bool:
         """Whether a micro-batch of weight 0 need not run at all.
 
         Its weight must be known before, and nothing may need what it would give.
@@ -295,7 +293,9 @@ class _Loop:
             self._may_have_weight_0
             and not settings.weight_takes_aux
             and settings.skip is None
-            and not any(accumulator.keeps_all for accumulator in accumulators)
+            and not any(
+                accumulator.keeps_all for accumulator in jax.tree.leaves(accumulators)
+            )
             and not _flow.has_refs(program)
             and not _collectives.may_exchange(program)
         )
@@ -392,7 +392,7 @@ class _Loop:
     def _start(
         self,
         shapes: _Microbatch,
-        accumulators: list[_accumulators.Accumulator],
+        accumulators: Tree,
         carry: list[Any],
     ) -> _Totals:
         _validate.accumulator_fits(
@@ -410,14 +410,14 @@ class _Loop:
             self.settings.may_add_in_place(
                 _obstacle.in_sums("grads", window.grads, shapes.grads)
             )
-        aux = [accumulator.start(shapes.weight) for accumulator in accumulators]
+        aux = jax.tree.map(lambda a: a.start(shapes.weight), accumulators)
         return _Totals(window, aux, carry)
 
     def _add(
         self,
         totals: _Totals,
         new: _Microbatch,
-        accumulators: list[_accumulators.Accumulator],
+        accumulators: Tree,
         index: int | Scalar,
         size: int,
     ) -> _Totals:
@@ -428,7 +428,6 @@ class _Loop:
             new.counted,
             self.settings.last_number(self.split, self.number),
         )
-        rows = zip(accumulators, totals.aux, jax.tree.leaves(new.aux), strict=True)
         return _Totals(
             window=totals.window.add(
                 new.grads,
@@ -442,7 +441,12 @@ class _Loop:
                 rejected=new.rejected,
                 overwritten=self.settings.overwritten,
             ),
-            aux=[a.add(carried, output, part) for a, carried, output in rows],
+            aux=jax.tree.map(
+                lambda a, carried, output: a.add(carried, output, part),
+                accumulators,
+                totals.aux,
+                new.aux,
+            ),
             carry=_tree.kept_like(totals.carry, new.carry),
         )
 
@@ -450,7 +454,7 @@ class _Loop:
         self,
         totals: _Totals,
         shapes: _Microbatch,
-        accumulators: list[_accumulators.Accumulator],
+        accumulators: Tree,
         before: Tree,
     ) -> Result:
         settings, devices = self.settings, self.settings.devices
@@ -464,11 +468,13 @@ class _Loop:
         total = own.over_devices(devices, settings.overwritten)
         kept = _tree.kept_like(totals.carry, before)
         carry = devices.merge_carry(totals.carry, kept, own.weight, total.weight)
-        finished = []
-        for a, own_carried in zip(accumulators, totals.aux, strict=True):
-            carried = a.over_devices(own_carried, devices.reduced_over)
+
+        def finish(a: _accumulators.Accumulator, carried: Tree) -> Tree:
+            carried = a.over_devices(carried, devices.reduced_over)
             output = a.finish(carried, total.weight)
-            finished.append(output if a.is_local else devices.as_rows(output))
+            return output if a.is_local else devices.as_rows(output)
+
+        aux = jax.tree.map(finish, accumulators, totals.aux)
         # An exchange has another buffer.
         in_place = self.is_in_place and devices.reduced_over is None
         value, grads = _tree.cast_like(
@@ -478,7 +484,6 @@ class _Loop:
         grads = settings.overwritten.unless_empty(
             grads, _tree.keep_inexact(self.call.differentiated), total.weight
         )
-        aux = jax.tree.unflatten(jax.tree.structure(shapes.aux), finished)
         weight = total.weight
         if self._examples_per_weight != 1:
             weight = jnp.round(

@@ -88,7 +88,8 @@ def _run(
     """All micro-batches of one device: the outputs, and the carry's written leaves."""
     inputs, traced = _program.trace(settings, call, split, number)
     shapes = traced.shapes.outputs
-    accumulators = _accumulators.plan("outputs", settings.outputs, shapes, split)
+    plan = _accumulators.plan("outputs", settings.outputs, shapes, split)
+    accumulators = jax.tree.leaves(plan)
     known_number = None if isinstance(number, jax.Array) else number
     passes = _Passes(
         settings=settings.without_functions(),

@@ -126,7 +126,8 @@ def value_and_grad(
         possible. ``True``: an error, with the reason, if it is not. ``False``: never.
         See "Gradients in place" below.
       aux: What becomes of auxiliary outputs: ``"stack"``, ``"concat"``, ``"mean"``,
-        ``"sum"``, ``"last"``, or a tree of these; see below.
+        ``"sum"``, ``"ratio"``, ``"last"``, a function that combines two of them, or a
+        tree of these; see below.
       carry_argnum: An argument that is handed from micro-batch to micro-batch, such as
         BatchNorm's statistics; see below.
       rng_argnums: Arguments that are random keys, or trees of them. Micro-batch i gets
@@ -209,8 +210,16 @@ def value_and_grad(
     Note: Auxiliary outputs and carries
       ``"stack"`` gives all outputs on a new first axis; ``"concat"`` one entry per
       example along axis 0, in the order of the batch; ``"mean"`` their mean, weighted
-      as the loss is; ``"sum"`` their sum, without those of weight 0; ``"last"`` the
-      last micro-batch's. A tree of policies is a prefix of the auxiliary output.
+      as the loss is; ``"sum"`` their sum; ``"last"`` the last micro-batch's.
+      ``"ratio"`` is for metrics with counts of their own: each is a tuple
+      ``(sum, count)``, in whose place comes the sum of all over the count of all, NaN
+      if that is 0. A function, such as ``jnp.maximum``, is called as ``combine(a, b)``,
+      of what came so far and the next output, and returns something of their type; it
+      must be associative, and gets the whole output, or the part that it stands for. A
+      tree of policies is a prefix of the auxiliary output.
+
+      A mean, sum or ratio, and what a function combines, leave out micro-batches of
+      weight 0 in a ``"mean"``, and those that `skip` rejects; zeros if none is left.
 
       With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
       ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the

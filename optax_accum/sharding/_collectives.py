@@ -93,6 +93,19 @@ def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
     return jax.tree.map(choose, tree)
 
 
+def rows(axis_name: AxisName, tree: Tree) -> Tree:
+    """`tree` as each device has it, ``[D, ...]``, on all of them."""
+    count = lax.axis_size(axis_name)
+    is_this = jnp.arange(count) == lax.axis_index(axis_name)
+
+    def gather(x: jax.Array) -> jax.Array:
+        return _tree.masked_sum(
+            lax.broadcast(x, (count,)), is_this, lambda part: lax.psum(part, axis_name)
+        )
+
+    return jax.tree.map(gather, tree)
+
+
 def may_differ() -> bool:
     """Whether devices may differ in what they do here: in a `shard_map` or `pmap`."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
