@@ -9,6 +9,7 @@ from optax_accum._by_weight import by_weight as by_weight
 from optax_accum._epochs import with_boundaries as with_boundaries
 from optax_accum._loop import MicrobatchInfo as MicrobatchInfo
 from optax_accum._microbatch import microbatch as microbatch
+from optax_accum._rescale_decay import rescale_decay as rescale_decay
 from optax_accum._skip import skip_not_finite as skip_not_finite
 from optax_accum._state import AccumulateState as AccumulateState
 from optax_accum._state import accumulated as accumulated
@@ -35,6 +36,7 @@ __all__ = [
     "has_updated",
     "micro_step",
     "microbatch",
+    "rescale_decay",
     "skip_not_finite",
     "value_and_grad",
     "with_boundaries",

@@ -1,0 +1,108 @@
+"""Moving averages that look back over as many examples as before."""
+
+import math
+from numbers import Real
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from optax_accum import _validate
+from optax_accum._types import Schedule
+
+
+@overload
+def rescale_decay(decay: float, *, from_batch: float, to_batch: float) -> float: ...
+
+
+@overload
+def rescale_decay(
+    decay: float, *, from_batch: float, to_batch: Schedule
+) -> Schedule: ...
+
+
+def rescale_decay(
+    decay: float, *, from_batch: float, to_batch: float | Schedule
+) -> float | Schedule:
+    """The decay of a moving average, for a batch of another size.
+
+    Adam's `b1` and `b2`, and the decay of an average of the parameters, count updates.
+    If an update takes more examples, the average looks back over more of them. This is
+    the decay with which it looks back over as many examples as before:
+    ``decay ** (to_batch / from_batch)``. Its half-life, in examples or tokens, stays.
+
+    For Adam's `b2` this is the rule of Marek et al., who found that `b1` could stay as
+    it was. For averages of the parameters it is that of Busbridge et al.
+
+    Args:
+      decay: The decay that suits `from_batch`, a number in [0, 1).
+      from_batch: The global batch that `decay` was chosen for, a positive number of
+        examples or tokens.
+      to_batch: The global batch that you train with, in the same units; or a schedule
+        ``gradient_step -> batch``, if it changes in training.
+
+    Returns:
+      A float; for a schedule, a schedule ``gradient_step -> f32[]``. That is for
+      `optax.inject_hyperparams`, to which you should pass
+      ``hyperparam_dtype=jnp.float32`` unless all parameters are float32: it would round
+      the decay to their dtype, and in bfloat16 0.999 is 1.
+
+    Raises:
+      TypeError: `decay` or a batch is not a number.
+      ValueError: `decay` is not in [0, 1), or a batch is not positive and finite.
+
+    Examples:
+      `b2` was tuned for 512 sequences, and the batch is now 4 times as large, or 1/64:
+
+      >>> import optax_accum as oa
+      >>> round(oa.rescale_decay(0.95, from_batch=512, to_batch=2048), 6)
+      0.814506
+      >>> round(oa.rescale_decay(0.95, from_batch=512, to_batch=8), 6)
+      0.999199
+
+      A batch that doubles after 1000 updates, from 8 micro-batches of 64 to 16:
+
+      >>> import optax
+      >>> every_k = optax.piecewise_constant_schedule(8, {1000: 2})
+      >>> b2 = oa.rescale_decay(
+      ...     0.95, from_batch=512, to_batch=lambda step: 64 * every_k(step)
+      ... )
+      >>> adamw = optax.inject_hyperparams(optax.adamw)(1e-3, b2=b2)
+      >>> tx = oa.accumulate(adamw, every_k)
+      >>> print(b2(0), b2(1000))
+      0.95 0.9025
+
+    References:
+      Marek et al., Small Batch Size Training for Language Models: When Vanilla SGD
+      Works, and Why Gradient Accumulation Is Wasteful, 2025, section 4.3
+      (https://arxiv.org/abs/2507.07101).
+
+      Busbridge et al., How to Scale Your EMA, 2023 (https://arxiv.org/abs/2307.13813).
+    """
+    decay = _validate.fraction(
+        "decay", decay, "how much of the average an update keeps"
+    )
+    _check_batch("from_batch", from_batch)
+    if not callable(to_batch):
+        _check_batch("to_batch", to_batch, ", or a schedule `gradient_step -> batch`")
+        return decay ** (to_batch / from_batch)
+    batch_of = to_batch
+    # The logarithm is Python's, in float64: in float32 a decay near 1 has few digits.
+    rate = math.log(decay) / from_batch if decay else -math.inf
+
+    def schedule(gradient_step: jax.Array) -> jax.Array:
+        return jnp.exp(rate * jnp.asarray(batch_of(gradient_step), jnp.float32))
+
+    return schedule
+
+
+def _check_batch(name: str, value: Any, alternative: str = "") -> None:
+    """Raises unless `value` is a positive, finite number."""
+    message = (
+        f"`{name}` must be a positive number{alternative}, how many examples or tokens "
+        "the global batch has; got "
+    )
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(message + _validate.shown(value))
+    if not 0 < float(value) < math.inf:
+        raise ValueError(message + repr(value))
