@@ -42,10 +42,10 @@ def rescale_decay(
         ``gradient_step -> batch``, if it changes in training.
 
     Returns:
-      A float; for a schedule, a schedule ``gradient_step -> f32[]``. That is for
-      `optax.inject_hyperparams`, to which you should pass
-      ``hyperparam_dtype=jnp.float32`` unless all parameters are float32: it would round
-      the decay to their dtype, and in bfloat16 0.999 is 1.
+      A float; for a schedule, a schedule ``gradient_step -> f32[]``, which is for
+      `optax.inject_hyperparams`. If parameters are bfloat16, give that
+      ``hyperparam_dtype=jnp.float32`` too: it rounds numbers to their dtype otherwise,
+      and in bfloat16 0.999 is 1.
 
     Raises:
       TypeError: `decay` or a batch is not a number.

@@ -137,6 +137,19 @@ def test_a_ramp_of_windows_trains_as_its_global_batches_would():
         np.testing.assert_allclose(params, expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("loose_promotion")
+def test_decays_near_one_survive_parameters_in_bfloat16():
+    b2 = oa.rescale_decay(0.999, from_batch=1, to_batch=lambda _: 0.5)
+    adamw = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)
+    tx = oa.accumulate(adamw(0.1, b2=b2), every_k=2)
+    params = jnp.ones(3, jnp.bfloat16)
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.update_params(jnp.ones_like(params), state, params)
+    assert state.inner_state.hyperparams["b2"] == np.float32(0.999**0.5)
+    np.testing.assert_allclose(np.float32(params), 0.9, rtol=1e-2)
+
+
 @pytest.mark.parametrize("batch", [0, -32, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["from_batch", "to_batch"])
 def test_a_batch_that_is_not_a_positive_number_is_refused(name, batch):
