@@ -166,7 +166,7 @@ def test_a_decay_that_is_not_between_0_and_1_is_refused(decay):
 
 def test_a_batch_in_place_of_its_size_is_refused():
     with refused("`to_batch`", "or a schedule", "an array, float32[8,4]"):
-        oa.rescale_decay(0.9, from_batch=32, to_batch=jnp.ones((8, 4)))
+        oa.rescale_decay(0.9, from_batch=32, to_batch=jnp.ones((8, 4), "float32"))
     with refused("`from_batch`", "positive number", "function"):
         oa.rescale_decay(0.9, from_batch=lambda _: 32, to_batch=64)
     with refused("`from_batch`", "got True"):
