@@ -1,14 +1,14 @@
 """Windows that end by their weight."""
 
 import dataclasses
-import math
-from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
 
 from optax_accum import _validate
 from optax_accum._types import Scalar, Schedule
+
+_MEANING = "the weight that a window is to have"
 
 
 class DefaultWeight(float):
@@ -32,8 +32,7 @@ class ByWeight:
         target: Any = self.target
         if callable(target):
             target = target(gradient_step)
-        meaning = "the weight that the window is to have"
-        target = _validate.scheduled("target", meaning, target).astype(weight.dtype)
+        target = _validate.scheduled("target", _MEANING, target).astype(weight.dtype)
         # A sum of shares, such as three thirds, may be a few roundings below 1.
         rounding = 16 * float(jnp.finfo(weight.dtype).eps)
         return weight >= target * (1 - rounding)
@@ -86,14 +85,5 @@ def by_weight(target: float | Schedule) -> ByWeight:
     """
     if callable(target):
         return ByWeight(target)
-    if not isinstance(target, Real) or isinstance(target, bool):
-        raise TypeError(
-            "`target` must be a number, the weight that a window is to have, or a "
-            f"schedule `gradient_step -> number`; got {_validate.shown(target)}"
-        )
-    if not (target > 0 and math.isfinite(target)):
-        raise ValueError(
-            "`target` must be positive and finite, the weight that a window is to "
-            f"have; got {target}"
-        )
-    return ByWeight(float(target))
+    or_else = ", or a schedule `gradient_step -> number`"
+    return ByWeight(_validate.positive("target", target, _MEANING, or_else))

@@ -1,8 +1,7 @@
 """Moving averages that look back over as many examples as before."""
 
 import math
-from numbers import Real
-from typing import Any, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +59,13 @@ def rescale_decay(
       >>> round(oa.rescale_decay(0.95, from_batch=512, to_batch=8), 6)
       0.999199
 
-      A batch that doubles after 1000 updates, from 8 micro-batches of 64 to 16:
+      A batch that doubles after 1000 updates, from half a million tokens:
 
       >>> import optax
-      >>> every_k = optax.piecewise_constant_schedule(8, {1000: 2})
-      >>> b2 = oa.rescale_decay(
-      ...     0.95, from_batch=512, to_batch=lambda step: 64 * every_k(step)
-      ... )
+      >>> tokens = optax.piecewise_constant_schedule(500_000, {1000: 2})
+      >>> b2 = oa.rescale_decay(0.95, from_batch=500_000, to_batch=tokens)
       >>> adamw = optax.inject_hyperparams(optax.adamw)(1e-3, b2=b2)
-      >>> tx = oa.accumulate(adamw, every_k)
+      >>> tx = oa.accumulate(adamw, every_k=oa.by_weight(tokens))
       >>> print(b2(0), b2(1000))
       0.95 0.9025
 
@@ -82,9 +79,11 @@ def rescale_decay(
     decay = _validate.fraction(
         "decay", decay, "how much of the average an update keeps"
     )
-    _check_batch("from_batch", from_batch)
+    meaning = "how many examples or tokens the global batch has"
+    from_batch = _validate.positive("from_batch", from_batch, meaning)
     if not callable(to_batch):
-        _check_batch("to_batch", to_batch, ", or a schedule `gradient_step -> batch`")
+        or_else = ", or a schedule `gradient_step -> batch`"
+        to_batch = _validate.positive("to_batch", to_batch, meaning, or_else)
         return decay ** (to_batch / from_batch)
     batch_of = to_batch
     # The logarithm is Python's, in float64: in float32 a decay near 1 has few digits.
@@ -94,15 +93,3 @@ def rescale_decay(
         return jnp.exp(rate * jnp.asarray(batch_of(gradient_step), jnp.float32))
 
     return schedule
-
-
-def _check_batch(name: str, value: Any, alternative: str = "") -> None:
-    """Raises unless `value` is a positive, finite number."""
-    message = (
-        f"`{name}` must be a positive number{alternative}, how many examples or tokens "
-        "the global batch has; got "
-    )
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(message + _validate.shown(value))
-    if not 0 < float(value) < math.inf:
-        raise ValueError(message + repr(value))

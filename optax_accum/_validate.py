@@ -248,6 +248,16 @@ def fraction(name: str, value: Any, meaning: str) -> float:
     return float(value)
 
 
+def positive(name: str, value: Any, meaning: str, or_else: str = "") -> float:
+    """A positive, finite number."""
+    message = f"`{name}` must be a positive number{or_else}, {meaning}; got "
+    if not isinstance(value, Real) or _is_bool(value):
+        raise TypeError(message + shown(value))
+    if not 0 < float(value) < math.inf:
+        raise ValueError(message + repr(value))
+    return float(value)
+
+
 def same_structure(
     name: str, tree: Tree, expected_name: str, expected: Tree, advice: str
 ) -> None:
