@@ -17,6 +17,8 @@ from optax_accum._state import from_multi_steps as from_multi_steps
 from optax_accum._state import gradient_step as gradient_step
 from optax_accum._state import has_updated as has_updated
 from optax_accum._state import micro_step as micro_step
+from optax_accum._token_batches import TokenBatch as TokenBatch
+from optax_accum._token_batches import token_batches as token_batches
 from optax_accum._value_and_grad import grad as grad
 from optax_accum._value_and_grad import value_and_grad as value_and_grad
 from optax_accum._window import Window as Window
@@ -26,6 +28,7 @@ __all__ = [
     "AccumulateState",
     "AccumulateTransformation",
     "MicrobatchInfo",
+    "TokenBatch",
     "Window",
     "accumulate",
     "accumulated",
@@ -38,6 +41,7 @@ __all__ = [
     "microbatch",
     "rescale_decay",
     "skip_not_finite",
+    "token_batches",
     "value_and_grad",
     "with_boundaries",
 ]
