@@ -193,8 +193,8 @@ def token_batches(
 
     A micro-batch has the shape ``[num_devices * R, row_length]`` with R = `max_tokens`
     // `row_length`. Only the last one, of what does not fill a whole one, may be
-    smaller: each shape has half the rows of the one before, and from one row on half
-    the length, both rounded up. The shapes depend on the options alone, so a training
+    smaller: with four shapes 3/4, 2/4 or 1/4 as large. It has fewer rows, or shorter
+    ones if there are few. The shapes depend on the options alone, so a training
     compiles its step at most `num_shapes` times. All devices have the same number of
     micro-batches, of the same shapes.
 
@@ -311,15 +311,18 @@ def token_batches(
 def _shapes(
     rows: int, length: int, most: int, multiple_of: int
 ) -> list[tuple[int, int]]:
-    """`most` shapes at most, each about half as large as the one before."""
-    shapes = [(rows, length)]
-    while len(shapes) < most and (rows, length) != (1, multiple_of):
-        if rows > 1:
-            rows = -(-rows // 2)
-        else:
-            length = -(-length // (2 * multiple_of)) * multiple_of
-        shapes.append((rows, length))
-    return shapes
+    """`most` shapes at most, in equal steps from the largest down.
+
+    Equal steps leave less padding than halves: if what is left over is anything between
+    nothing and a micro-batch, 1/8 of one on average with four shapes, and not 1/6.
+    """
+    units = length // multiple_of
+    parts = range(most, 0, -1)
+    if rows >= min(most, units):
+        shapes = [(-(-rows * part // most), length) for part in parts]
+    else:
+        shapes = [(rows, -(-units * part // most) * multiple_of) for part in parts]
+    return list(dict.fromkeys(shapes))
 
 
 def _pack(documents: list[int], sizes: list[int], row_length: int) -> list[list[int]]:
