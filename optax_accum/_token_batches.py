@@ -416,7 +416,7 @@ def _lengths(value: Any, row_length: int) -> list[int]:
     if sizes.size == 0:
         raise ValueError(f"{needed}; got none. Leave a batch without documents out")
     if sizes.dtype.kind not in "iu":
-        raise TypeError(f"{needed}; got numbers of dtype {sizes.dtype}")
+        raise TypeError(f"{needed}; got dtype {sizes.dtype}")
     shortest, longest = int(sizes.argmin()), int(sizes.argmax())
     if sizes[shortest] < 0:
         raise ValueError(f"{needed}; got {sizes[shortest]} for document {shortest}")
