@@ -26,6 +26,7 @@ BENCHMARKS = {
     "temporaries": ("what each Optax optimizer holds in memory", "6 min"),
     "collectives": ("what one update exchanges between devices", "30 s"),
     "exchange": ("bytes and time of one exchange per update", "2 min"),
+    "packing": ("how fast and how densely documents are packed", "10 s"),
     "planning": ("the memory plan of a model too large to run here", "1 min"),
     "equivalence": ("losses that micro-batches change, and their causes", "1 min"),
     "numerics": ("how exact a sum of k gradients is", "30 s"),

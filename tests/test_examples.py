@@ -68,6 +68,24 @@ def test_the_language_model_learns():
     assert float(losses[-1]) < float(losses[0])
 
 
+def test_micro_batches_by_budget_hold_little_padding_and_train_alike(tmp_path):
+    picture = tmp_path / "token_budget.svg"
+    printed = run("token_budget.py", "--quick", "--picture", picture)
+
+    def row(label):
+        (cells,) = re.findall(rf"{label} +(\S+?)%? +(\S+?)%?$", printed, re.MULTILINE)
+        return [float(cell) for cell in cells]
+
+    padded, by_budget = row("padding")
+    assert by_budget < 10 < 50 < padded
+    padded, by_budget = row("programs compiled")
+    assert padded <= 2
+    assert by_budget <= 6
+    moved, apart = re.findall(r"up to (\S+) and differ by (\S+) at", printed)[0]
+    assert float(apart) < 1e-5 < 0.01 < float(moved)
+    assert picture.stat().st_size > 10_000
+
+
 def test_two_towers_in_micro_batches_train_as_on_the_whole_batch():
     """And plain accumulation does not: see the last two rows."""
     printed = run("contrastive.py")
