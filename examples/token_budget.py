@@ -17,6 +17,7 @@ an update takes.
 
 import argparse
 import functools
+import math
 import pydoc_data.topics
 import statistics
 import time
@@ -189,10 +190,6 @@ class Training:
             self.seconds.append(time.perf_counter() - start)
         self.segments += [batch["segments"] for batch in micro_batches]
 
-    def padding(self):
-        """Which share of all tokens is padding."""
-        return np.mean(np.concatenate(self.segments) == 0)
-
 
 trainings = {"padded": Training(padded), "by budget": Training(by_budget)}
 paragraphs = load_paragraphs()
@@ -204,15 +201,22 @@ for update in track(range(updates), "Training"):
         training.update([paragraphs[i] for i in chosen])
 
 
+def padding(segments):
+    """Which share of all tokens is padding."""
+    return np.mean(np.concatenate(segments) == 0)
+
+
 def largest_difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), a, b)))
 
 
 one, other = trainings.values()
-milliseconds = [1e3 * statistics.median(t.seconds) for t in trainings.values()]
+milliseconds = [
+    1e3 * statistics.median(t.seconds or [math.nan]) for t in trainings.values()
+]
 table = [
     ("", *trainings),
-    ("padding", *(f"{t.padding():.1%}" for t in trainings.values())),
+    ("padding", *(f"{padding(t.segments):.1%}" for t in trainings.values())),
     (
         "micro-batches per update",
         *(f"{len(t.segments) / updates:.1f}" for t in trainings.values()),
@@ -248,10 +252,9 @@ def draw_rows(axes, micro_batches, title):
             y += 1
         y += 0.8
     axes.set(xlim=(0, options.length), ylim=(height, -0.8))
-    axes.set_xlabel("tokens in a row")
+    axes.set_xlabel(f"rows of {options.length} tokens")
     axes.set_title(title, loc="left", size="medium")
-    axes.set_yticks([])
-    axes.set_xticks([0, options.length])
+    axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
@@ -275,15 +278,10 @@ with mpl.rc_context(style):
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
     drawn = [of_one_update(way) for way in trainings]
     height = sum(len(segments) + 0.8 for segments in drawn[0])
-    for axes, micro_batches, training, title in zip(
-        (left, middle),
-        drawn,
-        trainings.values(),
-        ("A row per document", "oa.token_batches"),
-        strict=True,
-    ):
+    titles = ("A row per document", "oa.token_batches")
+    for axes, micro_batches, title in zip((left, middle), drawn, titles, strict=True):
         number = f"{len(micro_batches)} micro-batches"
-        empty = f"{training.padding():.0%} padding"
+        empty = f"{padding(micro_batches):.0%} padding"
         draw_rows(axes, micro_batches, f"{title}\n{number}, {empty}")
     bars = right.bar(["padded", "by budget"], milliseconds, color=[GREY, COLORS[0]])
     right.bar_label(bars, [f"{t:.0f} ms" for t in milliseconds], color=GREY)

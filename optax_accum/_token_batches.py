@@ -334,9 +334,7 @@ def _pack(documents: list[int], sizes: list[int], row_length: int) -> list[list[
     rows: list[list[int]] = []
     spaces: list[int] = []
     rows_with: dict[int, list[list[int]]] = {}  # which have that space
-    for document in sorted(
-        documents, key=lambda document: (-sizes[document], document)
-    ):
+    for document in sorted(documents, key=sizes.__getitem__, reverse=True):
         size = sizes[document]
         i = bisect.bisect_left(spaces, size)
         if i < len(spaces):

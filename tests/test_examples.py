@@ -77,12 +77,14 @@ def test_micro_batches_by_budget_hold_little_padding_and_train_alike(tmp_path):
         return [float(cell) for cell in cells]
 
     padded, by_budget = row("padding")
-    assert by_budget < 10 < 50 < padded
+    assert by_budget < 10
+    assert padded > 50
     padded, by_budget = row("programs compiled")
     assert padded <= 2
     assert by_budget <= 6
     moved, apart = re.findall(r"up to (\S+) and differ by (\S+) at", printed)[0]
-    assert float(apart) < 1e-5 < 0.01 < float(moved)
+    assert float(apart) < 1e-5
+    assert float(moved) > 0.01
     assert picture.stat().st_size > 10_000
 
 
