@@ -187,7 +187,7 @@ def token_batches(
 
     A micro-batch is as large as memory admits: `max_tokens` on each device, padding
     included. Documents lie side by side in its rows, and none is cut: segment ids tell
-    attention, and positions the embedding, where each begins. There is so little
+    attention, and positions the embedding, where each begins. So there is little
     padding, whatever the lengths, and with weights the update is that of the global
     batch.
 
@@ -260,11 +260,11 @@ def token_batches(
 
     Note: How documents are packed
       By best fit in decreasing order: the longest document first, each into the fullest
-      row in which it fits. No row is opened while one has room, and there are at most
-      11/9 times as many as the fewest possible, and 4 (Johnson, Demers, Ullman, Garey
-      and Graham, "Worst-case performance bounds for simple one-dimensional packing
-      algorithms", SIAM Journal on Computing 3, 1974). What the last micro-batch has is
-      packed once more, into the smallest shape in which it fits.
+      row in which it fits. That takes at most 11/9 of the fewest rows possible, plus 4
+      (Johnson, Demers, Ullman, Garey and Graham, "Worst-case performance bounds for
+      simple one-dimensional packing algorithms", SIAM Journal on Computing 3, 1974).
+      The documents of the last micro-batch are packed once more, into the smallest
+      shape in which they fit.
 
     Note: Inside one step
       `oa.value_and_grad` takes micro-batches of one shape: ``num_shapes=1``, and the
