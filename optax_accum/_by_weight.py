@@ -33,9 +33,13 @@ class ByWeight:
         if callable(target):
             target = target(gradient_step)
         target = _validate.scheduled("target", _MEANING, target).astype(weight.dtype)
-        # A sum of shares, such as three thirds, may be a few roundings below 1.
+        # A sum of shares, such as three thirds, may be a few roundings below 1. A count
+        # that lacks one token lacks more than half of one.
         rounding = 16 * float(jnp.finfo(weight.dtype).eps)
-        return weight >= target * (1 - rounding)
+        lacks = weight - target < -jnp.minimum(target * rounding, 0.5)
+        # In this form a weight of NaN ends the window, and is seen, where no update
+        # would ever come.
+        return jnp.logical_not(lacks)
 
 
 def by_weight(target: float | Schedule) -> ByWeight:
@@ -50,8 +54,8 @@ def by_weight(target: float | Schedule) -> ByWeight:
     to its end.
 
     Across devices W is that of all devices, and every micro-step exchanges this one
-    number. W is float32: it is compared to within 2e-6 of `target`, and beyond
-    16.7 million it is not exact to one unit.
+    number. W is float32: it is compared to within 2e-6 of `target`, or half a unit if
+    that is less, and beyond 16.7 million it is not exact to one unit.
 
     Args:
       target: A positive number, or a schedule ``gradient_step -> number``: a ramp.
