@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from optax_accum import _backward, _state, _validate, _window
 from optax_accum._accumulate import reduction_of
+from optax_accum._by_weight import DefaultWeight
 from optax_accum._types import Grads, Params, Scalar, Tree
 from optax_accum._updates import apply_updates
 
@@ -69,8 +70,8 @@ def apply(
     # To what stands before `oa.accumulate` a pullback is a tree of residuals.
     grads = as_gradients(grads)
     # What was not given is not to be given to the transformations around it either.
-    for name in ("boundary", "value"):
-        if arguments[name] is None:
+    for name in ("weight", "boundary", "value"):
+        if arguments[name] is None or isinstance(arguments[name], DefaultWeight):
             del arguments[name]
     updates, opt_state = tx.update(grads, opt_state, params, **arguments)
     return apply_updates(params, updates), opt_state
