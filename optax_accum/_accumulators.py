@@ -205,11 +205,7 @@ class Ratio(_OfNode):
 
     @property
     def _parts(self) -> list[Sum]:
-        names = ("[0]", "[1]")
-        return [
-            Sum(self.policy, self.path + name, shape, self.split)
-            for name, shape in zip(names, self.shape, strict=True)
-        ]
+        return [Sum(self.policy, self.path, x, self.split) for x in self.shape]
 
 
 class Combined(_OfNode):

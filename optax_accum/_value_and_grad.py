@@ -213,13 +213,14 @@ def value_and_grad(
       as the loss is; ``"sum"`` their sum; ``"last"`` the last micro-batch's.
       ``"ratio"`` is for metrics with counts of their own: each is a tuple
       ``(sum, count)``, in whose place comes the sum of all over the count of all, NaN
-      if that is 0. A function, such as ``jnp.maximum``, is called as ``combine(a, b)``,
-      of what came so far and the next output, and returns something of their type; it
-      must be associative, and gets the whole output, or the part that it stands for. A
-      tree of policies is a prefix of the auxiliary output.
+      if there was nothing to count. A function, such as ``jnp.maximum``, is called as
+      ``combine(a, b)``, of what came so far and the next output, and returns something
+      of their type; it must be associative, and gets the whole output, or the part that
+      it stands for. A tree of policies is a prefix of the auxiliary output.
 
       A mean, sum or ratio, and what a function combines, leave out micro-batches of
-      weight 0 in a ``"mean"``, and those that `skip` rejects; zeros if none is left.
+      weight 0 in a ``"mean"``, and those that `skip` rejects; zeros if none is left, or
+      NaN for a ratio.
 
       With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
       ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the
@@ -243,10 +244,10 @@ def value_and_grad(
       With `num_real_microbatches` the micro-batches from that number on are not run at
       all. W is that of the others; ``"stack"`` and ``"concat"`` have zeros for those
       that did not run, and ``"last"`` is the last one that did. With 0 everything is
-      zeros, and a carry stays as it is. A number outside of 0 to K is an error, or, if
-      it is traced, the nearest of these. What goes through the loop of a traced number
-      cannot be differentiated in reverse mode. With `mesh` the number is that of every
-      device.
+      zeros (a ``"ratio"`` NaN), and a carry stays as it is. A number outside of 0 to K
+      is an error, or, if it is traced, the nearest of these. What goes through the loop
+      of a traced number cannot be differentiated in reverse mode. With `mesh` the
+      number is that of every device.
       Inside `jax.pmap` or `jax.shard_map` each device may have its own, unless `fun`
       exchanges anything with the others, who would wait for it forever.
 
