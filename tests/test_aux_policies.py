@@ -264,13 +264,18 @@ def test_numbers_and_keys_may_be_combined():
 
 # --- Which micro-batches count ---
 
-BOTH = {"ratio": "ratio", "least": jnp.minimum}
+BOTH = {"ratio": "ratio", "least": jnp.minimum, "first": lambda a, b: a}  # noqa: ARG005
 
 
 def of_losses(w, batch):
     """NaN where an example is that does not count."""
     losses = jnp.sum(jnp.tanh(batch["x"] @ w) ** 2, -1)
-    return {"ratio": (losses.sum(), len(losses)), "least": losses.min()}
+    first = jnp.asarray(batch["number"])[0]
+    return {
+        "ratio": (losses.sum(), len(losses)),
+        "least": losses.min(),
+        "first": first,
+    }
 
 
 def expected(w, batch, rows):
@@ -293,12 +298,13 @@ def test_micro_batches_of_weight_0_are_left_out_of_a_mean_even_if_nan(first):
     close(in_parts(of_losses, BOTH)(W, batch), expected(W, batch, kept))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "ratio", slow("sum")])
-def test_rejected_micro_batches_are_left_out_even_if_nan(reduction):
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("reduction", ["mean", slow("ratio"), slow("sum")])
+def test_rejected_micro_batches_are_left_out_even_if_nan(reduction, place):
     def bad_loss(w, batch):
         return jnp.mean(batch["x"] @ w)  # NaN where an example is
 
-    batch, kept = with_nothing(slice(0, None, 4))
+    batch, kept = with_nothing(slice(place, None, 4))
     options = {"reduction": reduction, "skip": oa.skip_not_finite, "weight": None}
     got = in_parts(of_losses, BOTH, bad_loss, **options)(W, batch)
     close(got, expected(W, batch, kept))
@@ -429,7 +435,7 @@ def test_they_do_not_change_the_derivative_of_the_value():
 
 def test_they_can_be_differentiated():
     """Even if a function could not be, of the zeros before the first micro-batch."""
-    policies = {"ratio": "ratio", "least": lambda a, b: 1 / (1 / a + 1 / b)}
+    policies = BOTH | {"least": lambda a, b: 1 / (1 / a + 1 / b)}
 
     def whole(w):
         losses = jnp.sum(jnp.tanh(batch["x"] @ w) ** 2, -1)
@@ -530,7 +536,7 @@ def test_with_local_every_device_has_its_own(way):
         **options,
     )
     batch = on_devices()
-    ((_, aux), _), info = jax.jit(f)(W, batch)
+    ((_, aux), _), info = jax.device_get(jax.jit(f)(W, batch))
     assert info.weight.tolist() == [0] + [PER_DEVICE - 1] * (COUNT - 1)
     for i in range(1, COUNT):
         own = np.arange(len(batch["x"])) // PER_DEVICE == i
@@ -615,7 +621,7 @@ def test_a_function_that_does_not_combine_two_is_refused(name):
 
 def test_what_a_function_raises_is_shown():
     with pytest.raises(TypeError) as error:
-        in_parts(of_losses, {"ratio": "ratio", "least": raises})(W, BATCH)
+        in_parts(of_losses, BOTH | {"least": raises})(W, numbered())
     assert isinstance(error.value.__cause__, RuntimeError)
 
 
