@@ -287,7 +287,7 @@ class TestMetricsOverTheWindow:
         )
 
     def test_an_integer_metric_is_that_of_the_last_micro_batch(self):
-        """What `docs/epochs.md` warns of."""
+        """What `docs/metrics.md` warns of."""
         tx = oa.accumulate(optax.identity(), 2)
         state = tx.init({"right": jnp.int32(0)})
         for right in (3, 5):
@@ -348,7 +348,7 @@ class TestMetricsOverTheWindow:
 
 @pytest.mark.usefixtures("loose_promotion")
 class TestNnxMetrics:
-    """What `docs/epochs.md` says of them."""
+    """What `docs/metrics.md` says of them."""
 
     def test_nnx_average_counts_a_mean_as_one_value(self):
         average = nnx.metrics.Average("loss")
