@@ -14,10 +14,11 @@ from flax import nnx
 
 import optax_accum as oa
 import optax_accum.flax as oaf
-from tests.support import devices
+from tests.support import devices, hlo
 from tests.support.devices import AXIS, COUNT
 from tests.support.errors import refused
 from tests.support.training import slow
+from tests.support.xla import optimized
 
 B, CLASSES = 12, 4
 STRIDED = {"num_microbatches": 4}
@@ -519,6 +520,24 @@ def test_they_are_those_of_all_devices(way):
     wanted = measured(W, kept)
     close(value, loss(W, kept))
     close(aux, wanted | {"ratio": divided(wanted["ratio"])}, rtol=1e-4)
+
+
+@pytest.mark.several_devices
+def test_they_are_exchanged_once_after_the_loop():
+    """With everything else: one exchange of floats, and one of integers."""
+
+    def aux(w, batch):
+        return of_losses(w, batch) | {"most": errors_of(w, batch).max()}
+
+    f = devices.in_step(
+        "auto",
+        with_aux(aux),
+        has_aux=True,
+        aux=BOTH | {"most": jnp.maximum},
+        num_microbatches=2,
+    )
+    program = optimized(f.lower(W, numbered(PER_DEVICE * COUNT)))
+    assert hlo.exchanges(program) == {"all-reduce, entry": 2}
 
 
 @pytest.mark.several_devices
