@@ -616,6 +616,79 @@ def test_an_auxiliary_loss_over_other_tokens_is_named_and_totals_mend_it():
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
+def two_of(a, c):
+    """Two losses over tokens that `a` and `c` find in a batch."""
+
+    def fun(params, batch):
+        x = batch["x"] if "x" in batch else EMBEDDING[batch["ids"]]
+        h = jnp.tanh(x @ params["w"])
+        counted, valid = (f(batch).astype(h.dtype) for f in (a, c))
+        first = (counted * -jax.nn.log_sigmoid(h @ params["v"])).sum()
+        second = (valid * (h.sum(-1) - 1) ** 2).sum()
+        return first / jnp.maximum(counted.sum(), 1) + second / valid.sum()
+
+    return fun
+
+
+EMBEDDING = jnp.asarray(RANDOM.normal(size=(7, 5)), jnp.float32)
+IDS = jnp.where(TOKENS["actor"], TOKENS["labels"] + 1, 0)
+# Foreground is rare, and the second micro-batch has none.
+LABELS = jnp.where(TOKENS["labels"] > 3, TOKENS["labels"], 0).at[1::K].set(0)
+
+
+@pytest.mark.parametrize(
+    ("fun", "batch", "named"),
+    [
+        (
+            two_of(lambda b: b["labels"] > 0, lambda b: b["labels"] >= 0),
+            {"x": TOKENS["x"], "labels": LABELS},
+            "['labels']`",
+        ),
+        pytest.param(
+            two_of(
+                lambda b: jnp.arange(9)[None] < b["lengths"][:, None],
+                lambda b: jnp.ones(b["x"].shape[:2]),
+            ),
+            {"x": TOKENS["x"], "lengths": jnp.asarray(LENGTHS[0])},
+            "['lengths']`",
+            marks=pytest.mark.slow,
+        ),
+        (
+            two_of(lambda b: b["ids"] != 0, lambda b: b["ids"] >= 0),
+            {"ids": IDS, "position": jnp.tile(jnp.arange(9), (B, 1))},
+            "['ids']`",
+        ),
+    ],
+    ids=["labels", "lengths", "tokens"],
+)
+def test_integers_that_say_what_counts_are_named(fun, batch, named):
+    assert_differs(check(fun, batch), "denominators", named, "fun(params, batch, tot")
+
+
+@pytest.mark.parametrize("has_labels", [True, slow(False)])
+def test_integers_do_not_hide_a_contrastive_loss(has_labels):
+    """Neither labels beside it, nor the tokens that it is of."""
+
+    def fun(params, batch):
+        x = batch["x"] if has_labels else EMBEDDING[batch["ids"]]
+        return contrastive(params, x.mean(1))
+
+    batch = {"x": TOKENS["x"], "labels": LABELS} if has_labels else {"ids": IDS}
+    assert_differs(check(fun, batch), "dependence")
+
+
+def test_two_denominators_that_halves_happen_to_share_are_not_taken_for_weights():
+    def fun(params, batch):
+        wrong = errors(params, batch["x"])
+        first = (wrong * batch["weight"]).sum() / batch["weight"].sum()
+        return first + (wrong**2).mean()
+
+    # By micro-batch 1, 3, 3 and 1.
+    weights = jnp.asarray([1.0, 3.0, 3.0, 1.0] * (B // K))
+    report = check(fun, {"x": X, "weight": weights * (1 + 1e-4 * X[:, 0])})
+    assert_differs(report, "dependence", "Several denominators")
+
+
 @pytest.mark.slow
 def test_two_denominators_without_a_mask_are_answered_with_totals():
     """The counts are weights of the examples, which no probe tells from their data."""

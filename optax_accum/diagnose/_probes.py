@@ -240,8 +240,8 @@ def _weights(seen: Comparison) -> Cause | None:
             found.append((columns / (scale or 1), whole / (scale or 1)))
         return found
 
-    in_halves = equations(problem.halves())
-    if not all(np.isfinite(columns).all() for columns, _ in in_halves):
+    in_halves = equations(problem.in_two(problem.num_microbatches // 2))
+    if not _is_finite(in_halves):
         return Cause(
             "unknown",
             "at parameters a tenth away from these the gradient is not finite, where "
@@ -252,9 +252,18 @@ def _weights(seen: Comparison) -> Cause | None:
         return Cause("factor", found + _is_a_sum(problem))
     if _combination(in_halves, seen.tolerance) is None:
         return None
+    # Halves may happen to be alike in what counts. A part and the rest are less so.
+    unequal = equations(problem.in_two(1))
+    if _is_finite(unequal) and _combination(unequal, seen.tolerance) is None:
+        return None
     in_parts = equations(problem.microbatches())
     shares = _combination(in_parts, seen.tolerance)
     return _weights_cause(problem, shares, seen.tolerance)
+
+
+def _is_finite(equations: Equations) -> bool:
+    """Whether all parts' gradients are."""
+    return all(np.isfinite(columns).all() for columns, _ in equations)
 
 
 def _explains(coefficients: np.ndarray, equations: Equations, tolerance: float) -> bool:
@@ -383,22 +392,28 @@ def _agrees(seen: Comparison, size: int) -> bool:
 
 
 def _denominators(seen: Comparison) -> Cause | None:
-    """Whether micro-batches agree once all of them have the masks of the first."""
-    masks = seen.problem.masks()
-    if not masks:
-        return None
-    alike = seen.problem.with_masks_alike()
-    if seen.moved(alike.whole(), alike.in_parts()):
-        return None
-    shown = ", ".join(masks[:3]) + ", ..." * (len(masks) > 3)
-    return Cause(
-        "denominators",
-        f"with the same {shown} in every micro-batch they agree: `fun` seems to add "
-        "losses that are each divided by a count of their own, and one `weight` cannot "
-        "be all of them. Count on the global batch first, pass the totals to `fun` as "
-        'an argument that is not split, divide by them, and use reduction="sum": that '
-        "is exact",
-    )
+    """Whether micro-batches agree once as much counts in all of them.
+
+    First by what is positive, as in a mask, labels or tokens, and then by the values of
+    all integers, as of lengths.
+    """
+    for by_value in (False, True):
+        names = seen.problem.what_counts(by_value)
+        if not names:
+            continue
+        alike = seen.problem.with_counts_alike(by_value)
+        if seen.moved(alike.whole(), alike.in_parts()):
+            continue
+        shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        return Cause(
+            "denominators",
+            f"they agree once all have as much to count in {shown}: `fun` seems to add "
+            "losses that are each divided by a count of their own, and one `weight` "
+            "cannot be all of them. Totals first: count on the global batch, pass the "
+            "totals whole, as in fun(params, batch, totals), and divide by them. What "
+            'is left is a sum, and exact with reduction="sum"',
+        )
+    return None
 
 
 def _dependence(seen: Comparison) -> Cause | None:

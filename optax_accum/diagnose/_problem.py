@@ -218,27 +218,40 @@ class Problem:
             devices=DataParallel(),
         )
 
-    def masks(self) -> list[str]:
-        """The names of all leaves of the batch that look like a mask.
+    def what_counts(self, by_value: bool) -> list[str]:
+        """The names of all leaves of the batch that may say what counts.
 
-        It is empty if all of them do: then there is no data.
+        These are masks, and integers of which not all are positive, such as tokens or
+        labels; `by_value` all integers, such as lengths. It is empty if there would be
+        no data left.
         """
-        pairs = zip(self.call.batch_names, self.call.batch, strict=True)
-        found = [f"`{name}`" for name, leaf in pairs if _is_mask(leaf)]
-        return found if len(found) < len(self.call.batch) else []
+        pairs = list(zip(self.call.batch_names, self.call.batch, strict=True))
+        found = [name for name, leaf in pairs if _may_count(leaf, by_value)]
+        has_data = any(
+            not (_is_mask(leaf) or (by_value and name in found)) for name, leaf in pairs
+        )
+        return [f"`{name}`" for name in found] if has_data else []
 
-    def with_masks_alike(self) -> "Problem":
-        """With the first micro-batch's masks in all, for a mean on one device.
+    def with_counts_alike(self, by_value: bool) -> "Problem":
+        """With as much that counts in all micro-batches, for a mean on one device.
 
-        Examples after the last whole micro-batch are left out.
+        They have the first one's leaves that may say what counts, but for values that
+        are positive in both; `by_value` all of them. Examples after the last whole one
+        are left out.
         """
         own, number = self.split.size, self.split.whole
         # A split without a remainder is strided: its first part is every K-th example.
         first = np.repeat(np.arange(own) * number, number)
 
         def alike(x: jax.Array, axis: int) -> jax.Array:
-            order = first if _is_mask(x) else np.arange(own * number)
-            return jnp.take(x, order, axis)
+            given = jnp.take(x, np.arange(own * number), axis)
+            if not _may_count(x, by_value):
+                return given
+            of_first = jnp.take(x, first, axis)
+            if by_value:
+                return of_first
+            both = jnp.minimum(given, of_first) > jnp.zeros([], x.dtype)
+            return jnp.where(both, given, of_first)
 
         return self.map_batch(alike).with_settings(
             num_microbatches=number,
@@ -289,16 +302,15 @@ class Problem:
             parts.append(self.split.take_remainder(self.call.batch))
         return parts
 
-    def halves(self) -> list[Batch]:
-        """The first half of the micro-batches together, and the other ones."""
+    def in_two(self, first: int) -> list[Batch]:
+        """The first so many micro-batches together, and the other ones."""
         parts = self.microbatches()
-        middle = len(parts) // 2
         return [
             [
                 jnp.concatenate(pieces, axis)
                 for *pieces, axis in zip(*group, self.split.axes, strict=True)
             ]
-            for group in (parts[:middle], parts[middle:])
+            for group in (parts[:first], parts[first:])
         ]
 
     # --- What comes out ---
@@ -387,12 +399,15 @@ class Problem:
 
 
 def _is_mask(x: jax.Array) -> bool:
-    """Whether it is all 0 and 1, or integers of which negative ones are ignored."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return False
-    if jnp.issubdtype(x.dtype, jnp.integer) and bool((x < 0).any()):
-        return True
-    return bool((x == x.astype(bool).astype(x.dtype)).all())
+    """Whether it is all 0 and 1."""
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return not is_key and bool((x == x.astype(bool).astype(x.dtype)).all())
+
+
+def _may_count(x: jax.Array, by_value: bool) -> bool:
+    """Whether it may say what counts: a mask, or integers."""
+    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+    return _is_mask(x) or (is_integer and (by_value or bool((x <= 0).any())))
 
 
 def _error(a: ArrayLike, b: ArrayLike, least: float) -> float:
