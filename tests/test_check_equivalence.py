@@ -591,6 +591,31 @@ def test_two_denominators_are_named_and_totals_mend_them(options):
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
+@pytest.mark.parametrize("counts", ["inside", slow("beside")])
+def test_three_denominators_are_named_and_totals_mend_them(counts):
+    """Even if a micro-batch has none of one; and if counts are a part of the batch."""
+
+    def of_totals(params, batch, totals):
+        two = actor_and_critic(params, batch, totals["actor"], totals["critic"])
+        h = jnp.tanh(batch["x"] @ params["w"])
+        third = (batch["third"] * jnp.abs(h.sum(-1))).sum()
+        return two + third / jnp.maximum(totals["third"], 1)
+
+    def totals(batch):
+        counted = batch.get("counts", batch)
+        names = ("actor", "critic", "third")
+        return {name: counted[name].sum().astype(jnp.float32) for name in names}
+
+    third = TOKENS["actor"].astype(jnp.float32).at[1::K].set(0)
+    masks = {"actor": TOKENS["actor"], "critic": TOKENS["critic"], "third": third}
+    each = {name: mask.sum(1).astype(jnp.int32) for name, mask in masks.items()}
+    beside = {"counts": each} if counts == "beside" else {}
+    batch = {"x": TOKENS["x"]} | masks | beside
+    report = check(lambda p, b: of_totals(p, b, totals(b)), batch)
+    assert_differs(report, "denominators", "pass the totals", 'reduction="sum"')
+    assert_exact(check(of_totals, batch, args=(totals(batch),), reduction="sum"))
+
+
 def test_an_auxiliary_loss_over_other_tokens_is_named_and_totals_mend_it():
     """Cross-entropy over labels that are not ignored, and a z-loss over all tokens."""
     labels = jnp.where(TOKENS["actor"], TOKENS["labels"], -100)
