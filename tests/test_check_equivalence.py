@@ -591,9 +591,8 @@ def test_two_denominators_are_named_and_totals_mend_them(options):
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("counts", ["inside", slow("beside")])
-def test_three_denominators_are_named_and_totals_mend_them(counts):
-    """Even if a micro-batch has none of one; and if counts are a part of the batch."""
+def test_three_denominators_are_named_and_totals_mend_them():
+    """Even if a micro-batch has none of one."""
 
     def of_totals(params, batch, totals):
         two = actor_and_critic(params, batch, totals["actor"], totals["critic"])
@@ -602,15 +601,11 @@ def test_three_denominators_are_named_and_totals_mend_them(counts):
         return two + third / jnp.maximum(totals["third"], 1)
 
     def totals(batch):
-        counted = batch.get("counts", batch)
         names = ("actor", "critic", "third")
-        return {name: counted[name].sum().astype(jnp.float32) for name in names}
+        return {name: batch[name].sum().astype(jnp.float32) for name in names}
 
     third = TOKENS["actor"].astype(jnp.float32).at[1::K].set(0)
-    masks = {"actor": TOKENS["actor"], "critic": TOKENS["critic"], "third": third}
-    each = {name: mask.sum(1).astype(jnp.int32) for name, mask in masks.items()}
-    beside = {"counts": each} if counts == "beside" else {}
-    batch = {"x": TOKENS["x"]} | masks | beside
+    batch = TOKENS | {"third": third}
     report = check(lambda p, b: of_totals(p, b, totals(b)), batch)
     assert_differs(report, "denominators", "pass the totals", 'reduction="sum"')
     assert_exact(check(of_totals, batch, args=(totals(batch),), reduction="sum"))
@@ -669,37 +664,45 @@ LABELS = jnp.where(TOKENS["labels"] > 3, TOKENS["labels"], 0).at[1::K].set(0)
             {"x": TOKENS["x"], "labels": LABELS},
             "['labels']`",
         ),
-        pytest.param(
-            two_of(
-                lambda b: jnp.arange(9)[None] < b["lengths"][:, None],
-                lambda b: jnp.ones(b["x"].shape[:2]),
-            ),
-            {"x": TOKENS["x"], "lengths": jnp.asarray(LENGTHS[0])},
-            "['lengths']`",
-            marks=pytest.mark.slow,
-        ),
         (
             two_of(lambda b: b["ids"] != 0, lambda b: b["ids"] >= 0),
             {"ids": IDS, "position": jnp.tile(jnp.arange(9), (B, 1))},
             "['ids']`",
         ),
     ],
-    ids=["labels", "lengths", "tokens"],
+    ids=["labels", "tokens"],
 )
 def test_integers_that_say_what_counts_are_named(fun, batch, named):
     assert_differs(check(fun, batch), "denominators", named, "fun(params, batch, tot")
 
 
-@pytest.mark.parametrize("has_labels", [True, slow(False)])
-def test_integers_do_not_hide_a_contrastive_loss(has_labels):
-    """Neither labels beside it, nor the tokens that it is of."""
+@pytest.mark.parametrize("loss", [contrastive, slow(normalised)])
+@pytest.mark.parametrize("data", ["beside labels", "tokens", "tokens and targets"])
+def test_integers_do_not_hide_that_examples_depend_on_each_other(loss, data):
+    def fun(params, batch):
+        x = EMBEDDING[batch["ids"]] if "ids" in batch else batch["x"]
+        targets = batch["targets"].mean() if "targets" in batch else 1
+        return targets * loss(params, x.mean(1))
+
+    batch = {
+        "beside labels": {"x": TOKENS["x"], "labels": LABELS},
+        "tokens": {"ids": IDS},
+        "tokens and targets": {"ids": IDS, "targets": X[:, 0]},
+    }[data]
+    assert_differs(check(fun, batch), "dependence")
+
+
+@pytest.mark.slow
+def test_counts_as_numbers_are_answered_with_totals():
+    """They could as well be what an embedding takes."""
 
     def fun(params, batch):
-        x = batch["x"] if has_labels else EMBEDDING[batch["ids"]]
-        return contrastive(params, x.mean(1))
+        wrong = (jnp.tanh(batch["x"] @ params["w"]) @ params["v"] - 1) ** 2
+        total = batch["lengths"].sum().astype(wrong.dtype)
+        return wrong.sum() / total + (wrong**2).mean()
 
-    batch = {"x": TOKENS["x"], "labels": LABELS} if has_labels else {"ids": IDS}
-    assert_differs(check(fun, batch), "dependence")
+    report = check(fun, {"x": TOKENS["x"], "lengths": jnp.asarray(LENGTHS[0])})
+    assert_differs(report, "dependence", "Several denominators")
 
 
 def test_two_denominators_that_halves_happen_to_share_are_not_taken_for_weights():

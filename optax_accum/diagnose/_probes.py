@@ -392,28 +392,22 @@ def _agrees(seen: Comparison, size: int) -> bool:
 
 
 def _denominators(seen: Comparison) -> Cause | None:
-    """Whether micro-batches agree once as much counts in all of them.
-
-    First by what is positive, as in a mask, labels or tokens, and then by the values of
-    all integers, as of lengths.
-    """
-    for by_value in (False, True):
-        names = seen.problem.what_counts(by_value)
-        if not names:
-            continue
-        alike = seen.problem.with_counts_alike(by_value)
-        if seen.moved(alike.whole(), alike.in_parts()):
-            continue
-        shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-        return Cause(
-            "denominators",
-            f"they agree once all have as much to count in {shown}: `fun` seems to add "
-            "losses that are each divided by a count of their own, and one `weight` "
-            "cannot be all of them. Totals first: count on the global batch, pass the "
-            "totals whole, as in fun(params, batch, totals), and divide by them. What "
-            'is left is a sum, and exact with reduction="sum"',
-        )
-    return None
+    """Whether micro-batches agree once as much counts in all of them."""
+    names = seen.problem.what_counts()
+    if not names:
+        return None
+    alike = seen.problem.with_counts_alike()
+    if seen.moved(alike.whole(), alike.in_parts()):
+        return None
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return Cause(
+        "denominators",
+        f"they agree once all have as much to count in {shown}: `fun` seems to add "
+        "losses that are each divided by a count of their own, and one `weight` "
+        "cannot be all of them. Totals first: count on the global batch, pass the "
+        "totals whole, as in fun(params, batch, totals), and divide by them. What is "
+        'left is a sum, and exact with reduction="sum"',
+    )
 
 
 def _dependence(seen: Comparison) -> Cause | None:

@@ -218,26 +218,20 @@ class Problem:
             devices=DataParallel(),
         )
 
-    def what_counts(self, by_value: bool) -> list[str]:
+    def what_counts(self) -> list[str]:
         """The names of all leaves of the batch that may say what counts.
 
-        These are masks, and integers of which not all are positive, such as tokens or
-        labels; `by_value` all integers, such as lengths. It is empty if there would be
-        no data left.
+        It is empty if all of it are masks: then there is no data.
         """
-        pairs = list(zip(self.call.batch_names, self.call.batch, strict=True))
-        found = [name for name, leaf in pairs if _may_count(leaf, by_value)]
-        has_data = any(
-            not (_is_mask(leaf) or (by_value and name in found)) for name, leaf in pairs
-        )
-        return [f"`{name}`" for name in found] if has_data else []
+        pairs = zip(self.call.batch_names, self.call.batch, strict=True)
+        found = [f"`{name}`" for name, leaf in pairs if _may_count(leaf)]
+        return [] if all(map(_is_mask, self.call.batch)) else found
 
-    def with_counts_alike(self, by_value: bool) -> "Problem":
+    def with_counts_alike(self) -> "Problem":
         """With as much that counts in all micro-batches, for a mean on one device.
 
-        They have the first one's leaves that may say what counts, but for values that
-        are positive in both; `by_value` all of them. Examples after the last whole one
-        are left out.
+        What may say what counts has the first micro-batch's values, except where they
+        and its own are positive. Examples after the last whole one are left out.
         """
         own, number = self.split.size, self.split.whole
         # A split without a remainder is strided: its first part is every K-th example.
@@ -245,11 +239,9 @@ class Problem:
 
         def alike(x: jax.Array, axis: int) -> jax.Array:
             given = jnp.take(x, np.arange(own * number), axis)
-            if not _may_count(x, by_value):
+            if not _may_count(x):
                 return given
             of_first = jnp.take(x, first, axis)
-            if by_value:
-                return of_first
             both = jnp.minimum(given, of_first) > jnp.zeros([], x.dtype)
             return jnp.where(both, given, of_first)
 
@@ -404,10 +396,13 @@ def _is_mask(x: jax.Array) -> bool:
     return not is_key and bool((x == x.astype(bool).astype(x.dtype)).all())
 
 
-def _may_count(x: jax.Array, by_value: bool) -> bool:
-    """Whether it may say what counts: a mask, or integers."""
+def _may_count(x: jax.Array) -> bool:
+    """Whether it may say what counts: a mask, or integers that are not all positive.
+
+    A label of 0 can be background, one of -100 ignored, and a token of 0 padding.
+    """
     is_integer = jnp.issubdtype(x.dtype, jnp.integer)
-    return _is_mask(x) or (is_integer and (by_value or bool((x <= 0).any())))
+    return _is_mask(x) or (is_integer and bool((x <= 0).any()))
 
 
 def _error(a: ArrayLike, b: ArrayLike, least: float) -> float:
