@@ -203,7 +203,7 @@ for update in track(range(updates), "Training"):
 
 def padding(segments):
     """Which share of all tokens is padding."""
-    return np.mean(np.concatenate(segments) == 0)
+    return np.mean(np.concatenate([s.ravel() for s in segments]) == 0)
 
 
 def largest_difference(a, b):
@@ -239,7 +239,7 @@ GREY, EMPTY = "#808080", "#80808040"  # legible on white and on black
 COLORS = ["#4a90e2", "#85b3ea", "#3370b8"]  # neighbouring documents differ
 
 
-def draw_rows(axes, micro_batches, title):
+def draw_rows(axes, micro_batches, height, title):
     """Every row of a global batch, with a gap between micro-batches."""
     y = 0.0
     for segments in micro_batches:
@@ -258,12 +258,6 @@ def draw_rows(axes, micro_batches, title):
     axes.spines[:].set_visible(False)
 
 
-def of_one_update(way):
-    """The micro-batches of the last global batch."""
-    ways = {"padded": padded, "by budget": by_budget}
-    return [batch["segments"] for batch in ways[way]([paragraphs[i] for i in chosen])]
-
-
 style: Any = {
     "font.size": 12,
     "svg.hashsalt": "token_budget",
@@ -276,13 +270,17 @@ style: Any = {
 with mpl.rc_context(style):
     figure = Figure(figsize=(9, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
-    drawn = [of_one_update(way) for way in trainings]
+    documents = [paragraphs[i] for i in chosen]  # the last global batch
+    drawn = [
+        [batch["segments"] for batch in training.micro_batches(documents)]
+        for training in trainings.values()
+    ]
     height = sum(len(segments) + 0.8 for segments in drawn[0])
     titles = ("A row per document", "oa.token_batches")
     for axes, micro_batches, title in zip((left, middle), drawn, titles, strict=True):
         number = f"{len(micro_batches)} micro-batches"
         empty = f"{padding(micro_batches):.0%} padding"
-        draw_rows(axes, micro_batches, f"{title}\n{number}, {empty}")
+        draw_rows(axes, micro_batches, height, f"{title}\n{number}, {empty}")
     bars = right.bar(["padded", "by budget"], milliseconds, color=[GREY, COLORS[0]])
     right.bar_label(bars, [f"{t:.0f} ms" for t in milliseconds], color=GREY)
     right.set_title("Time of an update\n(median)", loc="left", size="medium")
