@@ -849,7 +849,9 @@ class _Accumulation:
             every_k = state.noise.k
         elif callable(every_k):
             every_k = every_k(state.gradient_step)
-        k = _validate.scheduled("every_k", "how many micro-steps it has", every_k)
+        k = _validate.scheduled(
+            "every_k", "how many micro-steps the window has", every_k
+        )
         # >=, so that a schedule that shrinks k still closes.
         return counted & (state.micro_step.astype(k.dtype) >= k)
 
