@@ -33,12 +33,12 @@ class ByWeight:
         if callable(target):
             target = target(gradient_step)
         target = _validate.scheduled("target", _MEANING, target).astype(weight.dtype)
-        # A sum of shares, such as three thirds, may be a few roundings below 1. A count
-        # that lacks one token lacks more than half of one.
+        # A sum of shares, such as three thirds, may be a few roundings below 1. Beyond
+        # half a unit nothing is rounding: a count of millions may lack one token.
         rounding = 16 * float(jnp.finfo(weight.dtype).eps)
         lacks = weight - target < -jnp.minimum(target * rounding, 0.5)
-        # In this form a weight of NaN ends the window, and is seen, where no update
-        # would ever come.
+        # Not `weight >= ...`, with which a weight of NaN would never end the window.
+        # This way the window ends, and the update shows it.
         return jnp.logical_not(lacks)
 
 
@@ -46,9 +46,9 @@ def by_weight(target: float | Schedule) -> ByWeight:
     """An `every_k` for `accumulate` that closes windows by their weight.
 
     A window ends at the micro-step that brings W, the sum of its weights, to `target`:
-    so many tokens, or examples, whatever `weight` counts. A window never has less,
-    unless `boundary` closes it, and never has more than the last micro-batch adds.
-    `weight` is then needed on every call.
+    so many tokens, or examples, whatever `weight` counts. Unless `boundary` decides, W
+    is at least `target`, and exceeds it by less than the last micro-batch's weight.
+    `weight` is needed on every call.
 
     Micro-batches of weight 0, and those that `skip` rejects, bring a window no nearer
     to its end.
@@ -61,7 +61,7 @@ def by_weight(target: float | Schedule) -> ByWeight:
 
     Args:
       target: A positive number, or a schedule ``gradient_step -> number``: a ramp.
-        Where a schedule returns 0 or less, every micro-step is a window.
+        While a schedule returns 0 or less, every micro-step is a window.
 
     Returns:
       A value for `every_k`.

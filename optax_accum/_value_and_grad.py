@@ -212,15 +212,15 @@ def value_and_grad(
       example along axis 0, in the order of the batch; ``"mean"`` their mean, weighted
       as the loss is; ``"sum"`` their sum; ``"last"`` the last micro-batch's.
       ``"ratio"`` is for metrics with counts of their own: each is a tuple
-      ``(sum, count)``, in whose place comes the sum of all over the count of all, NaN
-      if there was nothing to count. A function, such as ``jnp.maximum``, is called as
-      ``combine(a, b)``, of what came so far and the next output, and returns something
-      of their type; it must be associative, and gets the whole output, or the part that
-      it stands for. A tree of policies is a prefix of the auxiliary output.
+      ``(sum, count)``, and becomes the sum of all over the count of all, NaN if there
+      was nothing to count. A function, such as ``jnp.maximum``, is called as
+      ``combine(a, b)`` with the result so far and the next output, and returns another
+      of their type. It must be associative. A tree of policies is a prefix of the
+      auxiliary output; a function in it gets the part at its place.
 
-      A mean, sum or ratio, and what a function combines, leave out micro-batches of
-      weight 0 in a ``"mean"``, and those that `skip` rejects; zeros if none is left, or
-      NaN for a ratio.
+      Means, sums, ratios and functions leave out what `skip` rejects and, with
+      ``reduction="mean"``, micro-batches of weight 0. If none is left they give zeros,
+      and a ratio NaN.
 
       With `carry_argnum`, `fun` returns the next carry as well: ``(value, carry)``, or
       ``(value, (aux, carry))`` with `has_aux`. The result has the same form, with the
