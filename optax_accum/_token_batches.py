@@ -266,6 +266,10 @@ def token_batches(
       The documents of the last micro-batch are packed once more, into the smallest
       shape in which they fit.
 
+      So the micro-batches of a plan are not random samples: the first have the longest
+      documents. Plan one global batch at a time. A noise scale that is measured on
+      these micro-batches is wrong if gradients depend on the length.
+
     Note: Inside one step
       `oa.value_and_grad` takes micro-batches of one shape: ``num_shapes=1``, and the
       same `num_batches` at every update, so that nothing is compiled again. Its
