@@ -13,6 +13,7 @@ prepare the data. What is counted is exact. It fails if planning takes a second 
 """
 
 import argparse
+import math
 import pydoc_data.topics
 import statistics
 import time
@@ -76,16 +77,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
             fewest=-(-tokens // ROW),
             micro_batches=len(plan),
             shapes=len({batch.shape for batch in plan}),
-            padding=1 - tokens / sum(rows * length for rows, length in shapes_of(plan)),
+            padding=1 - tokens / sum(math.prod(batch.shape) for batch in plan),
             alone=1 - tokens / (len(lengths) * ROW),
             seconds=statistics.median(seconds[name]),
         )
         rows.append(row)
     return rows
-
-
-def shapes_of(plan: list[oa.TokenBatch]) -> list[tuple[int, int]]:
-    return [batch.shape for batch in plan]
 
 
 def table(rows: list[Row]) -> shared.Table:
