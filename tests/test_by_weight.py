@@ -761,7 +761,7 @@ def test_a_window_left_open_continues_on_other_devices(number):
 
 
 @several_devices
-def test_a_device_that_skips_brings_its_weight_not_in():
+def test_a_device_that_skips_brings_no_weight_in():
     x, mask = devices.examples(4)
     x, mask = jnp.nan_to_num(x, nan=1.0), jnp.ones_like(mask)
     x = x.at[0, :3].set(jnp.nan)  # All that the first device has.

@@ -327,7 +327,7 @@ def test_a_document_that_is_not_as_planned_is_refused():
         ([3, -1], ["got -1 for document 1"]),
     ],
 )
-def test_what_are_no_lengths_is_refused(lengths, words):
+def test_lengths_that_are_not_ints_are_refused(lengths, words):
     with refused("`lengths` must be one int >= 0 per document", *words):
         oa.token_batches(lengths, 128)
 
