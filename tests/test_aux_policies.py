@@ -4,6 +4,7 @@ What `oa.value_and_grad` makes of them is what the whole batch gives.
 """
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -575,6 +576,13 @@ def refusing(aux_of, policies, *words, **options):
         in_parts(aux_of, policies, **options)(W, BATCH)
 
 
+class Pair(NamedTuple):
+    """As large as a pair, but of fields that may be two metrics."""
+
+    right: int
+    seen: int
+
+
 @pytest.mark.parametrize(
     ("aux", "place"),
     [
@@ -584,7 +592,7 @@ def refusing(aux_of, policies, *words, **options):
         ((1, 2, 3), "`aux[0]`"),
         ({"sum": 1, "count": 2}, "`aux['count']`"),
         ({"a": (1, 2), "b": jnp.ones(2)}, "`aux['b']`"),
-        (oa.noise.NoiseScale(1, 2, 3), "`aux.signal`"),
+        (Pair(1, 2), "`aux.right`"),
     ],
     ids=["array", "list", "none", "triple", "dict", "beside", "namedtuple"],
 )

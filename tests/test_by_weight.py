@@ -409,6 +409,14 @@ def test_a_window_that_lacks_one_token_of_millions_is_open(target):
     assert closed == [target, target + 1, target, target]
 
 
+@pytest.mark.parametrize("target", [1, 1000])
+def test_a_window_that_lacks_more_than_rounding_is_open(target):
+    tx = oa.accumulate(SGD, oa.by_weight(target))
+    _, state, closed = training(tx, (target * (1 - 5e-6), target))
+    assert oa.gradient_step(state) == 1
+    np.testing.assert_allclose(closed, 2 * target, rtol=1e-5)
+
+
 @pytest.mark.parametrize("number", [np.float32(1000), np.int64(1000), Fraction(1000)])
 def test_a_target_may_be_any_number(number):
     _, _, closed = training(oa.accumulate(SGD, oa.by_weight(number)), (400, 600, 10))
