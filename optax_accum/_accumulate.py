@@ -28,12 +28,14 @@ from optax_accum import (
     _window,
 )
 from optax_accum._backward import Pullback
-from optax_accum._by_weight import ONE, ByWeight, DefaultWeight
+from optax_accum._by_weight import ByWeight
 from optax_accum._overwrite import Overwrite, Overwritten
 from optax_accum._state import AccumulateState
 from optax_accum._types import (
+    DEFAULT_WEIGHT,
     AnyMesh,
     AxisName,
+    DefaultWeight,
     DType,
     Grads,
     Kwargs,
@@ -88,7 +90,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -173,7 +175,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -558,7 +560,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params = None,
         *,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,
@@ -575,7 +577,7 @@ class _Accumulation:
         state: AccumulateState,
         params: Params,
         *,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,

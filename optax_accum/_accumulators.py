@@ -92,7 +92,7 @@ class _OfNode:
         return False
 
     @property
-    def _said(self) -> str:
+    def _what(self) -> str:
         """Which policy its output has, for a message."""
         if callable(self.policy):
             return f"{self.path} has a function as its policy"
@@ -106,7 +106,7 @@ class _OfNode:
         )
         if got != needed:
             raise ValueError(
-                f"{self._said}, but the last micro-batch, which is smaller, gave shape "
+                f"{self._what}, but the last micro-batch, which is smaller, gave shape "
                 f"{', '.join(map(str, got))} and the others "
                 f'{", ".join(map(str, needed))}. Use "concat" for outputs with one '
                 "entry per example, or a `microbatch_size` that divides the batch"
@@ -123,7 +123,7 @@ class _Reduced(_OfNode):
     def start(self, weight: Leaf) -> jax.Array:
         if jnp.issubdtype(self.shape.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"{self._said}, but {self.shape.dtype} cannot be added up. Use "
+                f"{self._what}, but {self.shape.dtype} cannot be added up. Use "
                 '"stack" or "last"'
             )
         dtype = _tree.at_least_float32(self._result().dtype)
@@ -176,14 +176,14 @@ class Ratio(_OfNode):
     def start(self, weight: Leaf) -> Tree:
         if not self.is_node(self.shape):
             raise ValueError(
-                f"{self._said}, which needs a tuple of two arrays, (sum, count); got "
+                f"{self._what}, which needs a tuple of two arrays, (sum, count); got "
                 f"{_validate.shown_type(self.shape)}. If it is a mean already, take "
                 '"mean", which weights it as the loss is'
             )
         total, count = self.shape
         if jnp.broadcast_shapes(total.shape, count.shape) != total.shape:
             raise ValueError(
-                f"{self._said}, which needs one count, or one for each sum; got sums "
+                f"{self._what}, which needs one count, or one for each sum; got sums "
                 f"of shape {total.shape} and counts of shape {count.shape}. The order "
                 "is (sum, count)"
             )
@@ -199,7 +199,7 @@ class Ratio(_OfNode):
     def finish(self, carried: Tree, weight: Scalar) -> jax.Array:
         del weight
         total, count = carried
-        dtype = jnp.mean(jnp.zeros([], self.shape[0].dtype)).dtype
+        dtype = jax.eval_shape(jnp.mean, self.shape[0]).dtype
         wide = _tree.at_least_float32(dtype)
         return (total.astype(wide) / count.astype(wide)).astype(dtype)
 
@@ -231,7 +231,7 @@ class Combined(_OfNode):
     def over_devices(self, carried: Tree, axis_name: AxisName | None) -> Tree:
         if axis_name is None:
             return carried
-        rows = _collectives.rows(axis_name, carried)
+        rows = _collectives.of_each_device(axis_name, carried)
         first = jax.tree.map(lambda x: x[0], rows)
         others = jax.tree.map(lambda x: x[1:], rows)
         add = lambda so_far, row: (self._add(so_far, row), None)  # noqa: E731
@@ -255,15 +255,16 @@ class Combined(_OfNode):
 
     def _check(self) -> None:
         needed = (
-            f"{self._said}, which must be combine(a, b), of two outputs like this one, "
+            f"{self._what}, which must be combine(a, b), of two outputs like this one, "
             "and return a third"
         )
         try:
             both = jax.eval_shape(self._combine, self.shape, self.shape)
         except Exception as error:
             raise TypeError(
-                f"{needed}; it raised {type(error).__name__}. For the mean or the sum "
-                'of all, pass "mean" or "sum"; for the largest, jnp.maximum'
+                f"{needed}; it raised {type(error).__name__}. For the mean of all pass "
+                '"mean"; for the largest, jnp.maximum; for a function of each leaf, a '
+                "tree of functions"
             ) from error
         types = [jax.tree.map(_validate.shown_type, x) for x in (self.shape, both)]
         if types[0] != types[1]:
@@ -281,7 +282,7 @@ class Last(_OfNode):
         del carried
         if output.shape != self.shape.shape and isinstance(part.last, jax.Array):
             raise ValueError(
-                f"{self._said}, but the last micro-batch, which is smaller, gave shape "
+                f"{self._what}, but the last micro-batch, which is smaller, gave shape "
                 f"{output.shape} and the others {self.shape.shape}, and "
                 "`num_real_microbatches` is traced, so that either may be the last "
                 "one. Use a `microbatch_size` that divides the batch"
@@ -358,7 +359,7 @@ class Concat(_Kept):
     def _check(self, shape: tuple[int, ...], examples: int) -> None:
         if shape[:1] != (examples,):
             raise ValueError(
-                f"{self._said}, which needs one entry per example along axis 0; a "
+                f"{self._what}, which needs one entry per example along axis 0; a "
                 f"micro-batch of {examples} examples gave shape {shape}. "
                 f"{self._remedy(shape)}"
             )
@@ -403,7 +404,8 @@ def check_policies(option: str, policies: Tree) -> None:
     names = [name for name, x in _BY_NAME.items() if is_aux or x.differentiable]
     for policy in jax.tree.leaves(policies):
         if not (is_aux and callable(policy)):
-            _validate.one_of(option, policy, tuple(names))
+            or_else = ", or a function of two outputs, such as jnp.maximum" * is_aux
+            _validate.one_of(option, policy, tuple(names), or_else)
 
 
 def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> Tree:
@@ -428,6 +430,8 @@ def plan(option: str, policies: Tree, shapes: Tree, split: Split) -> Tree:
         ) from error
 
     def accumulators(path: Any, policy: Policy, tree: Tree) -> Tree:
+        if not jax.tree.leaves(tree):
+            return tree
         of = _class_of(policy)
         return jax.tree_util.tree_map_with_path(
             lambda rest, node: of(

@@ -11,21 +11,14 @@ from optax_accum._types import Scalar, Schedule
 _MEANING = "the weight that a window is to have"
 
 
-class DefaultWeight(float):
-    """A weight that was not given: a 1 that can be told from a 1 that was.
-
-    ``None`` would be told too, but a ``None`` that was given is a mistake.
-    """
-
-
-ONE = DefaultWeight(1)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ByWeight:
     """What `by_weight` returns: the weight that a window is to have."""
 
     target: float | Schedule
+
+    def __repr__(self) -> str:
+        return f"oa.by_weight({self.target!r})"
 
     def is_reached(self, weight: Scalar, gradient_step: Scalar) -> Scalar:
         """``bool[]``, whether a window of this `weight` is to end."""

@@ -74,7 +74,7 @@ def with_boundaries(
         raise TypeError(
             f"`every_k` must be an int >= 1 or None; got {every_k!r}, which needs the "
             "optimizer's state. Give it to `accumulate`, leave it out here, and pass "
-            "boundary=True on the epoch's last micro-batch and None on the others"
+            "boundary=is_last or None, for `is_last` the second of each pair"
         )
     if every_k is not None:
         every_k = _validate.whole_number("every_k", every_k)

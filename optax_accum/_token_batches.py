@@ -93,13 +93,13 @@ class TokenBatch:
 
         Raises:
           TypeError: Documents have different dtypes.
-          ValueError: A document has another length than was planned, or other axes
-            after the first than the others; or there is none to take them from.
+          ValueError: A document is missing, has another length than was planned, or
+            other axes after the first than the others.
         """
         like = np.asarray(self._first(documents))
         packed = np.full((*self.shape, *like.shape[1:]), padding, like.dtype)
         for place in self._places():
-            array = np.asarray(documents[place.document])
+            array = np.asarray(_document(documents, place.document))
             needed = (place.length, *like.shape[1:])
             if array.shape != needed:
                 raise ValueError(
@@ -116,7 +116,7 @@ class TokenBatch:
             packed[place.row, place.columns] = array
         return packed
 
-    def rows(self, part: slice) -> "TokenBatch":
+    def select_rows(self, part: slice) -> "TokenBatch":
         """The plan of some of the rows only, those of one device or process, say.
 
         Every process can plan alike from the lengths of all documents, and then load
@@ -125,16 +125,24 @@ class TokenBatch:
             jax.make_array_from_callback(
                 batch.shape,
                 sharding,
-                lambda index: batch.rows(index[0]).pack(documents),
+                lambda index: batch.select_rows(index[0]).pack(documents),
             )
 
         Args:
           part: Which rows, ``slice(0, 4)``.
 
         Returns:
-          A `TokenBatch`; ``batch.rows(part).pack(documents)`` is
+          A `TokenBatch`; ``batch.select_rows(part).pack(documents)`` is
           ``batch.pack(documents)[part]``.
+
+        Raises:
+          TypeError: `part` is not a slice.
         """
+        if not isinstance(part, slice):
+            raise TypeError(
+                "`part` must be a slice of the rows, slice(0, 4), say; got "
+                f"{_validate.shown(part)}"
+            )
         documents = self.documents[part]
         return TokenBatch(
             documents, self.lengths[part], (len(documents), self.shape[1])
@@ -152,7 +160,7 @@ class TokenBatch:
     def _first(self, documents: Sequence[Any] | Mapping[int, Any]) -> Any:
         """A document, for its dtype and its axes after the first."""
         for place in self._places():
-            return documents[place.document]
+            return _document(documents, place.document)
         # This micro-batch is all padding; any other document will do.
         numbers = documents if isinstance(documents, Mapping) else range(len(documents))
         for number in numbers:
@@ -161,6 +169,16 @@ class TokenBatch:
             "`documents` must have one document at least, to tell the dtype of what is "
             "packed; got none. This micro-batch is all padding: pass any other document"
         )
+
+
+def _document(documents: Sequence[Any] | Mapping[int, Any], number: int) -> Any:
+    try:
+        return documents[number]
+    except (IndexError, KeyError):
+        raise ValueError(
+            f"`documents` has no document {number}, of which `token_batches` was given "
+            "the length. Pass the whole global batch, in the order of `lengths`"
+        ) from None
 
 
 class _Place(NamedTuple):

@@ -28,6 +28,16 @@ Reduction = Literal["mean", "ratio", "sum"]
 Schedule = Callable[[jax.Array], Any]  # ``gradient_step -> number``
 
 
+class DefaultWeight(float):
+    """A weight that was not given: a 1 that can be told from a 1 that was.
+
+    ``None`` would be told too, but a ``None`` that was given is a mistake.
+    """
+
+
+DEFAULT_WEIGHT = DefaultWeight(1)
+
+
 class Skip(Protocol):
     """Rejects micro-batches: `oa.skip_not_finite`, Optax's predicates, or a user's own.
 

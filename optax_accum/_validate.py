@@ -21,11 +21,11 @@ from optax_accum._backward import Pullback
 from optax_accum._types import DType, Grads, Params, Scalar, Tree
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, choices: tuple[str, ...], or_else: str = "") -> None:
     """Raises unless `value` is among `choices`."""
     if value not in choices:
         allowed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}; got {value!r}")
+        raise ValueError(f"`{name}` must be one of {allowed}{or_else}; got {value!r}")
 
 
 def transformation(value: Any) -> None:

@@ -161,12 +161,12 @@ def test_packed_documents_come_out_again(problem, data):
         chex.assert_trees_all_equal(
             (packed[part], segments[part], positions[part]),
             (
-                batch.rows(part).pack(documents),
-                batch.rows(part).segment_ids,
-                batch.rows(part).positions,
+                batch.select_rows(part).pack(documents),
+                batch.select_rows(part).segment_ids,
+                batch.select_rows(part).positions,
             ),
         )
-        assert batch.rows(part).shape == packed[part].shape
+        assert batch.select_rows(part).shape == packed[part].shape
 
 
 # --- How well they are packed ---
@@ -278,10 +278,14 @@ def test_the_rest_of_a_row_is_filled_with_the_padding():
 
 
 def test_only_the_documents_of_the_rows_are_read():
-    part = two_rows().rows(slice(1, 2))
+    part = two_rows().select_rows(slice(1, 2))
     np.testing.assert_array_equal(part.pack({0: [1, 2]}), [[1, 2, 0, 0]])
-    with pytest.raises(KeyError):
+    with refused("`documents` has no document 0", "whole global batch"):
         part.pack({1: [1, 2, 3]})
+    with refused("`documents` has no document 1", "whole global batch"):
+        two_rows().pack([[1, 2]])
+    with refused("`part` must be a slice", "got 1"):
+        two_rows().select_rows(1)
 
 
 def test_a_micro_batch_of_padding_has_the_dtype_of_the_others():
@@ -561,7 +565,7 @@ def test_micro_batches_by_budget_train_as_the_global_batch_on_several_devices():
 
     def on_devices(batch, documents, name):
         def own(index):
-            return arrays(batch.rows(index[0]), documents)[name]
+            return arrays(batch.select_rows(index[0]), documents)[name]
 
         return jax.make_array_from_callback(batch.shape, sharding, own)
 
@@ -574,7 +578,7 @@ def test_micro_batches_by_budget_train_as_the_global_batch_on_several_devices():
         plan = planned(documents, rows=1, num_devices=count)
         assert len(plan) > 1
         for batch, boundary in oa.with_boundaries(plan):
-            mine = batch.rows(slice(-(batch.shape[0] // count), None))
+            mine = batch.select_rows(slice(-(batch.shape[0] // count), None))
             empty += mine.num_tokens == 0
             given_arrays = {
                 name: on_devices(batch, documents, name)

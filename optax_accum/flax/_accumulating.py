@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from optax_accum import _backward, _state, _validate, _window
 from optax_accum._accumulate import reduction_of
-from optax_accum._by_weight import DefaultWeight
-from optax_accum._types import Grads, Params, Scalar, Tree
+from optax_accum._types import DefaultWeight, Grads, Params, Scalar, Tree
 from optax_accum._updates import apply_updates
 
 

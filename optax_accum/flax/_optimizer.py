@@ -10,8 +10,7 @@ from jax.typing import ArrayLike
 
 from optax_accum import _backward, _validate
 from optax_accum._accumulate import Boundary
-from optax_accum._by_weight import ONE
-from optax_accum._types import AxisName, Params
+from optax_accum._types import DEFAULT_WEIGHT, AxisName, Params
 from optax_accum.flax import _accumulating, _module
 from optax_accum.sharding import window_specs
 
@@ -62,7 +61,7 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         grads: nnx.State,
         /,
         *,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         **extra_args: Any,

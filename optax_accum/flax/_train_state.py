@@ -13,8 +13,7 @@ from jax.typing import ArrayLike
 
 from optax_accum import _validate
 from optax_accum._accumulate import Boundary
-from optax_accum._by_weight import ONE
-from optax_accum._types import Grads, Params, Scalar, Tree
+from optax_accum._types import DEFAULT_WEIGHT, Grads, Params, Scalar, Tree
 from optax_accum.flax import _accumulating
 
 
@@ -83,7 +82,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         self,
         *,
         grads: Grads,
-        weight: ArrayLike = ONE,
+        weight: ArrayLike = DEFAULT_WEIGHT,
         boundary: Boundary = None,
         value: ArrayLike | None = None,
         extra_args: Mapping[str, Any] | None = None,

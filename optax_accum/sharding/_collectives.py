@@ -93,7 +93,7 @@ def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
     return jax.tree.map(choose, tree)
 
 
-def rows(axis_name: AxisName, tree: Tree) -> Tree:
+def of_each_device(axis_name: AxisName, tree: Tree) -> Tree:
     """`tree` as each device has it, ``[D, ...]``, on all of them."""
     count = lax.axis_size(axis_name)
     is_this = jnp.arange(count) == lax.axis_index(axis_name)
