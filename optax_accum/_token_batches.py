@@ -23,6 +23,7 @@ class TokenBatch:
       lengths: Their lengths, in the same layout.
       shape: ``(rows, length)``, of what `pack` makes. The rows of device d of D are the
         d-th of D equal parts, as a sharding along axis 0 has them.
+      num_documents: How many documents the whole global batch has.
 
     Examples:
       >>> import numpy as np, optax_accum as oa
@@ -53,6 +54,7 @@ class TokenBatch:
     documents: tuple[tuple[int, ...], ...]
     lengths: tuple[tuple[int, ...], ...]
     shape: tuple[int, int]
+    num_documents: int
 
     @property
     def num_tokens(self) -> int:
@@ -85,22 +87,32 @@ class TokenBatch:
             else that there is for every token, such as a loss mask, advantages or
             embeddings. A sequence of all documents of the global batch, or a mapping
             from a document's number to its array. Only those of this micro-batch are
-            read, and the first of all if this micro-batch has none.
-          padding: What fills the rest of the rows.
+            read, and the first that is not empty if this micro-batch has none.
+          padding: What fills the rest of the rows, in the documents' dtype.
 
         Returns:
           An array ``[rows, length, ...]`` of the documents' dtype.
 
         Raises:
-          TypeError: Documents have different dtypes.
-          ValueError: A document is missing, has another length than was planned, or
-            other axes after the first than the others.
+          TypeError: Documents have different dtypes, or are no arrays.
+          ValueError: Another number of documents than was planned; a document of
+            another length, or with other axes after the first than the others; none to
+            take them from; a `padding` that their dtype does not have.
         """
-        like = np.asarray(self._first(documents))
+        self._check_number(documents)
+        like = self._like(documents)
+        padding = _padding(padding, like.dtype)
         packed = np.full((*self.shape, *like.shape[1:]), padding, like.dtype)
         for place in self._places():
             array = np.asarray(_document(documents, place.document))
             needed = (place.length, *like.shape[1:])
+            if array.ndim == 0:
+                raise TypeError(
+                    f"`documents[{place.document}]` must be an array with one entry "
+                    f"per token; got {_validate.shown(documents[place.document])}. "
+                    "Repeat what there is once per document: np.full(length, value). "
+                    "Tokenize strings, and pack each array of a dict for itself"
+                )
             if array.shape != needed:
                 raise ValueError(
                     f"`documents[{place.document}]` must have the shape {needed}: the "
@@ -140,13 +152,13 @@ class TokenBatch:
         """
         if not isinstance(part, slice):
             raise TypeError(
-                "`part` must be a slice of the rows, slice(0, 4), say; got "
-                f"{_validate.shown(part)}"
+                f"`part` must be a slice of the rows; got {part!r}. In a callback of "
+                "jax.make_array_from_callback it is index[0]. For row i pass "
+                "slice(i, i + 1)"
             )
         documents = self.documents[part]
-        return TokenBatch(
-            documents, self.lengths[part], (len(documents), self.shape[1])
-        )
+        shape = len(documents), self.shape[1]
+        return TokenBatch(documents, self.lengths[part], shape, self.num_documents)
 
     def _places(self) -> Iterator["_Place"]:
         """Where each document is."""
@@ -157,18 +169,39 @@ class TokenBatch:
                 yield _Place(row, columns, length, i + 1, self.documents[row][i])
                 start += length
 
-    def _first(self, documents: Sequence[Any] | Mapping[int, Any]) -> Any:
+    def _check_number(self, documents: Sequence[Any] | Mapping[int, Any]) -> None:
+        """Raises if `documents` are those of a part only, or of another global batch.
+
+        Their numbers would be those of others, and with equal lengths nothing else
+        would show it.
+        """
+        if isinstance(documents, Mapping) or len(documents) == self.num_documents:
+            return
+        raise ValueError(
+            f"`documents` must be all {self.num_documents} of the global batch, in the "
+            f"order of `lengths`; got {len(documents)}. If you have only some of them, "
+            "pass a dict from their numbers, as `TokenBatch.documents` has them"
+        )
+
+    def _like(self, documents: Sequence[Any] | Mapping[int, Any]) -> np.ndarray:
         """A document, for its dtype and its axes after the first."""
         for place in self._places():
-            return _document(documents, place.document)
-        # This micro-batch is all padding; any other document will do.
+            return np.asarray(documents[place.document])
+        # This micro-batch is all padding; any other document will do, but NumPy cannot
+        # tell the dtype of an empty list.
         numbers = documents if isinstance(documents, Mapping) else range(len(documents))
+        like = None
         for number in numbers:
-            return documents[number]
-        raise ValueError(
-            "`documents` must have one document at least, to tell the dtype of what is "
-            "packed; got none. This micro-batch is all padding: pass any other document"
-        )
+            like = np.asarray(documents[number])
+            if like.size:
+                break
+        if like is None:
+            raise ValueError(
+                "`documents` must have one document at least, to tell the dtype of "
+                "what is packed; got none. This micro-batch is all padding: pass any "
+                "other document"
+            )
+        return like
 
 
 def _document(documents: Sequence[Any] | Mapping[int, Any], number: int) -> Any:
@@ -189,6 +222,18 @@ class _Place(NamedTuple):
     length: int
     segment: int
     document: int
+
+
+def _padding(value: Any, dtype: np.dtype) -> np.ndarray:
+    """`value` in this dtype, unless it would become another one."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        padding = np.asarray(value).astype(dtype)
+    if dtype.kind in "biu" and not np.array_equal(padding, value):
+        raise ValueError(
+            f"`padding` is {value!r}, which {dtype}, the documents' dtype, does not "
+            "have. Cast the documents to one that has it"
+        )
+    return padding
 
 
 def token_batches(
@@ -382,7 +427,7 @@ def _batch(
     """A micro-batch of these rows, and of empty ones below."""
     rows = rows + [[]] * (shape[0] - len(rows))
     lengths = tuple(tuple(sizes[document] for document in row) for row in rows)
-    return TokenBatch(tuple(map(tuple, rows)), lengths, shape)
+    return TokenBatch(tuple(map(tuple, rows)), lengths, shape, len(sizes))
 
 
 def _last_batch(

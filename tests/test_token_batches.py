@@ -300,6 +300,61 @@ def test_a_micro_batch_of_padding_has_the_dtype_of_the_others():
         plan[1].pack({})
 
 
+def test_a_micro_batch_of_padding_has_the_dtype_of_the_others_in_lists():
+    plan = oa.token_batches([0, 3], 4, multiple_of=4, num_batches=2)
+    documents = [[], [1, 2, 3]]  # of the first, NumPy would make floats
+    assert plan[1].pack(documents).dtype == plan[0].pack(documents).dtype == int
+
+
+@pytest.mark.parametrize("fewer", [slice(1, None), slice(0, 3), slice(0, 0)])
+def test_documents_of_another_batch_are_refused_though_all_are_as_long(fewer):
+    documents = np.arange(16).reshape(4, 4)
+    plan = oa.token_batches([4] * 4, 8, row_length=4, multiple_of=4)
+    part = documents[fewer]
+    for batch in [*plan, plan[0].rows(slice(0, 1))]:
+        with refused("must be all 4", f"got {len(part)}", "a dict from their numbers"):
+            batch.pack(part)
+        some = {i: documents[i] for (i,) in batch.documents}
+        np.testing.assert_array_equal(batch.pack(some), batch.pack(documents))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding"),
+    [
+        ("uint8", -100),
+        ("uint8", np.int64(-100)),
+        ("bool", -100),
+        ("int32", 0.5),
+        ("int32", np.nan),
+        ("int32", -np.inf),
+    ],
+)
+def test_a_padding_that_would_become_another_is_refused(dtype, padding):
+    documents = [np.ones(n, dtype) for n in (2, 3)]
+    with refused("`padding` is", f"which {dtype}", "does not have", "Cast"):
+        two_rows().pack(documents, padding)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding"), [("bool", True), ("int32", -1.0), ("float16", -np.inf)]
+)
+def test_a_padding_of_another_type_but_that_value_is_taken(dtype, padding):
+    documents = [np.zeros(n, dtype) for n in (2, 3)]
+    assert two_rows().pack(documents, padding)[0, -1] == padding
+
+
+@pytest.mark.parametrize("document", [0.5, "some text", {"tokens": np.ones(2)}])
+def test_a_document_that_is_no_array_is_refused(document):
+    with refused("one entry per token", f"type {type(document).__name__}", "np.full"):
+        two_rows().pack([document] * 2)
+
+
+@pytest.mark.parametrize("part", [1, (slice(0, 1), slice(None))])
+def test_rows_takes_a_slice(part):
+    with refused("`part` must be a slice", "index[0]"):
+        two_rows().rows(part)
+
+
 def test_a_document_that_is_not_as_planned_is_refused():
     batch = two_rows()
     with refused("`documents[0]`", "(2,)", "got (4,)", "order of `lengths`"):
