@@ -261,10 +261,17 @@ class Combined(_OfNode):
         try:
             both = jax.eval_shape(self._combine, self.shape, self.shape)
         except Exception as error:
+            advice = (
+                'For the mean or the sum of all, pass "mean" or "sum"; for the '
+                "largest, jnp.maximum"
+            )
+            if not jax.tree_util.all_leaves([self.shape]):
+                advice = (
+                    "It is given the whole output at once; if it takes arrays, give it "
+                    "to each of them: a tree of policies, like the output"
+                )
             raise TypeError(
-                f"{needed}; it raised {type(error).__name__}. For the mean of all pass "
-                '"mean"; for the largest, jnp.maximum; for a function of each leaf, a '
-                "tree of functions"
+                f"{needed}; it raised {type(error).__name__}. {advice}"
             ) from error
         types = [jax.tree.map(_validate.shown_type, x) for x in (self.shape, both)]
         if types[0] != types[1]:

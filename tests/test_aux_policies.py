@@ -653,7 +653,7 @@ def test_what_a_function_raises_is_shown():
 
 
 def test_a_function_for_an_array_is_refused_for_a_tree():
-    words = "`aux`", "it raised TypeError"
+    words = "`aux`", "it raised TypeError", "the whole output at once", "each of them"
     refusing(lambda w, batch: {"a": batch["x"]}, jnp.maximum, *words)  # noqa: ARG005
 
 
