@@ -622,7 +622,9 @@ class _Accumulation:
             raise ValueError(
                 "`weight` is needed on every call, because `every_k=oa.by_weight(...)` "
                 "ends windows by it. Pass how many of what its `target` counts this "
-                "micro-batch has: valid tokens, or examples"
+                "micro-batch has: valid tokens, or examples. What is between must hand "
+                "it on, as Flax's own TrainState does not "
+                "(optax_accum.flax.TrainState does)"
             )
         return 1.0
 

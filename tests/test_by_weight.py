@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training import train_state
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -867,6 +868,13 @@ def test_flax_tells_of_a_forgotten_weight(wrap):
     optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
     with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
         optimizer.update(model, nnx.state(model, nnx.Param))
+
+
+def test_that_flax_keeps_the_weight_to_itself_is_told():
+    tx = oa.accumulate(SGD, oa.by_weight(8))
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    with pytest.raises(ValueError, match=saying(*NO_WEIGHT, "accum.flax.TrainState")):
+        state.apply_gradients(grads=PARAMS, weight=3)
 
 
 def test_flax_gives_no_weight_to_others_unless_there_is_one():
