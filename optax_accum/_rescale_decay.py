@@ -41,10 +41,10 @@ def rescale_decay(
         ``gradient_step -> batch``, if it changes in training.
 
     Returns:
-      A float; for a schedule, a schedule ``gradient_step -> f32[]``, which is for
-      `optax.inject_hyperparams`. With bfloat16 parameters, pass
-      ``hyperparam_dtype=jnp.float32`` to `optax.inject_hyperparams` too. Otherwise it
-      rounds the decay to bfloat16, in which 0.999 is 1.
+      A float; for a schedule, a schedule ``gradient_step -> f32[]``, always below 1,
+      which is for `optax.inject_hyperparams`. If parameters are bfloat16, give that
+      ``hyperparam_dtype=jnp.float32`` too: it rounds numbers to their dtype otherwise,
+      and in bfloat16 0.999 is 1.
 
     Raises:
       TypeError: `decay` or a batch is not a number.
@@ -88,8 +88,12 @@ def rescale_decay(
     batch_of = to_batch
     # The logarithm is Python's, in float64: in float32 a decay near 1 has few digits.
     rate = math.log(decay) / from_batch if decay else -math.inf
+    # With 1, to which a tiny batch rounds and which a ramp from 0 starts at, Adam's
+    # bias correction is 0 / 0.
+    below_one = 1 - float(jnp.finfo(jnp.float32).epsneg)
 
     def schedule(gradient_step: jax.Array) -> jax.Array:
-        return jnp.exp(rate * jnp.asarray(batch_of(gradient_step), jnp.float32))
+        batch = jnp.asarray(batch_of(gradient_step), jnp.float32)
+        return jnp.minimum(jnp.exp(rate * batch), below_one)
 
     return schedule

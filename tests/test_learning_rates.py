@@ -138,6 +138,19 @@ def test_a_ramp_of_windows_trains_as_its_global_batches_would():
 
 
 @pytest.mark.usefixtures("loose_promotion")
+@pytest.mark.parametrize("start", [0, 1e-9, 1])
+def test_a_ramp_from_next_to_nothing_starts_with_an_update(start):
+    tokens = optax.linear_schedule(start, 1e6, 10)
+    b2 = oa.rescale_decay(0.999, from_batch=1e6, to_batch=tokens)
+    adam = optax.inject_hyperparams(optax.adam)(0.01, b2=b2)
+    tx = oa.accumulate(adam, oa.by_weight(tokens))
+    params = jnp.zeros(2, "float32")
+    grads = jnp.ones(2, "float32")
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, weight=3)
+    np.testing.assert_allclose(updates, -0.01, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("loose_promotion")
 def test_decays_near_one_survive_parameters_in_bfloat16():
     b2 = oa.rescale_decay(0.999, from_batch=1, to_batch=lambda _: 0.5)
     adamw = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)
