@@ -42,9 +42,9 @@ def rescale_decay(
 
     Returns:
       A float; for a schedule, a schedule ``gradient_step -> f32[]``, always below 1,
-      which is for `optax.inject_hyperparams`. If parameters are bfloat16, give that
-      ``hyperparam_dtype=jnp.float32`` too: it rounds numbers to their dtype otherwise,
-      and in bfloat16 0.999 is 1.
+      which is for `optax.inject_hyperparams`. With bfloat16 parameters, pass
+      ``hyperparam_dtype=jnp.float32`` to `optax.inject_hyperparams` too. Otherwise it
+      rounds the decay to bfloat16, in which 0.999 is 1.
 
     Raises:
       TypeError: `decay` or a batch is not a number.

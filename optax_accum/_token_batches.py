@@ -104,7 +104,7 @@ class TokenBatch:
         padding = _padding(padding, like.dtype)
         packed = np.full((*self.shape, *like.shape[1:]), padding, like.dtype)
         for place in self._places():
-            array = np.asarray(_document(documents, place.document))
+            array = np.asarray(documents[place.document])
             needed = (place.length, *like.shape[1:])
             if array.ndim == 0:
                 raise TypeError(
@@ -202,16 +202,6 @@ class TokenBatch:
                 "other document"
             )
         return like
-
-
-def _document(documents: Sequence[Any] | Mapping[int, Any], number: int) -> Any:
-    try:
-        return documents[number]
-    except (IndexError, KeyError):
-        raise ValueError(
-            f"`documents` has no document {number}, of which `token_batches` was given "
-            "the length. Pass the whole global batch, in the order of `lengths`"
-        ) from None
 
 
 class _Place(NamedTuple):
