@@ -105,26 +105,7 @@ class TokenBatch:
         packed = np.full((*self.shape, *like.shape[1:]), padding, like.dtype)
         for place in self._places():
             array = np.asarray(documents[place.document])
-            needed = (place.length, *like.shape[1:])
-            if array.ndim == 0:
-                raise TypeError(
-                    f"`documents[{place.document}]` must be an array with one entry "
-                    f"per token; got {_validate.shown(documents[place.document])}. "
-                    "Repeat what there is once per document: np.full(length, value). "
-                    "Tokenize strings, and pack each array of a dict for itself"
-                )
-            if array.shape != needed:
-                raise ValueError(
-                    f"`documents[{place.document}]` must have the shape {needed}: the "
-                    "length that `token_batches` was given, and the other documents' "
-                    f"axes; got {array.shape}. Pass the whole global batch, in the "
-                    "order of `lengths`"
-                )
-            if array.dtype != like.dtype:
-                raise TypeError(
-                    f"`documents[{place.document}]` is {array.dtype} and another one "
-                    f"{like.dtype}; they must have one dtype. Cast them first"
-                )
+            _check_document(array, place, like)
             packed[place.row, place.columns] = array
         return packed
 
@@ -212,6 +193,29 @@ class _Place(NamedTuple):
     length: int
     segment: int
     document: int
+
+
+def _check_document(array: np.ndarray, place: _Place, like: np.ndarray) -> None:
+    """Raises unless a document is as long as planned, and otherwise like another one."""
+    name, needed = f"`documents[{place.document}]`", (place.length, *like.shape[1:])
+    if array.ndim == 0:
+        raise TypeError(
+            f"{name} must be an array with one entry per token; got "
+            f"{_validate.shown(array.item())}. Repeat what there is once per document: "
+            "np.full(length, value). Tokenize strings, and pack each array of a dict "
+            "for itself"
+        )
+    if array.shape != needed:
+        raise ValueError(
+            f"{name} must have the shape {needed}: the length that `token_batches` was "
+            f"given, and the other documents' axes; got {array.shape}. Pass the whole "
+            "global batch, in the order of `lengths`"
+        )
+    if array.dtype != like.dtype:
+        raise TypeError(
+            f"{name} is {array.dtype} and another one {like.dtype}; they must have one "
+            "dtype. Cast them first"
+        )
 
 
 def _padding(value: Any, dtype: np.dtype) -> np.ndarray:
