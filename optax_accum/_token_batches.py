@@ -196,7 +196,7 @@ class _Place(NamedTuple):
 
 
 def _check_document(array: np.ndarray, place: _Place, like: np.ndarray) -> None:
-    """Raises unless a document is as long as planned, and otherwise like another one."""
+    """Raises unless a document is as long as planned, and else like another one."""
     name, needed = f"`documents[{place.document}]`", (place.length, *like.shape[1:])
     if array.ndim == 0:
         raise TypeError(
