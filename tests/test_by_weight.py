@@ -55,14 +55,15 @@ TARGET = 1000
 def windows_of(weights, target):
     """The numbers of the micro-batches of each closed window, by counting.
 
-    `target` is a number, or a function of how many windows are closed.
+    `target` is a number, or a schedule of how many windows are closed.
     """
+    scheduled = jax.jit(target) if callable(target) else lambda _: target
     windows: list[list[int]] = []
     window, total = [], 0
     for i, weight in enumerate(weights):
         window.append(i)
         total += weight
-        if total >= (target(len(windows)) if callable(target) else target):
+        if total >= scheduled(len(windows)):
             windows.append(window)
             window, total = [], 0
     return windows
@@ -102,19 +103,15 @@ def global_batches(inner, grads, weights, windows, reduction="mean"):
         divisor = sum(w) if reduction == "ratio" else 1
         return jax.tree.map(lambda x: x / divisor, total)
 
+    inner = inner._replace(update=jax.jit(inner.update))
     return alone(inner, *map(gradient, windows))[0]
 
 
 # --- Which windows ---
 
 
-def test_the_example_has_windows_of_several_lengths():
-    windows = windows_of(TOKENS, TARGET)
-    assert [len(window) for window in windows] == [3, 2, 1, 4]
-
-
 @pytest.mark.parametrize(
-    "reduction", [pytest.param("mean", marks=core), "ratio", "sum"]
+    "reduction", [pytest.param("mean", marks=core), slow("ratio"), slow("sum")]
 )
 @pytest.mark.parametrize("way", ["update_params", slow("update")])
 def test_windows_of_so_much_weight_equal_the_global_batches(reduction, way):
@@ -123,8 +120,8 @@ def test_windows_of_so_much_weight_equal_the_global_batches(reduction, way):
     tx = oa.accumulate(INNER, oa.by_weight(TARGET), reduction=reduction)
     weights = [jnp.float32(w) for w in TOKENS]
     params, state, closed = training(tx, weights, grads, way)
+    assert closed == [1200, 1000, 1300, 1001]
     windows = windows_of(TOKENS, TARGET)
-    assert closed == weights_of(windows, TOKENS)
     close(params, global_batches(INNER, grads, TOKENS, windows, reduction))
     assert oa.gradient_step(state) == 4
     assert oa.micro_step(state) == 1
@@ -132,7 +129,7 @@ def test_windows_of_so_much_weight_equal_the_global_batches(reduction, way):
 
 
 @core
-@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("jitted", [True, slow(False)])
 @pytest.mark.parametrize("kind", [int, slow(float), np.float32, np.array, jnp.int32])
 def test_weights_may_be_any_numbers_in_and_out_of_jit(kind, jitted):
     tx = oa.accumulate(SGD, oa.by_weight(TARGET))
@@ -141,7 +138,7 @@ def test_weights_may_be_any_numbers_in_and_out_of_jit(kind, jitted):
     assert closed == [1200, 1000, 1300]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [slow("update"), "update_params"])
 def test_a_weight_that_is_a_constant_of_the_program_counts(way):
     tx = oa.accumulate(SGD, oa.by_weight(TARGET))
     step = jax.jit(functools.partial(stepper(tx, way), weight=400))
@@ -169,19 +166,17 @@ def scanned(target):
 
 
 def padded(weights):
-    return jnp.pad(jnp.asarray(weights, jnp.float32), (0, LENGTH - len(weights)))
+    return np.pad(np.float32(weights), (0, LENGTH - len(weights)))
 
 
 @core
 @hypothesis.given(st.lists(st.integers(0, 600), min_size=1, max_size=LENGTH))
 @hypothesis.settings(max_examples=30)
-def test_a_window_has_its_target_and_less_than_the_last_micro_batch_more(weights):
+def test_windows_end_where_counting_ends_them(weights):
     totals, ends = map(np.asarray, scanned(TARGET)(padded(weights)))
     windows = windows_of(weights, TARGET)
     assert np.flatnonzero(ends).tolist() == [window[-1] for window in windows]
     assert totals[ends].tolist() == weights_of(windows, weights)
-    for window, total in zip(windows, totals[ends], strict=True):
-        assert TARGET <= total < TARGET + weights[window[-1]]
 
 
 def test_a_window_starts_from_0_after_one_that_has_closed():
@@ -202,37 +197,29 @@ def test_a_window_starts_from_0_after_one_that_has_closed():
     assert wrong == [1301, 252, 1014, 149, 900]
 
 
-def test_a_target_may_be_less_than_every_micro_batch_has():
-    _, state, closed = training(oa.accumulate(SGD, oa.by_weight(0.5)), (1, 7, 2))
-    assert closed == [1, 7, 2]
-    assert oa.gradient_step(state) == 3
-
-
 # --- Schedules ---
 
 
-def ramp(step):
-    """In plain Python or traced."""
-    return 100 * (step + 1)
-
-
-SCHEDULES: dict[str, Any] = {
-    "a ramp": ramp,
-    "integers": lambda step: jnp.asarray(100 * (step + 1), jnp.int32),
-    "linear_schedule": optax.linear_schedule(100, 500, 4),
-    "piecewise_constant": optax.piecewise_constant_schedule(100.0, {1: 2, 3: 2.5}),
-    "a smaller one later": lambda step: 500 - 100 * jnp.minimum(step, 4),
-}
+LINEAR = optax.linear_schedule(100, 500, 4)
 
 
 @pytest.mark.usefixtures("loose_promotion")
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.piecewise_constant_schedule(100.0, {1: 2, 3: 2.5}),
+        lambda step: 500 - 100 * jnp.minimum(step, 4),
+        slow(LINEAR),
+        slow(lambda step: 100 * (step + 1)),
+        slow(lambda step: jnp.asarray(100 * (step + 1), jnp.int32)),
+    ],
+    ids=["piecewise", "a smaller one later", "linear", "a ramp", "integers"],
+)
 @pytest.mark.parametrize("jitted", [True, slow(False)])
-def test_a_schedule_says_what_each_window_is_to_have(name, jitted):
+def test_a_schedule_says_what_each_window_is_to_have(schedule, jitted):
     """After so many updates; of equal micro-batches, whose windows come out even."""
     weights = [50] * 30
-    schedule = SCHEDULES[name]
-    windows = windows_of(weights, lambda n: float(schedule(jnp.asarray(n))))
+    windows = windows_of(weights, schedule)
     tx = oa.accumulate(SGD, oa.by_weight(schedule))
     _, state, closed = training(tx, weights, jitted=jitted)
     assert closed == weights_of(windows, weights)
@@ -245,18 +232,6 @@ def test_a_ramp_that_float32_rounds_ends_windows_of_whole_numbers():
     tx = oa.accumulate(SGD, oa.by_weight(optax.linear_schedule(50, 350, 6)))
     _, _, closed = training(tx, [50] * 28)
     assert closed == [50, 100, 150, 200, 250, 300, 350]
-
-
-@core
-def test_a_ramp_equals_the_global_batches():
-    grads, weights = micro_batches(PARAMS, 20)
-    target = optax.linear_schedule(10, 60, 4)
-    tx = oa.accumulate(INNER, oa.by_weight(target))
-    params, _, closed = training(tx, weights, grads)
-    windows = windows_of([float(w) for w in weights], lambda n: float(target(n)))
-    assert len(windows) > 3
-    assert closed == weights_of(windows, weights)
-    close(params, global_batches(INNER, grads, weights, windows))
 
 
 @pytest.mark.parametrize("jitted", [True, False])
@@ -276,7 +251,7 @@ def test_nothing_is_compiled_again_while_the_target_grows(jitted):
     assert oa.gradient_step(state) == 4
 
 
-@pytest.mark.parametrize("target", [0, -5])
+@pytest.mark.parametrize("target", [0, slow(-5)])
 def test_a_scheduled_target_of_no_weight_ends_every_window_at_once(target):
     """As a warmup from 0 has it. Of no weight there is still no update."""
     tx = oa.accumulate(SGD, oa.by_weight(lambda step: target + 0 * step))
@@ -291,7 +266,7 @@ def test_a_scheduled_target_of_no_weight_ends_every_window_at_once(target):
 # --- The caller, and what does not count ---
 
 
-@pytest.mark.parametrize("true", [True, jnp.asarray(True)])
+@pytest.mark.parametrize("true", [True, slow(jnp.asarray(True))])
 def test_a_caller_closes_a_window_early(true):
     tx = oa.accumulate(SGD, oa.by_weight(TARGET))
     weights = (600, (100, true), 600, 300, 100, (0, true), 1000)
@@ -301,7 +276,7 @@ def test_a_caller_closes_a_window_early(true):
     assert oa.gradient_step(state) == 3
 
 
-@pytest.mark.parametrize("false", [False, jnp.asarray(False)])
+@pytest.mark.parametrize("false", [slow(False), jnp.asarray(False)])
 def test_a_caller_keeps_a_window_open_past_its_target(false):
     tx = oa.accumulate(SGD, oa.by_weight(TARGET))
     grads, _ = micro_batches(PARAMS, 5)
@@ -338,15 +313,16 @@ def test_weight_0_brings_a_window_no_nearer(takes):
 
     # `alone`, at the parameters of each window.
     wanted, inner_state = PARAMS, INNER.init(PARAMS)
+    gradient, update = jax.jit(jax.grad(loss)), jax.jit(INNER.update)
     for window in windows:
-        grads = [jax.grad(loss)(wanted, xs[i]) for i in window if weights[i]]
+        grads = [gradient(wanted, xs[i]) for i in window if weights[i]]
         mean = weighted_mean(grads, [weights[i] for i in window if weights[i]])
-        updates, inner_state = INNER.update(mean, inner_state, wanted)
+        updates, inner_state = update(mean, inner_state, wanted)
         wanted = optax.apply_updates(wanted, updates)
     close(params, wanted)
 
 
-@pytest.mark.parametrize("on_skip", ["shrink", "wait"])
+@pytest.mark.parametrize("on_skip", [slow("shrink"), "wait"])
 @pytest.mark.parametrize("reduction", ["mean", slow("ratio"), slow("sum")])
 def test_what_skip_rejects_brings_a_window_no_nearer(reduction, on_skip):
     grads, _ = micro_batches(PARAMS, 8)
@@ -389,7 +365,11 @@ def test_a_weight_of_nan_is_seen():
 
 
 @pytest.mark.parametrize(
-    ("weight", "count"), [(0.1, 10), (0.1, 30), (0.7, 10), (1 / 28, 28)]
+    ("weight", "count"),
+    [
+        *((0.1, 10), (1 / 28, 28)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.1, 30), (0.7, 10))),
+    ],
 )
 @pytest.mark.parametrize("jitted", [True, slow(False)])
 def test_shares_make_a_whole(weight, count, jitted):
@@ -401,7 +381,7 @@ def test_shares_make_a_whole(weight, count, jitted):
 
 
 @core
-@pytest.mark.parametrize("target", [1_000_000, 8_000_000, 16_000_000])
+@pytest.mark.parametrize("target", [slow(1_000_000), slow(8_000_000), 16_000_000])
 def test_a_window_that_lacks_one_token_of_millions_is_open(target):
     half = target // 2
     weights = (half, half - 1, 1, half, half + 1, target, target - 1, 1)
@@ -410,7 +390,7 @@ def test_a_window_that_lacks_one_token_of_millions_is_open(target):
     assert closed == [target, target + 1, target, target]
 
 
-@pytest.mark.parametrize("target", [1, 1000])
+@pytest.mark.parametrize("target", [slow(1), 1000])
 def test_a_window_that_lacks_more_than_rounding_is_open(target):
     tx = oa.accumulate(SGD, oa.by_weight(target))
     _, state, closed = training(tx, (target * (1 - 5e-6), target))
@@ -438,7 +418,7 @@ def test_windows_in_double_precision_are_exact_beyond_float32():
 # --- Around and inside other things ---
 
 
-@pytest.mark.parametrize("wrap", ["chain", "named_chain", "apply_if_finite"])
+@pytest.mark.parametrize("wrap", ["chain", slow("named_chain"), "apply_if_finite"])
 def test_other_transformations_hand_the_weight_on(wrap):
     make: Any = {
         "chain": lambda tx: optax.chain(optax.clip(1e9), tx, optax.identity()),
@@ -485,8 +465,8 @@ def test_models_under_vmap_close_their_windows_at_different_weights():
 
 
 @core
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("target", [TARGET, slow(SCHEDULES["linear_schedule"])])
+@pytest.mark.parametrize("way", [slow("update"), "update_params"])
+@pytest.mark.parametrize("target", [TARGET, slow(LINEAR)])
 def test_the_inner_optimizer_is_in_a_branch_without_copies(way, target):
     params = {
         "in": jax.ShapeDtypeStruct((512, 256), jnp.float32),
@@ -530,9 +510,13 @@ DEVICES_TARGET = 3.5 * COUNT
 ADAMW = promoting(devices.CLIPPED_ADAMW)
 
 
+def examples(steps, **options):
+    return jax.device_get(devices.examples(steps, **options))
+
+
 def counts(mask):
     """The weight of every micro-step, over all devices."""
-    return np.asarray(mask.sum(1)).tolist()
+    return mask.sum(1).tolist()
 
 
 def global_batches_of_examples(inner, x, mask, windows):
@@ -540,18 +524,18 @@ def global_batches_of_examples(inner, x, mask, windows):
 
     One program for all windows: it gets every example, and which of them are meant.
     """
-    examples = jnp.nan_to_num(x).reshape(-1, x.shape[-1])
+    examples = np.nan_to_num(x).reshape(-1, x.shape[-1])
 
     @jax.jit
     def update(params, state, mask):
-        grads = jax.grad(devices.loss)(params, examples, mask)
+        grads = jax.grad(devices.loss)(params, jnp.asarray(examples), mask)
         updates, state = inner.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state = devices.PARAMS, inner.init(devices.PARAMS)
+    params, state = devices.PARAMS, jax.jit(inner.init)(devices.PARAMS)
     for window in windows:
         is_meant = np.isin(np.arange(len(mask)), window)[:, None]
-        params, state = update(params, state, (mask & is_meant).ravel())
+        params, state = update(params, state, np.ravel(mask & is_meant))
     return params
 
 
@@ -570,7 +554,7 @@ def everywhere(x):
 @pytest.mark.parametrize("is_scheduled", [slow(False), True])
 def test_windows_of_all_devices_end_by_their_weight(way, update, takes, is_scheduled):
     """Uneven weights, and a device with nothing but NaN in every micro-step."""
-    x, mask = devices.examples(STEPS)
+    x, mask = examples(STEPS)
     target: Any = DEVICES_TARGET
     if is_scheduled:
         target = optax.linear_schedule(1.5 * COUNT, 4.5 * COUNT, 2)
@@ -592,11 +576,12 @@ def test_windows_of_all_devices_end_by_their_weight(way, update, takes, is_sched
 
 
 @several_devices
-@pytest.mark.parametrize("kind", [AUTO, slow(EXPLICIT)])
-@pytest.mark.parametrize("scatter", [pytest.param(False, marks=core), slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("scatter", [pytest.param(False, marks=core), True])
 def test_windows_of_rows_end_by_their_weight(kind, scatter):
     """From plain `jax.jit`, on a mesh."""
-    x, mask = devices.examples(STEPS)
+    x, mask = examples(STEPS)
     every_k = oa.by_weight(DEVICES_TARGET)
     tx, step = devices.rows(ADAMW, every_k, devices.mesh(kind), scatter=scatter)
     params = jax.device_put(
@@ -671,8 +656,9 @@ def test_a_boundary_of_the_caller_needs_no_number(boundary):
     assert places == ({"entry"} if boundary else set())
 
 
+@pytest.mark.slow
 @several_devices
-@pytest.mark.parametrize("kind", [pytest.param(AUTO, marks=core), slow(EXPLICIT)])
+@pytest.mark.parametrize("kind", [pytest.param(AUTO, marks=core), EXPLICIT])
 def test_every_micro_step_on_rows_exchanges_one_number(kind):
     mesh = devices.mesh(kind)
     tx, step = devices.rows(ADAMW, oa.by_weight(DEVICES_TARGET), mesh)
@@ -683,10 +669,11 @@ def test_every_micro_step_on_rows_exchanges_one_number(kind):
     assert_exchanges_one_number(optimized(step.lower(params, tx.init(params), *batch)))
 
 
+@pytest.mark.slow
 @several_devices
 @pytest.mark.skipif(COUNT < 3, reason="needs 3 devices")
 @pytest.mark.parametrize("number", [100, 1])
-@pytest.mark.parametrize("jitted", [True, slow(False)])
+@pytest.mark.parametrize("jitted", [True, False])
 def test_three_devices_share_a_number(number, jitted):
     """Of which a third is rounded: ten of 3 · (1 / 3) are a little less than ten."""
     mesh = Mesh(jax.devices()[:3], (AXIS,))
@@ -702,6 +689,7 @@ def test_three_devices_share_a_number(number, jitted):
     assert ends == ([False] * 9 + [True]) * 3
 
 
+@pytest.mark.slow
 @several_devices
 @pytest.mark.skipif(COUNT % 4 != 0, reason="needs 4, 8, ... devices")
 def test_windows_over_two_axes_end_by_the_weight_of_both():
@@ -732,19 +720,20 @@ def test_windows_over_two_axes_end_by_the_weight_of_both():
     assert ends == [False, True, True]
 
 
+@core
 @several_devices
 @pytest.mark.skipif(COUNT < 4, reason="needs 4 devices")
 @pytest.mark.parametrize("number", [2, slow(1)])
 def test_a_window_left_open_continues_on_other_devices(number):
     """It ends at its target on any number of them, whatever `micro_step` counts."""
-    x, mask = devices.examples(7, count=4)
-    x = jnp.nan_to_num(x)
+    x, mask = examples(7, count=4)
+    x = np.nan_to_num(x)
     windows = windows_of(counts(mask), 17)
     moment = windows[1][0] + 1
     assert moment <= windows[1][-1]  # Inside the second window.
 
     def run(mesh, params, state, micro_steps):
-        tx, step = devices.rows(ADAMW, oa.by_weight(17), mesh)
+        tx, step = devices.rows(SGD, oa.by_weight(17), mesh)
         place = NamedSharding(mesh, P())
         params = jax.device_put(jax.tree.map(np.array, params), place)
         if state is None:
@@ -766,14 +755,15 @@ def test_a_window_left_open_continues_on_other_devices(number):
     *saved, before = run(meshes[0], devices.PARAMS, None, range(moment))
     params, _, after = run(meshes[1], *jax.device_get(saved), range(moment, 7))
     assert np.flatnonzero(before + after).tolist() == [w[-1] for w in windows]
-    close(jax.device_get(params), global_batches_of_examples(ADAMW, x, mask, windows))
+    close(jax.device_get(params), global_batches_of_examples(SGD, x, mask, windows))
 
 
+@pytest.mark.slow
 @several_devices
 def test_a_device_that_skips_brings_no_weight_in():
-    x, mask = devices.examples(4)
-    x, mask = jnp.nan_to_num(x, nan=1.0), jnp.ones_like(mask)
-    x = x.at[0, :3].set(jnp.nan)  # All that the first device has.
+    x, mask = examples(4)
+    x, mask = np.nan_to_num(x, nan=1.0), np.ones_like(mask)
+    x[0, :3] = np.nan  # All that the first device has.
     each = 3 * COUNT
     every_k = oa.by_weight(2 * each)
     tx = oa.accumulate(ADAMW, every_k, axis_name=AXIS, skip=oa.skip_not_finite)
@@ -783,24 +773,11 @@ def test_a_device_that_skips_brings_no_weight_in():
         params, state = step(params, state, x[i], mask[i], None)
         ends.append(bool(oa.has_updated(state)))
     assert ends == [False, False, True, False]
-    counted = mask.at[0, :3].set(False)
-    close(params, global_batches_of_examples(ADAMW, x, counted, [[0, 1, 2]]))
+    mask[0, :3] = False
+    close(params, global_batches_of_examples(ADAMW, x, mask, [[0, 1, 2]]))
 
 
 # --- Flax ---
-
-
-class Linear(nnx.Module):
-    """`devices.loss` as an NNX module."""
-
-    def __init__(self):
-        self.w = nnx.Param(jnp.asarray(devices.PARAMS["w"]))
-        self.b = nnx.Param(jnp.asarray(devices.PARAMS["b"]))
-
-
-def flax_batches():
-    x, mask = devices.examples(6, count=2)
-    return jnp.nan_to_num(x), mask
 
 
 CHAINED = {
@@ -809,52 +786,42 @@ CHAINED = {
 }
 
 
-@pytest.mark.parametrize("takes", TAKES)
-@pytest.mark.parametrize("wrap", ["alone", slow("chain")])
-def test_a_linen_train_state_ends_windows_by_weight(wrap, takes):
-    x, mask = flax_batches()
-    tx = CHAINED[wrap](oa.accumulate(ADAMW, oa.by_weight(8)))
-    state = oaf.TrainState.create(apply_fn=None, params=devices.PARAMS, tx=tx)
+class Model(nnx.Module):
+    """`PARAMS` as an NNX module."""
+
+    def __init__(self):
+        self.w, self.b = nnx.Param(PARAMS["w"]), nnx.Param(PARAMS["b"])
+
+
+def test_a_linen_train_state_ends_windows_by_weight():
+    tx = oa.accumulate(SGD, oa.by_weight(TARGET))
+    state = oaf.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
 
     @jax.jit
-    def step(state, x, mask):
-        value, grads = differentiated(takes, devices.loss, state.params, x, mask)
-        return state.apply_gradients(grads=grads, weight=mask.sum(), value=value)
+    def step(state, weight):
+        return state.apply_gradients(grads=PARAMS, weight=weight)
 
     ends = []
-    for batch in zip(x, mask, strict=True):
-        state = step(state, *batch)
+    for weight in TOKENS:
+        state = step(state, weight)
         ends.append(bool(state.has_updated))
-    windows = windows_of(counts(mask), 8)
-    assert np.flatnonzero(ends).tolist() == [window[-1] for window in windows]
-    assert state.gradient_step == len(windows) > 1
-    close(state.params, global_batches_of_examples(ADAMW, x, mask, windows))
+    assert np.flatnonzero(ends).tolist() == [2, 4, 5, 9]
 
 
-@pytest.mark.usefixtures("loose_promotion")
-@pytest.mark.parametrize("wrap", ["alone", slow("chain")])
-def test_an_nnx_optimizer_ends_windows_by_weight(wrap):
-    x, mask = flax_batches()
-    model = Linear()
-    tx = CHAINED[wrap](oa.accumulate(ADAMW, oa.by_weight(8)))
+def test_an_nnx_optimizer_ends_windows_by_weight():
+    model = Model()
+    tx = oa.accumulate(SGD, oa.by_weight(TARGET))
     optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
 
-    def loss(model, x, mask):
-        return devices.loss({"w": model.w[...], "b": model.b[...]}, x, mask)
-
     @nnx.jit
-    def step(model, optimizer, x, mask):
-        grads = nnx.grad(loss)(model, x, mask)
-        optimizer.update(model, grads, weight=mask.sum())
+    def step(model, optimizer, weight):
+        optimizer.update(model, nnx.state(model, nnx.Param), weight=weight)
 
     ends = []
-    for batch in zip(x, mask, strict=True):
-        step(model, optimizer, *batch)
+    for weight in TOKENS:
+        step(model, optimizer, weight)
         ends.append(bool(optimizer.has_updated))
-    windows = windows_of(counts(mask), 8)
-    assert np.flatnonzero(ends).tolist() == [window[-1] for window in windows]
-    got = {"w": model.w[...], "b": model.b[...]}
-    close(got, global_batches_of_examples(ADAMW, x, mask, windows))
+    assert np.flatnonzero(ends).tolist() == [2, 4, 5, 9]
 
 
 @pytest.mark.usefixtures("loose_promotion")
@@ -864,7 +831,7 @@ def test_flax_tells_of_a_forgotten_weight(wrap):
     state = oaf.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
     with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
         state.apply_gradients(grads=PARAMS)
-    model = Linear()
+    model = Model()
     optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
     with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
         optimizer.update(model, nnx.state(model, nnx.Param))
@@ -897,61 +864,41 @@ def test_flax_gives_no_weight_to_others_unless_there_is_one():
 # --- Errors ---
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("jitted", [True, False])
-def test_a_forgotten_weight_is_told(way, jitted):
-    tx = oa.accumulate(SGD, oa.by_weight(TARGET))
-    step = jax.jit(stepper(tx, way)) if jitted else stepper(tx, way)
+@pytest.mark.parametrize(
+    ("wrap", "way", "given"),
+    [
+        ("alone", "update_params", {}),
+        ("alone", "update", {"boundary": True}),
+        ("chain", "update", {}),
+    ],
+)
+def test_a_forgotten_weight_is_told(wrap, way, given, jitted):
+    tx = CHAINED[wrap](oa.accumulate(SGD, oa.by_weight(TARGET)))
+    step: Any = functools.partial(stepper(tx, way), **given)
+    step = jax.jit(step) if jitted else step
     with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
         step(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-def test_a_forgotten_weight_is_told_by_a_chain():
-    tx = optax.chain(optax.clip(1.0), oa.accumulate(SGD, oa.by_weight(TARGET)))
-    with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
-        jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
-
-
-def test_a_forgotten_weight_is_told_at_a_boundary_of_the_caller_too():
-    tx = oa.accumulate(SGD, oa.by_weight(TARGET))
-    with pytest.raises(ValueError, match=saying(*NO_WEIGHT)):
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS, boundary=True)
-
-
-@pytest.mark.parametrize("target", [0, -1, -0.5, jnp.nan, np.inf, np.float32(0)])
+@pytest.mark.parametrize("target", [0, np.inf])
 def test_a_target_is_positive_and_finite(target):
     with pytest.raises(ValueError, match=saying(*BAD_TARGET)):
         oa.by_weight(target)
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        *(None, "1000", True, 1j, [1000], np.array(1000), jnp.array(1000)),
-        *(oa.by_weight(1000), oa.noise.adaptive_k(2, 8)),
-    ],
-    ids=lambda target: type(target).__name__,
+    "target", [jnp.array(1000), oa.by_weight(1000)], ids=["array", "by_weight"]
 )
 def test_a_target_is_a_number_or_a_schedule(target):
     with pytest.raises(TypeError, match=saying(*BAD_TARGET)):
         oa.by_weight(target)
 
 
-@pytest.mark.parametrize(
-    ("returned", "words"),
-    [
-        (jnp.ones(2), "shape (2,)"),
-        (jnp.ones((1,)), "shape (1,)"),
-        (jnp.complex64(1j), "complex64"),
-        (True, "bool"),
-    ],
-)
-@pytest.mark.parametrize("jitted", [True, False])
-def test_a_schedule_returns_one_real_number(returned, words, jitted):
-    tx = oa.accumulate(SGD, oa.by_weight(lambda _: returned))
-    update = jax.jit(tx.update) if jitted else tx.update
-    with pytest.raises(TypeError, match=saying("`target` as a schedule", words)):
-        update(PARAMS, tx.init(PARAMS), PARAMS, weight=1)
+def test_a_schedule_returns_one_real_number():
+    tx = oa.accumulate(SGD, oa.by_weight(lambda _: jnp.ones(2)))
+    with pytest.raises(TypeError, match=saying("`target` as a schedule", "shape (2,)")):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, weight=1)
 
 
 @pytest.mark.parametrize("every_k", [1000.0, 1e6, np.float32(1000), "1000"])
