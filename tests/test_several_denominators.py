@@ -47,9 +47,9 @@ def examples(seed=0):
     scores = np.asarray(PARAMS["router"])
     x[microbatch == 2] = -2 * scores[:, 0]  # and others take these
     return {
-        "x": jnp.asarray(x, jnp.float32),
-        "mask": jnp.asarray(mask, jnp.float32),
-        "labels": jnp.asarray(labels),
+        "x": x.astype(np.float32),
+        "mask": mask.astype(np.float32),
+        "labels": labels.astype(np.int32),
     }
 
 
@@ -89,7 +89,7 @@ def whole(params, batch):
     return loss(params, batch, jax.lax.stop_gradient(count(params, batch)))
 
 
-WHOLE = jax.jit(jax.value_and_grad(whole))
+WHOLE, TOTALS = jax.jit(jax.value_and_grad(whole)), jax.jit(count)
 BATCH = examples()
 in_parts = functools.partial(
     oa.value_and_grad, loss, num_microbatches=K, reduction="sum"
@@ -120,25 +120,27 @@ def assert_whole(result):
 def trained():
     """What Adam makes of whole batches."""
     params, state = PARAMS, ADAM.init(PARAMS)
+    update = jax.jit(ADAM.update)
     for seed in range(UPDATES):
         _, grads = WHOLE(params, examples(seed))
-        updates, state = ADAM.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     return params
 
 
 def test_each_denominator_is_0_in_some_micro_batch():
     """Else the tests below would not see what that does; and plain means differ."""
-    no_positives, no_tokens, no_expert, _ = (count(PARAMS, b) for b in parts(BATCH))
+    no_positives, no_tokens, no_expert, _ = (TOTALS(PARAMS, b) for b in parts(BATCH))
     assert no_positives["positives"] == 0 < no_positives["tokens"]
     assert no_tokens["tokens"] == 0 < no_tokens["positives"]
     assert no_expert["experts"].min() == 0 < no_expert["tokens"]
-    assert count(PARAMS, BATCH)["experts"].min() > 0
-    assert not np.isclose(whole(PARAMS, parts(BATCH)[3]), whole(PARAMS, BATCH), 0.1)
+    assert TOTALS(PARAMS, BATCH)["experts"].min() > 0
+    means = [WHOLE(PARAMS, batch)[0] for batch in (parts(BATCH)[3], BATCH)]
+    assert not np.isclose(*means, 0.1)
 
 
 def test_totals_that_are_known_make_one_step_exact():
-    assert_whole(jax.jit(in_parts())(PARAMS, BATCH, count(PARAMS, BATCH)))
+    assert_whole(jax.jit(in_parts())(PARAMS, BATCH, TOTALS(PARAMS, BATCH)))
 
 
 def test_totals_that_parameters_choose_are_counted_in_a_pass_before():
@@ -160,13 +162,12 @@ def test_totals_of_a_window_make_its_micro_batches_exact(takes):
             value, grads = jax.value_and_grad(of_params)(params)
         return tx.update_params(grads, state, params, value=value)
 
-    counted = jax.jit(count)
     params, state = PARAMS, tx.init(PARAMS)
     for seed in range(UPDATES):
         window = parts(examples(seed))
-        each = [counted(params, batch) for batch in window]
+        each = [TOTALS(params, batch) for batch in window]
         totals = jax.tree.map(lambda *x: sum(x), *each)
-        value = whole(params, examples(seed))
+        value, _ = WHOLE(params, examples(seed))
         for batch in window:
             params, state = step(params, state, batch, totals)
         close(state.window.loss, value)
@@ -174,19 +175,32 @@ def test_totals_of_a_window_make_its_micro_batches_exact(takes):
     close(params, trained())
 
 
+def on_a_mesh(way):
+    """Where it is, parameters, and the batch in parts."""
+    mesh = devices.mesh(getattr(jax.sharding.AxisType, way.capitalize()))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    batch = jax.device_put(BATCH, NamedSharding(mesh, P(AXIS)))
+    return {"mesh": mesh, "axis_name": AXIS}, params, batch
+
+
 @pytest.mark.several_devices
 @devices.parametrized(devices.OUTSIDE)
 def test_on_a_mesh_the_totals_are_those_of_all_devices(way):
-    mesh = devices.mesh(getattr(jax.sharding.AxisType, way.capitalize()))
-    batch = jax.device_put(BATCH, NamedSharding(mesh, P(AXIS)))
-    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
-    function = functools.partial(two_passes, mesh=mesh, axis_name=AXIS)
+    over, params, batch = on_a_mesh(way)
+    function = functools.partial(two_passes, **over)
     program = optimized(jax.jit(function).lower(params, batch))
     assert_whole(program(params, batch))
     assert hlo.exchanges(program) == {"all-reduce, entry": 2}
-    known = in_parts(mesh=mesh, axis_name=AXIS)
+
+
+@pytest.mark.slow
+@pytest.mark.several_devices
+@pytest.mark.parametrize("way", devices.OUTSIDE)
+def test_on_a_mesh_known_totals_need_no_exchange_of_their_own(way):
+    over, params, batch = on_a_mesh(way)
+    known = in_parts(**over)
     assert_whole(jax.jit(lambda p, b: known(p, b, count(p, b)))(params, batch))
-    totals = jax.device_put(count(PARAMS, BATCH), NamedSharding(mesh, P()))
+    totals = jax.device_put(TOTALS(PARAMS, BATCH), NamedSharding(over["mesh"], P()))
     program = optimized(jax.jit(known).lower(params, batch, totals))
     assert_whole(program(params, batch, totals))
     assert hlo.exchanges(program) == {"all-reduce, entry": 1}
@@ -229,8 +243,8 @@ def test_a_window_of_rows_per_device_takes_totals_of_all_devices():
     params = jax.device_put(PARAMS, everywhere)
     state = tx.init(params)
     for seed in range(UPDATES):
-        totals = jax.device_put(count(params, examples(seed)), everywhere)
-        value = whole(params, examples(seed))
+        totals = jax.device_put(TOTALS(params, examples(seed)), everywhere)
+        value, _ = WHOLE(params, examples(seed))
         for batch in parts(examples(seed)):
             on_devices = jax.device_put(batch, split)
             params, state = step(params, state, on_devices, totals)
@@ -242,7 +256,7 @@ def test_a_window_of_rows_per_device_takes_totals_of_all_devices():
 def test_the_check_takes_totals_for_the_same():
     of_whole = oa.diagnose.check_equivalence(whole, PARAMS, BATCH, K)
     assert not of_whole
-    totals = count(PARAMS, BATCH)
+    totals = TOTALS(PARAMS, BATCH)
     report = oa.diagnose.check_equivalence(
         loss, PARAMS, BATCH, K, args=(totals,), reduction="sum"
     )
