@@ -1,8 +1,6 @@
 """Micro-batches by their number of tokens: the plan, and the training that it makes."""
 
 import functools
-import math
-from fractions import Fraction
 from typing import Any
 
 import chex
@@ -85,43 +83,20 @@ def test_the_shapes_do_not_depend_on_the_lengths(problem, other):
     lengths, options = problem
     length = options["row_length"]
     rows = options["num_devices"] * (options["max_tokens"] // length)
-    shapes = set()
-    for given_lengths in (lengths, [min(n, length) for n in other[0]], [1], [length]):
-        *full, last = oa.token_batches(given_lengths, **options)
+
+    def last_shape(lengths):
+        *full, last = oa.token_batches(lengths, **options)
         assert {batch.shape for batch in full} <= {(rows, length)}
-        shapes.add(last.shape)
-    every = oa.token_batches([1], **options, num_batches=2)
-    assert shapes <= set(all_shapes(options))
-    assert every[1].shape == all_shapes(options)[-1]
-    assert len(all_shapes(options)) <= options["num_shapes"]
+        return last.shape
 
-
-def all_shapes(options):
-    """Those that a last micro-batch may have, the largest first."""
-    length, multiple = options["row_length"], options["multiple_of"]
-    rows, most = options["max_tokens"] // length, options["num_shapes"]
-    shapes: list[tuple[int, int]] = []
-    for part in range(most, 0, -1):
-        if rows >= min(most, length // multiple):
-            shape = (math.ceil(Fraction(rows * part, most)), length)
-        else:
-            units = math.ceil(Fraction(length // multiple * part, most))
-            shape = (rows, units * multiple)
-        if shape not in shapes:
-            shapes.append(shape)
-    return [(options["num_devices"] * r, t) for r, t in shapes]
-
-
-@given(problems())
-def test_the_last_micro_batch_has_the_smallest_shape_that_its_tokens_admit(problem):
-    lengths, options = problem
-    last = oa.token_batches(lengths, **options)[-1]
-    longest = max((n for row in last.lengths for n in row), default=0)
-    for rows, length in all_shapes(options):
-        if rows * length < last.shape[0] * last.shape[1]:
-            # Where a document finds no row, it is longer than the space in any.
-            room = (rows - 1) * (length - longest) + length
-            assert longest > length or last.num_tokens > room
+    # With one token more each time the last micro-batch has every shape there is.
+    shapes = {last_shape([1] * n) for n in range(1, rows * length + 1)}
+    assert (rows, length) in shapes
+    assert len(shapes) <= options["num_shapes"]
+    assert last_shape(lengths) in shapes
+    assert last_shape([min(n, length) for n in other[0]]) in shapes
+    _, empty = oa.token_batches([1], **options, num_batches=2)
+    assert empty.shape == min(shapes)
 
 
 @given(problems())
@@ -236,15 +211,36 @@ def test_a_row_is_as_long_as_the_budget_by_default():
     assert batch.documents == ((0,),)
 
 
+def last_shapes(length, numbers, max_tokens, **options):
+    """Of the last micro-batch, of so many documents of one length."""
+    plans = (oa.token_batches([length] * n, max_tokens, **options) for n in numbers)
+    return [plan[-1].shape for plan in plans]
+
+
 def test_the_last_micro_batch_shrinks_in_equal_steps():
-    shapes = [
-        oa.token_batches([100] * n, 800, row_length=100, multiple_of=100)[-1].shape
-        for n in range(1, 10)
-    ]
-    rows = [2, 2, 4, 4, 6, 6, 8, 8, 2]
-    assert shapes == [(n, 100) for n in rows]
-    shapes = [oa.token_batches([10] * n, 80, multiple_of=8)[-1].shape for n in (1, 4)]
-    assert shapes == [(1, 24), (1, 40)]
+    whole_rows = {"row_length": 100, "multiple_of": 100}
+    shapes = last_shapes(100, range(1, 10), 800, **whole_rows)
+    assert shapes == [(n, 100) for n in (2, 2, 4, 4, 6, 6, 8, 8, 2)]
+    shapes = last_shapes(100, range(1, 5), 300, **whole_rows)
+    assert shapes == [(n, 100) for n in (1, 2, 3, 1)]
+    shapes = last_shapes(100, range(1, 8), 300, **whole_rows, num_devices=2)
+    assert shapes == [(n, 100) for n in (2, 2, 4, 4, 6, 6, 2)]
+    shapes = last_shapes(10, (1, 3, 5, 7), 80, multiple_of=8)
+    assert shapes == [(1, length) for length in (24, 40, 64, 80)]
+
+
+def test_a_few_rows_become_shorter_and_not_fewer():
+    """In units of `multiple_of`: 2, 3, 4 and 5 of these."""
+    options = {"row_length": 100, "multiple_of": 20}
+    numbers = (1, 6, 7, 9, 10, 12, 13, 15, 16)
+    lengths = (40, 40, 60, 60, 80, 80, 100, 100, 40)
+    shapes = last_shapes(20, numbers, 300, **options)
+    assert shapes == [(3, length) for length in lengths]
+    # Not shorter than the longest document.
+    assert last_shapes(70, (1, 2, 3), 300, **options) == [(3, 80)] * 3
+    # For two shapes two rows are enough.
+    shapes = last_shapes(100, (1, 2), 200, num_shapes=2, **options)
+    assert shapes == [(1, 100), (2, 100)]
 
 
 def test_more_micro_batches_than_needed_are_empty():
