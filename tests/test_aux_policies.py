@@ -23,7 +23,7 @@ from tests.support.xla import optimized
 
 B, CLASSES = 12, 4
 STRIDED = {"num_microbatches": 4}
-SIZES = [STRIDED, {"microbatch_size": 5}, slow({"microbatch_size": 11})]
+SIZES = [slow(STRIDED), {"microbatch_size": 5}, slow({"microbatch_size": 11})]
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
@@ -118,22 +118,24 @@ def test_ratios_equal_those_of_the_whole_batch(size):
 
     batch = BATCH | {"x": np.nan_to_num(BATCH["x"])}
     got = in_parts(with_examples, "ratio", weight=None, **size)(W, batch)
-    wanted = divided(with_examples(W, batch))
-    close(got, wanted)
+    close(got, jax.jit(lambda: divided(with_examples(W, batch)))())
+    # Of nothing it is NaN: there are no examples of the last class.
     assert np.isnan(got["of each class"][0]).tolist() == [False] * 3 + [True]
     assert got["none"] is None
     assert float(got["accuracy"]) not in (0, 1)
 
 
-@pytest.mark.parametrize("reduction", ["mean", slow("ratio"), slow("sum")])
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "ratio", "sum"])
 def test_a_pair_may_be_the_whole_auxiliary_output(reduction):
     def pair(w, batch):
         return jnp.sum(errors_of(w, batch)), batch["valid"].sum()
 
     got = in_parts(pair, "ratio", reduction=reduction)(W, BATCH)
-    close(got, loss(W, BATCH))
+    close(got, jax.jit(loss)(W, BATCH))
 
 
+@pytest.mark.slow
 def test_pairs_may_stand_beside_other_policies():
     def aux(w, batch):
         del w
@@ -168,11 +170,6 @@ def test_narrow_sums_of_a_ratio_are_wide_and_the_result_is_narrow():
     assert kinds["int8"] == kinds["bool"] == "float32"
 
 
-def test_a_ratio_of_nothing_is_nan():
-    got = in_parts(lambda w, batch: (jnp.zeros(2), jnp.zeros(2)), "ratio")(W, BATCH)  # noqa: ARG005
-    assert np.isnan(got).all()
-
-
 # --- What a function combines ---
 
 
@@ -202,7 +199,10 @@ def product(w, batch):
     del w
     angles = jnp.asarray(batch["number"]).astype(jnp.float32) ** 2
     entries = jnp.sin(jnp.outer(angles, jnp.arange(1.0, 5.0)))  # they do not commute
-    return functools.reduce(jnp.matmul, list(entries.reshape(-1, 2, 2)))
+    matrices = entries.reshape(-1, 2, 2)
+    return jax.lax.fori_loop(
+        1, len(matrices), lambda i, left: left @ matrices[i], matrices[0]
+    )
 
 
 def combined(w, batch):
@@ -243,16 +243,18 @@ IN_ORDER = {"microbatch_size": 5}  # contiguous
 def test_functions_combine_as_in_the_whole_batch():
     """In the order of the batch: a product of matrices has an order."""
     got = in_parts(combined, COMBINES, **IN_ORDER)(W, numbered())
-    close(got, combined(W, numbered()))
+    close(got, jax.jit(lambda: combined(W, numbered()))())
     assert got["most"] > got["least"] > 0
     assert np.all(got["each"] < 0)
 
 
+@pytest.mark.slow
 def test_a_function_may_combine_all_of_the_auxiliary_output():
     got = in_parts(extremes, more_extreme)(W, numbered())
-    close(got, extremes(W, numbered()))
+    close(got, jax.jit(extremes)(W, numbered()))
 
 
+@pytest.mark.slow
 def test_numbers_and_keys_may_be_combined():
     def aux(w, batch):
         del w
@@ -282,8 +284,8 @@ def of_losses(w, batch):
 
 def expected(w, batch, rows):
     kept = jax.tree.map(lambda x: x[rows], batch)
-    aux = of_losses(w, kept)
-    return aux | {"ratio": aux["ratio"][0] / aux["ratio"][1]}
+    aux = jax.device_get(jax.jit(of_losses)(w, kept))
+    return aux | {"ratio": np.divide(*aux["ratio"], dtype=np.float32)}
 
 
 def with_nothing(rows):
@@ -294,13 +296,13 @@ def with_nothing(rows):
     return batch, np.flatnonzero(batch["valid"])
 
 
-@pytest.mark.parametrize("first", [0, 1, 3], ids=str)
+@pytest.mark.parametrize("first", [0, slow(1), slow(3)], ids=str)
 def test_micro_batches_of_weight_0_are_left_out_of_a_mean_even_if_nan(first):
     batch, kept = with_nothing(slice(first, None, 4))
     close(in_parts(of_losses, BOTH)(W, batch), expected(W, batch, kept))
 
 
-@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("place", [0, slow(2)])
 @pytest.mark.parametrize("reduction", ["mean", slow("ratio"), slow("sum")])
 def test_rejected_micro_batches_are_left_out_even_if_nan(reduction, place):
     def bad_loss(w, batch):
@@ -329,8 +331,8 @@ def test_of_no_micro_batch_a_ratio_is_nan_and_the_rest_is_zeros(how):
     assert got["least"] == 0
 
 
-@pytest.mark.parametrize("is_traced", [False, True])
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("is_traced", [slow(False), True])
+@pytest.mark.parametrize("number", [2, slow(3)])
 def test_micro_batches_that_do_not_run_are_left_out(number, is_traced):
     batch, kept = with_nothing(slice(number * 5, None))
 
@@ -359,6 +361,7 @@ def test_micro_batches_of_weight_0_do_not_run():
 # --- With everything else ---
 
 
+@pytest.mark.slow
 def test_a_carry_and_an_info_come_beside_them():
     def fun(w, batch, seen):
         return loss(w, batch), (of_losses(w, batch), seen + batch["valid"].sum())
@@ -379,6 +382,7 @@ def test_a_carry_and_an_info_come_beside_them():
     assert info.weight == len(kept)
 
 
+@pytest.mark.slow
 def test_weights_may_come_from_a_pair():
     def from_pair(w, batch, aux):
         del w, batch
@@ -391,9 +395,10 @@ def test_weights_may_come_from_a_pair():
         with_aux(pair), has_aux=True, aux="ratio", weight=from_pair, **STRIDED
     )
     (value, ratio), _ = jax.jit(f)(W, BATCH)
-    close((value, ratio), (loss(W, BATCH),) * 2)
+    close((value, ratio), (jax.jit(loss)(W, BATCH),) * 2)
 
 
+@pytest.mark.slow
 def test_nnx_modules_take_the_policies():
     class Model(nnx.Module):
         def __init__(self):
@@ -417,6 +422,7 @@ def test_nnx_modules_take_the_policies():
     assert model.calls[...] == 3
 
 
+@pytest.mark.slow
 def test_under_vmap_each_has_its_own():
     """Of which micro-batches count in one and not in the other."""
     batches = [with_nothing(slice(i, None, 4)) for i in (0, 2)]
@@ -426,13 +432,14 @@ def test_under_vmap_each_has_its_own():
     close(got, jax.tree.map(lambda *x: jnp.stack(x), *wanted))
 
 
+@pytest.mark.slow
 def test_they_do_not_change_the_derivative_of_the_value():
     f = oa.value_and_grad(
         with_aux(of_losses), has_aux=True, aux=BOTH, weight=count, **STRIDED
     )
     batch = numbered()
     got = jax.jit(jax.grad(lambda w: f(w, batch)[0][0]))(W)
-    close(got, jax.grad(loss)(W, batch))
+    close(got, jax.jit(jax.grad(loss))(W, batch))
 
 
 def test_they_can_be_differentiated():
@@ -442,16 +449,18 @@ def test_they_can_be_differentiated():
     def whole(w):
         losses = jnp.sum(jnp.tanh(batch["x"] @ w) ** 2, -1)
         least = losses.reshape(3, 4).min(0)  # micro-batch i has the examples i + 4j
-        return losses.mean(), 1 / jnp.sum(1 / least)
+        return losses.mean() + 1 / jnp.sum(1 / least)
 
     def got(w):
         aux = in_parts(of_losses, policies)(w, batch)
-        return aux["ratio"], aux["least"]
+        return aux["ratio"] + aux["least"]
 
     batch = numbered()
-    close(jax.jacrev(got)(W), jax.jacrev(whole)(W), rtol=1e-4)
+    of_parts, of_whole = (jax.jit(jax.grad(f))(W) for f in (got, whole))
+    close(of_parts, of_whole, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_function_may_close_over_what_is_differentiated():
     def got(scale):
         def combine(a, b):
@@ -464,8 +473,7 @@ def test_a_function_may_close_over_what_is_differentiated():
         least = losses.reshape(3, 4).min(0)
         return jax.nn.logsumexp(least * scale) / scale
 
-    pairs = [jax.value_and_grad(f)(jnp.float32(2)) for f in (got, wanted)]
-    close(*pairs)
+    close(*(jax.jit(jax.value_and_grad(f))(jnp.float32(2)) for f in (got, wanted)))
 
 
 # --- Across devices ---
@@ -485,6 +493,7 @@ def on_devices():
     return batch
 
 
+@jax.jit
 def measured(w, batch):
     """Of one example, if micro-batches have one."""
     return {
@@ -519,10 +528,11 @@ def test_they_are_those_of_all_devices(way):
     (value, aux), _ = devices.result(way, f(W, devices.whole(way, batch)))
     kept = jax.tree.map(lambda x: x[batch["valid"]], batch)
     wanted = measured(W, kept)
-    close(value, loss(W, kept))
+    close(value, jax.jit(loss)(W, kept))
     close(aux, wanted | {"ratio": divided(wanted["ratio"])}, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.several_devices
 def test_they_are_exchanged_once_after_the_loop():
     """With everything else: one exchange of floats, and one of integers."""
@@ -541,8 +551,9 @@ def test_they_are_exchanged_once_after_the_loop():
     assert hlo.exchanges(program) == {"all-reduce, entry": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.several_devices
-@devices.parametrized(devices.OUTSIDE, usual=("auto",))
+@pytest.mark.parametrize("way", devices.OUTSIDE)
 def test_with_local_every_device_has_its_own(way):
     kind = {"auto": "Auto", "explicit": "Explicit"}[way]
     mesh = devices.mesh(getattr(jax.sharding.AxisType, kind))
@@ -660,8 +671,10 @@ def test_a_function_for_an_array_is_refused_for_a_tree():
 LAST = {"sum": "sum", "mean": "mean", "stack": "stack", "function": jnp.maximum}
 
 
-@pytest.mark.parametrize("size", [5, 11])  # 5, 5 and 2, or 11 and 1
-@pytest.mark.parametrize("name", [*LAST, "sums", "counts"])
+@pytest.mark.parametrize("size", [slow(5), 11])  # 5, 5 and 2, or 11 and 1
+@pytest.mark.parametrize(
+    "name", ["sum", "function", "counts", *map(slow, ("mean", "stack", "sums"))]
+)
 def test_a_smaller_last_micro_batch_of_another_shape_is_refused(name, size):
     """Also that of one example, which could be broadcast to the others."""
 
