@@ -591,6 +591,7 @@ def test_two_denominators_are_named_and_totals_mend_them(options):
     np.testing.assert_allclose(mended.value, report.value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_three_denominators_are_named_and_totals_mend_them():
     """Even if a micro-batch has none of one."""
 
@@ -677,7 +678,9 @@ def test_integers_that_say_what_counts_are_named(fun, batch, named):
 
 
 @pytest.mark.parametrize("loss", [contrastive, slow(normalised)])
-@pytest.mark.parametrize("data", ["beside labels", "tokens", "tokens and targets"])
+@pytest.mark.parametrize(
+    "data", ["beside labels", slow("tokens"), slow("tokens and targets")]
+)
 def test_integers_do_not_hide_that_examples_depend_on_each_other(loss, data):
     def fun(params, batch):
         x = EMBEDDING[batch["ids"]] if "ids" in batch else batch["x"]
@@ -861,7 +864,9 @@ def floored_sum(params, batch):
     ("fun", "reduction", "more"),
     [
         (floored, "mean", lambda n: jnp.maximum(n, 1)),
-        (floored_sum, "ratio", lambda n: jnp.maximum(n, 1)),
+        pytest.param(
+            floored_sum, "ratio", lambda n: jnp.maximum(n, 1), marks=pytest.mark.slow
+        ),
         pytest.param(
             lambda p, b: floored(p, b, 3.0),
             "mean",
@@ -888,7 +893,7 @@ def plus_one(params, batch):
 
 
 @pytest.mark.parametrize(
-    "fun", [lambda p, b: floored(p, b, 3.0), plus_one], ids=["floor", "epsilon"]
+    "fun", [lambda p, b: floored(p, b, 3.0), slow(plus_one)], ids=["floor", "epsilon"]
 )
 def test_a_floor_in_the_loss_is_named_and_ratio_needs_none(fun):
     report = check(fun, FEW, weight=count)

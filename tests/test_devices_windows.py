@@ -424,7 +424,7 @@ def test_stacked_windows_are_restored_with_the_same_bits(way, tmp_path):
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@also_in_pmap
+@ways
 def test_summed_windows_continue_on_one_device(way):
     """Summed, the open window is that of a single device, which takes whole batches."""
     _, _, params, state, x, mask = half_a_window(way)

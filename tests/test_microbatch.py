@@ -15,7 +15,7 @@ from optax.microbatching import _microbatching, _microbatching_test
 
 import optax_accum as oa
 from tests.support.errors import refused, saying
-from tests.support.training import needs_in_place
+from tests.support.training import needs_in_place, slow
 
 pytestmark = pytest.mark.core
 
@@ -142,7 +142,9 @@ def several(params, x):
     }
 
 
-@pytest.mark.parametrize("sizes", [{"num_microbatches": 4}, {"microbatch_size": 5}])
+@pytest.mark.parametrize(
+    "sizes", [slow({"num_microbatches": 4}), {"microbatch_size": 5}]
+)
 def test_every_policy_gives_what_python_would(sizes):
     f = oa.microbatch(several, outputs={k: k for k in several(PARAMS, X)}, **sizes)
 
