@@ -251,8 +251,8 @@ def token_batches(
     A micro-batch has the shape ``[num_devices * R, row_length]`` with R = `max_tokens`
     // `row_length`. Only the last one, of what does not fill a whole one, may be
     smaller: with four shapes 3/4, 2/4 or 1/4 as large. It has fewer rows, or shorter
-    ones if there are few. The shapes depend on the options alone, so a training
-    compiles its step at most `num_shapes` times. All devices have the same number of
+    ones if there are few. The shapes depend on the options alone, so the training step
+    is compiled at most `num_shapes` times. All devices have the same number of
     micro-batches, of the same shapes.
 
     Planning is for the host, not for `jax.jit`: 100,000 documents take less than a

@@ -40,7 +40,6 @@ from tests.support.xla import optimized
 
 core = pytest.mark.core
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-LARGE = {"w": jnp.ones((128, 256)), "b": jnp.ones(128)}
 BAD_TARGET = ("`target` must be a positive number", "got")
 NO_WEIGHT = ("`weight` is needed on every call", "`every_k=oa.by_weight")
 # With an epsilon, without which Adam does not see how large a gradient is.
@@ -597,24 +596,9 @@ def test_windows_of_rows_end_by_their_weight(kind, scatter):
 
 
 def program_inside(way, every_k, update, **static):
-    """A compiled micro-step on gradients that come as they are."""
+    """A compiled micro-step."""
     tx = oa.accumulate(ADAMW, every_k, axis_name=AXIS)
-
-    def step(params, state, grads, weight):
-        if way != "pmap":
-            grads, weight = jax.tree.map(lambda x: x[0], (grads, weight))
-        return stepper(tx, update)(params, state, grads, weight=weight, **static)
-
-    params, state = LARGE, tx.init(LARGE)
-    grads, weight = devices.stacked((params, jnp.ones([])))
-    if way == "pmap":
-        jitted = devices.inside(way, step, (0, 0, 0, 0), (0, 0), (0, 1))
-        params, state = devices.stacked((params, state))
-    else:
-        axes = None, "state", 0, 0
-        jitted = devices.inside(way, step, axes, (None, "state"), (0, 1))
-        state = oa.sharding.stack_windows(state, COUNT)
-    return optimized(jitted.lower(params, state, grads, weight))
+    return devices.window_program(way, tx, update, **static)
 
 
 def assert_exchanges_one_number(program):
@@ -642,7 +626,9 @@ def test_on_devices_there_is_as_little_memory_as_by_count(way, update):
         program_inside(way, every_k, update) for every_k in (oa.by_weight(10), 3)
     )
     assert hlo.temporaries(by_weight) <= hlo.temporaries(by_count) + 1024
-    copies = [hlo.large_copies(x, LARGE["w"].size) for x in (by_weight, by_count)]
+    copies = [
+        hlo.large_copies(x, devices.LARGE["w"].size) for x in (by_weight, by_count)
+    ]
     assert copies[0] == copies[1]
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import optax_accum as oa
 from optax_accum.sharding._inside import Inside
 from tests.support import devices, hlo
-from tests.support.devices import AXIS, COUNT, PARAMS
+from tests.support.devices import AXIS, COUNT, LARGE, PARAMS, SIDE, window_program
 from tests.support.errors import saying
 from tests.support.training import SGD, WAYS, promoting, slow, stepper
 from tests.support.xla import optimized
@@ -239,35 +239,6 @@ def test_parameters_sharded_over_another_axis_stay_sharded(kind, update):
 # --- The compiled program ---
 
 
-SIDE = 128
-LARGE = {"w": jnp.ones((SIDE, SIDE)), "b": jnp.ones(SIDE)}
-
-
-def program(way, tx, update, params=LARGE, *, weighted=True, **static):
-    """The compiled micro-step on gradients that come as they are."""
-
-    def step(params, state, grads, weight):
-        given = {"weight": weight} if weighted else {}
-        if way != "pmap":
-            grads, weight = jax.tree.map(lambda x: x[0], (grads, weight))
-            given = {"weight": weight} if weighted else {}
-        if update == "update_params":
-            return tx.update_params(grads, state, params, **given, **static)
-        updates, state = tx.update(grads, state, params, **given, **static)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    grads, weight = devices.stacked((params, jnp.ones([])))
-    if way == "pmap":
-        jitted = devices.inside(way, step, (0, 0, 0, 0), (0, 0), (0, 1))
-        params, state = devices.stacked((params, state))
-    else:
-        axes = None, "state", 0, 0
-        jitted = devices.inside(way, step, axes, (None, "state"), (0, 1))
-        state = oa.sharding.stack_windows(state, COUNT)
-    return optimized(jitted.lower(params, state, grads, weight))
-
-
 @also_in_pmap
 @pytest.mark.parametrize("update", WAYS)
 @pytest.mark.parametrize("weighted", [True, slow(False)])
@@ -275,7 +246,7 @@ def test_there_is_one_exchange_in_the_boundary_branch_and_no_other(
     way, update, weighted
 ):
     tx = oa.accumulate(promoting(optax.adamw(1e-3)), 4, axis_name=AXIS)
-    compiled = program(way, tx, update, weighted=weighted)
+    compiled = window_program(way, tx, update, weighted=weighted)
     assert hlo.exchanges(compiled) == {"all-reduce, branch": 1}
 
 
@@ -283,8 +254,8 @@ def test_there_is_one_exchange_in_the_boundary_branch_and_no_other(
 @pytest.mark.parametrize("update", WAYS)
 def test_boundary_false_compiles_to_no_exchange(way, update):
     tx = oa.accumulate(promoting(optax.adamw(1e-3)), axis_name=AXIS)
-    assert hlo.exchanges(program(way, tx, update, boundary=False)) == {}
-    closing = hlo.exchanges(program(way, tx, update, boundary=True))
+    assert hlo.exchanges(window_program(way, tx, update, boundary=False)) == {}
+    closing = hlo.exchanges(window_program(way, tx, update, boundary=True))
     assert closing == {"all-reduce, entry": 1}
 
 
@@ -296,7 +267,9 @@ def test_skip_adds_no_exchange(way):
         axis_name=AXIS,
         skip=oa.skip_not_finite,
     )
-    assert hlo.exchanges(program(way, tx, "update_params")) == {"all-reduce, branch": 1}
+    assert hlo.exchanges(window_program(way, tx, "update_params")) == {
+        "all-reduce, branch": 1
+    }
 
 
 @ways
@@ -305,7 +278,7 @@ def test_skip_adds_no_exchange(way):
 def test_windows_on_devices_are_free_of_copies(way, weighted, optimizer):
     """The sum over devices is the one buffer of the parameters' size."""
     tx = oa.accumulate(promoting(optimizer(1e-3)), 4, axis_name=AXIS)
-    compiled = program(way, tx, "update_params", weighted=weighted)
+    compiled = window_program(way, tx, "update_params", weighted=weighted)
     assert hlo.large_copies(compiled, SIDE * SIDE) == []
     assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
 
@@ -320,7 +293,7 @@ def test_bfloat16_windows_on_devices_hold_the_float32_sum_and_exchange_once(
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), LARGE)
     every_k = None if boundary else 4
     tx = oa.accumulate(promoting(optimizer(1e-3)), every_k, axis_name=AXIS)
-    compiled = program(way, tx, "update_params", narrow, boundary=boundary)
+    compiled = window_program(way, tx, "update_params", narrow, boundary=boundary)
     place = "entry" if boundary else "branch"
     assert hlo.exchanges(compiled) == {f"all-reduce, {place}": 1}
     # In float32, which is twice the parameters.
@@ -331,7 +304,7 @@ def test_bfloat16_windows_on_devices_hold_the_float32_sum_and_exchange_once(
 @pytest.mark.parametrize("optimizer", [slow(optax.sgd), optax.adamw])
 def test_a_python_boundary_on_devices_holds_the_sum_alone(way, optimizer):
     tx = oa.accumulate(promoting(optimizer(1e-3)), axis_name=AXIS)
-    compiled = program(way, tx, "update_params", boundary=True)
+    compiled = window_program(way, tx, "update_params", boundary=True)
     assert hlo.temporaries(compiled) < 1.01 * hlo.nbytes(LARGE) + 4096
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 from tests.support.training import differentiated, slow, stepper
+from tests.support.xla import optimized
 
 COUNT = jax.device_count()
 AXIS = "data"
@@ -198,3 +199,29 @@ def result(way, tree):
         for shard in shards:
             np.testing.assert_array_equal(shard, shards[0])
     return tree
+
+
+SIDE = 128
+LARGE = {"w": jnp.ones((SIDE, SIDE)), "b": jnp.ones(SIDE)}
+
+
+def window_program(way, tx, update, params=LARGE, *, weighted=True, **static):
+    """The compiled micro-step on gradients that come as they are."""
+    update = stepper(tx, update)
+
+    def step(params, state, grads, weight):
+        if way != "pmap":
+            grads, weight = jax.tree.map(lambda x: x[0], (grads, weight))
+        given = {"weight": weight} if weighted else {}
+        return update(params, state, grads, **given, **static)
+
+    state = tx.init(params)
+    grads, weight = stacked((params, jnp.ones([])))
+    if way == "pmap":
+        jitted = inside(way, step, (0, 0, 0, 0), (0, 0), (0, 1))
+        params, state = stacked((params, state))
+    else:
+        axes = None, "state", 0, 0
+        jitted = inside(way, step, axes, (None, "state"), (0, 1))
+        state = oa.sharding.stack_windows(state, COUNT)
+    return optimized(jitted.lower(params, state, grads, weight))
