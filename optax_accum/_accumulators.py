@@ -12,8 +12,8 @@ policy     result
 a function ``combine(a, b)`` of the outputs so far and of the next one
 =========  ====================================================================
 
-The first, second and last keep what came. The others leave out micro-batches that do
-not count (`_window.counts`), as all sums here do.
+``"stack"``, ``"concat"`` and ``"last"`` keep what came. The others leave out
+micro-batches that do not count (`_window.counts`), as all sums here do.
 
 An accumulator serves one node of the outputs: a leaf, a pair, or whatever a function
 combines. What it carries from micro-batch to micro-batch it starts, adds to, joins with

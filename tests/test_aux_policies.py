@@ -510,20 +510,19 @@ MEASURES = {
     "product": jnp.matmul,
     "extremes": more_extreme,
 }
+MEASURING = {
+    "has_aux": True,
+    "aux": MEASURES,
+    "weight": count,
+    "num_microbatches": PER_DEVICE,
+}
 
 
 @pytest.mark.several_devices
 @everywhere
 def test_they_are_those_of_all_devices(way):
     """In the order of the batch, and of the examples that count."""
-    f = devices.in_step(
-        way,
-        with_aux(measured),
-        has_aux=True,
-        aux=MEASURES,
-        weight=count,
-        num_microbatches=PER_DEVICE,
-    )
+    f = devices.in_step(way, with_aux(measured), **MEASURING)
     batch = on_devices()
     (value, aux), _ = devices.result(way, f(W, devices.whole(way, batch)))
     kept = jax.tree.map(lambda x: x[batch["valid"]], batch)
@@ -558,14 +557,7 @@ def test_with_local_every_device_has_its_own(way):
     kind = {"auto": "Auto", "explicit": "Explicit"}[way]
     mesh = devices.mesh(getattr(jax.sharding.AxisType, kind))
     options = {"mesh": mesh, "axis_name": AXIS, "local": True, "return_info": True}
-    f = oa.value_and_grad(
-        with_aux(measured),
-        has_aux=True,
-        aux=MEASURES,
-        weight=count,
-        num_microbatches=PER_DEVICE,
-        **options,
-    )
+    f = oa.value_and_grad(with_aux(measured), **MEASURING, **options)
     batch = on_devices()
     ((_, aux), _), info = jax.device_get(jax.jit(f)(W, batch))
     assert info.weight.tolist() == [0] + [PER_DEVICE - 1] * (COUNT - 1)
