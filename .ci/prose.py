@@ -16,16 +16,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = ["*.md", "docs/*.md"]
 MODULES = ["optax_accum/**/*.py", "examples/*.py", "benchmarks/*.py", "docs/*.py"]
-CODE_COLUMNS = 77
+CODE_COLUMNS = 86
 
-# What to avoid (a regular expression, for a single line), and what to write.
+# What to avoid (a regular expression for a single line), and what to write.
 PHRASES = {
     r"\bso that\b": "so, or: to",
-    r"(^|[.:;] )where (it|that|this|they|there|nothing|no|a|the|one|all)\b": "if, when",
+    r"(^|[.:;] )where (it|that|this|they|there|nothing|no|a|the|all)\b": "if, when",
     r"\b(is|are|gives?|give|to|for|by|have|has) another\b": "a different",
-    r"(?<!there )(?<!that )\b(is|are|was|were) no (?!longer|more|less|worse)": "is not a",
+    r"(?<!there )(?<!that )\b(is|are|was|were) no (?!longer|more|less)": "is not",
     r"\bbeside\b": "besides, next to, with",
-    r"\bwhat (is|was|are) (left|no|not|more|to be)\b": "a noun: the rest, the remainder",
+    r"\bwhat (is|was|are) (left|no|not|more|to be)\b": "a noun: the rest",
     r"\b(is|are|was) to be\b": "should be, must be, has to be",
     r"\b(goes|go|went) on\b": "continues",
     r"\btells\b": "says, shows, reports",
@@ -48,7 +48,7 @@ SIMPLER = {re.compile(bad, re.IGNORECASE): good for bad, good in PHRASES.items()
 
 
 def page(text):
-    """The lines of a page as they are read, and as problems the code that is cut off."""
+    """The lines of a page, without its code, and the lines of code that are cut off."""
     fence, prose, cut = "", [], []
     for number, line in enumerate(text.splitlines(), 1):
         mark = re.match(r"\s*(`{3,}|~{3,})", line)
@@ -58,7 +58,9 @@ def page(text):
         elif fence:
             prose.append("")
             if len(line.rstrip()) > CODE_COLUMNS:
-                cut.append((number, f"{len(line)} columns: a page shows {CODE_COLUMNS}"))
+                cut.append(
+                    (number, f"{len(line)} columns: a page shows {CODE_COLUMNS}")
+                )
         else:
             prose.append(re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "`", line))
     return prose, cut
@@ -69,7 +71,9 @@ def module(text):
     prose = [""] * (text.count("\n") + 2)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.STRING, tokenize.COMMENT):
-            for number, line in enumerate(token.string.splitlines(), token.start[0] - 1):
+            for number, line in enumerate(
+                token.string.splitlines(), token.start[0] - 1
+            ):
                 prose[number] += re.sub(r"`[^`]*`", "`", line)
     return prose, []
 

@@ -279,7 +279,9 @@ def write_table(name: str, table: Table, where: str, page: Path) -> None:
     if not found:
         raise SystemExit(f"{page} has no comment {begin}")
     after = rest.partition(end)[2]
-    page.write_text("\n".join([before + begin, *lines, "", end + after]))
+    indent = before.rpartition("\n")[2]  # of a table inside a block that folds
+    lines = [indent + line if line else "" for line in [*lines, "", end + after]]
+    page.write_text("\n".join([before + begin, *lines]))
 
 
 # --- Charts ---
