@@ -1,4 +1,4 @@
-"""Gradient accumulation for JAX: k micro-batches, the update of the global batch."""
+"""Gradient accumulation for JAX: k micro-batches, the update of one large batch."""
 
 from optax_accum import diagnose as diagnose
 from optax_accum import noise as noise
@@ -23,7 +23,7 @@ from optax_accum._value_and_grad import grad as grad
 from optax_accum._value_and_grad import value_and_grad as value_and_grad
 from optax_accum._window import Window as Window
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AccumulateState",
     "AccumulateTransformation",
