@@ -1,18 +1,15 @@
 """The notebooks are those that their pages make, and they run."""
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
 import pytest
 
-
-PATH = Path(__file__).parents[1] / "docs" / "notebooks.py"
-SPEC = importlib.util.spec_from_file_location("notebooks", PATH)
-assert SPEC and SPEC.loader
-notebooks = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(notebooks)
+DOCS = Path(__file__).parents[1] / "docs"
+notebooks = SimpleNamespace(**runpy.run_path(DOCS / "notebooks.py"))
 
 
 def printed(cell):
@@ -27,7 +24,7 @@ def test_a_notebook_is_what_its_page_makes(name):
 
 @pytest.mark.parametrize("name", notebooks.PAGES)
 def test_a_page_opens_its_notebook(name):
-    page = (notebooks.DOCS / f"{name}.md").read_text(encoding="utf-8")
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert notebooks.button(name) in page
 
 
