@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = ["*.md", "docs/*.md"]
 MODULES = ["optax_accum/**/*.py", "examples/*.py", "benchmarks/*.py", "docs/*.py"]
-CODE_COLUMNS = 86
+CODE_COLUMNS = 88
 
 # What to avoid (a regular expression for a single line), and what to write.
 PHRASES = {
