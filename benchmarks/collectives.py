@@ -530,7 +530,7 @@ BENCHMARK = shared.Benchmark(
     row=Row,
     measure=measure,
     tables=lambda rows: [table(rows)],
-    page="devices.md",
+    page="collectives.md",
     page_table=table,
     add_options=add_options,
 )
