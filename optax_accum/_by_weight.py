@@ -48,7 +48,7 @@ def by_weight(target: float | Schedule) -> ByWeight:
 
     Across devices W is that of all devices, and every micro-step exchanges this one
     number. W is float32: it is compared to within 2e-6 of `target`, or half a unit if
-    that is less. Beyond 16.7 million it is not exact to one unit, and a weight below a
+    that is less. Beyond 16.8 million it is not exact to one unit, and a weight below a
     16-millionth of it adds nothing. An open window continues on another number of
     devices, with ``rescale=False`` in `oa.sharding.sum_windows` and
     `oa.sharding.stack_windows`.
