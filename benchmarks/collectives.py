@@ -275,7 +275,7 @@ def compile_shard_map(
 
 
 def by_hand(setup: Setup) -> Callable[[Any, jax.Array], Any]:
-    """Strided, so that the split itself exchanges nothing."""
+    """Strided: the split itself exchanges nothing."""
 
     def f(params, x):
         parts = x.reshape(-1, setup.k, x.shape[1])

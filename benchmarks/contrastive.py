@@ -25,7 +25,7 @@ WHOLE, IN_PARTS, PLAIN = WAYS = ("whole batch", "oa.microbatch", "plain accumula
 
 
 class Row(NamedTuple):
-    """A training after some of its steps."""
+    """A training run after some of its steps."""
 
     way: str
     seed: int

@@ -1,10 +1,11 @@
 """What gradient accumulation adds to the training step of a decoder: memory and time.
 
-A small transformer in Flax whose layers are rematerialised: once scanned, so that one
+A small transformer in Flax whose layers are rematerialised: once scanned, so one
 program runs them all, and once unrolled. Parameters are float32; the layers compute in
 bfloat16. Temporaries are what XLA reports, and "in all" adds arguments and results,
 both as multiples of the parameters' bytes. Within each part all ways run the same
-micro-batches, in turn within each round; their times are multiples of the first one's.
+micro-batches, one way after the other in each round; their times are multiples of the
+first one's.
 
 One step, for a gradient:
 
@@ -24,7 +25,7 @@ update_params(grads)     optax_accum.accumulate, given the gradient
 optax.MultiSteps         then optax.apply_updates
 
 Empty micro-batches: a batch in one step, weighted by its tokens, and the same with
-nothing but padding in half of its micro-batches.
+padding alone in half of its micro-batches.
 
 The ways that add in place need JAX 0.11; before, JAX computes some of these gradients
 wrongly, and they are left out.

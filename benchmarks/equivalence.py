@@ -22,7 +22,7 @@ EXAMPLES, MICRO_BATCHES = 32, 4
 
 
 class Case(NamedTuple):
-    """A loss, the cause that its probe is to name, and what mends it."""
+    """A loss, the cause that its probe should name, and the remedy."""
 
     name: str
     fun: Callable[..., Any]
@@ -276,7 +276,7 @@ def measure_one(case: Case) -> Row:
     if case.mended:
         mended = check(**{**case.options, **case.mended})
         if not mended:
-            raise SystemExit(f"{case.name}: the remedy does not mend it.\n{mended}")
+            raise SystemExit(f"{case.name}: the remedy does not fix it.\n{mended}")
         after = worst(mended)
     if case.exact:
         after = distance(case.fun, case.exact)

@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         drawn = draw_gradients(kind, max(counts), elements)
         for k in counts:
             grads = jnp.asarray(drawn[:k], dtype)
-            # What the gradients' own rounding lost is no fault of the sum.
+            # The gradients' own rounding is not the sum's error.
             exact = np.asarray(grads, np.float64).mean(0)
             for way in ways:
                 result = np.asarray(WAYS[way](grads), np.float64)

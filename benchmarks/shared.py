@@ -229,7 +229,7 @@ def write_rows(path: Path, rows: list[Any], where: str) -> None:
 
 
 def read_rows(path: Path, row: Any) -> tuple[str, list[Any]]:
-    """What `write_rows` wrote: where it was measured, and the rows."""
+    """What `write_rows` wrote: the place of the measurement, and the rows."""
     with path.open(newline="") as file:
         _, *lines = csv.reader(file)
     kinds = row.__annotations__.values()

@@ -1,6 +1,6 @@
 """What accumulating costs: a stream of micro-batch gradients through five ways.
 
-Every way gets the same gradients, donates parameters and state, and is timed in turn
+Every way gets the same gradients, donates parameters and state, and is timed once
 within each round, which spreads whatever else the machine does over all of them.
 Compare the ratios; the milliseconds are this machine's at that hour.
 

@@ -81,7 +81,7 @@ def draw_memory(axes: Any) -> None:
         box(axes, centre(i), MEMORY, BLOCK, ACTIVATIONS, color)
     x, y = (FIRST + LAST) / 2, MEMORY + ACTIVATIONS + 3
     write(axes, x, y, "one micro-batch at a time", color=GREY, size=SMALL)
-    # A ghost: what is not needed.
+    # A ghost: the memory that is saved.
     x = centre(MICRO_BATCHES)
     for i in range(MICRO_BATCHES):
         y = MEMORY + i * ACTIVATIONS

@@ -3,7 +3,7 @@
     python examples/char_lm.py
 
 The tokens are the characters of Python's language reference, which comes with Python.
-Paragraphs are padded to one length, and the loss is a mean over what is not padding.
+Paragraphs are padded to one length, and the loss is a mean over the valid tokens.
 A batch of 32 paragraphs runs in micro-batches of 8, and `weight=` counts the tokens in
 each. Without it, tokens among short paragraphs would count more than others.
 """

@@ -6,7 +6,7 @@ Four micro-batches of 32 images make an update. An epoch of 1347 images ends wit
 micro-batch of 3 images and a window (the micro-batches between two updates) of three:
 
 * `with_boundaries` closes that window, and the mean is over the images it saw;
-* the short micro-batch is padded, which saves compiling the step for another shape, and
+* the short micro-batch is padded, which saves compiling the step for a new shape, and
   `weight=` leaves the padding out;
 * `accumulate(optax.identity())` gives the metrics' means over each update.
 

@@ -19,7 +19,7 @@ each GPU under SLURM, and one on each host of a TPU:
 Every process reads its own images, one micro-batch per step. They exchange gradients
 once per update, so all must make the same number of steps: a process that has run out
 of images continues with padding, which has no weight. How to save and restore, and how
-to go on with another number of processes, is in docs/checkpoints.md.
+to continue with a different number of processes, is in docs/checkpoints.md.
 """
 
 import argparse

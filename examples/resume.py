@@ -1,4 +1,4 @@
-"""Stop a training inside a window, and continue it as if it had not been stopped.
+"""Stop a training run inside a window, and continue it as if it had never stopped.
 
     python examples/resume.py --stop-after 38
     python examples/resume.py

@@ -146,7 +146,7 @@ def load_paragraphs():
     return [cut[i].astype(np.int32) for i in order]
 
 
-# --- Two trainings on the same global batches, in turn ---
+# --- Two training runs on the same global batches, one after the other ---
 
 # With its usual epsilon Adam magnifies rounding where gradients are almost zero.
 tx = oa.accumulate(optax.adam(options.learning_rate, eps=1e-5))

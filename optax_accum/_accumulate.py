@@ -432,6 +432,7 @@ def accumulate(
         every_k = _validate.every_k(every_k)
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
     _validate.one_of("on_skip", on_skip, ("shrink", "wait"))
+    _validate.function("skip", skip, _validate.A_SKIP)
     devices: Inside | Rows
     if mesh is None:
         devices = Inside.of(axis_name)
@@ -447,8 +448,8 @@ def accumulate(
     if on_skip == "wait" and not one_device:
         raise ValueError(
             '`on_skip="wait"` cannot be used with `axis_name`: devices that skip '
-            "different micro-batches would disagree on when to meet, and deadlock. Use "
-            'on_skip="shrink"'
+            "different micro-batches would close their windows at different times, and "
+            'deadlock. Use on_skip="shrink"'
         )
     tracker = _tracker.make_tracker(noise_decay, every_k, one_device=one_device)
     overwritten = Overwritten(overwrite)
@@ -486,8 +487,8 @@ class _MicroStep(NamedTuple):
     """
 
     state: AccumulateState  # before it
-    is_stacked: bool  # whether it came, and is to go, as one window of a stack
-    grads: Grads | Pullback  # with None for what is not accumulated
+    is_stacked: bool  # whether it came, and must leave, as one window of a stack
+    grads: Grads | Pullback  # with None for leaves that are not accumulated
     weight: Scalar
     known_weight: float | None  # if it is known when tracing
     boundary: Boundary
@@ -588,7 +589,7 @@ class _Accumulation:
     def _call(
         self, arguments: _Arguments, boundary: Boundary, *, applies: bool
     ) -> tuple[Updates | Params, AccumulateState]:
-        """One micro-step, in one compiled program if nobody else compiles it."""
+        """One micro-step, compiled here if the caller does not compile it."""
         if isinstance(arguments.weight, DefaultWeight):
             arguments = arguments._replace(weight=self._default_weight())
         if "grad" in arguments.extra_args:
@@ -621,10 +622,9 @@ class _Accumulation:
         if isinstance(self.every_k, ByWeight):
             raise ValueError(
                 "`weight` is needed on every call, because `every_k=oa.by_weight(...)` "
-                "ends windows by it. Pass how many of what its `target` counts this "
-                "micro-batch has: valid tokens, or examples. What is between must hand "
-                "it on, as Flax's own TrainState does not "
-                "(optax_accum.flax.TrainState does)"
+                "ends windows by it. Pass how many valid tokens (or examples, whatever "
+                "`target` counts) this micro-batch has. Flax's own TrainState does not "
+                "pass it on; optax_accum.flax.TrainState does"
             )
         return 1.0
 
@@ -725,8 +725,8 @@ class _Accumulation:
                 "`grads` is a pullback, whose gradient is summed over the devices of "
                 "`mesh` in every micro-batch. Pass each device's own gradient, from "
                 "oa.value_and_grad(..., mesh=mesh, axis_name="
-                f"{self.devices.axis_name!r}, local=True); inside jax.shard_map, and "
-                "without `mesh`, a pullback adds to the device's window in place"
+                f"{self.devices.axis_name!r}, local=True). Pullbacks do work inside "
+                "jax.shard_map, without `mesh`"
             )
         readers = {
             "skip": self.skip is not None,
@@ -856,7 +856,7 @@ class _Accumulation:
         k = _validate.scheduled(
             "every_k", "how many micro-steps the window has", every_k
         )
-        # >=, so that a schedule that shrinks k still closes.
+        # >=, so a schedule that shrinks k still closes.
         return counted & (state.micro_step.astype(k.dtype) >= k)
 
     def _bind_optimizer(
@@ -911,8 +911,8 @@ class _Accumulation:
             info,
             "skip_state",
             before,
-            "`skip` must return the same info always; a state that another `skip` made "
-            "needs its `skip_state` replaced by that of `init`",
+            "`skip` must always return the same info. If a different `skip` made this "
+            "state, take a new `skip_state` from `init`",
         )
         info = _tree.cast_like(info, before)
         return weight, rejected, jax.tree.map(_tree.vary_like, info, before)

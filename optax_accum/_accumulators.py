@@ -177,13 +177,13 @@ class Ratio(_OfNode):
         if not self.is_node(self.shape):
             raise ValueError(
                 f"{self._what}, which needs a tuple of two arrays, (sum, count); got "
-                f"{_validate.shown_type(self.shape)}. If it is a mean already, take "
-                '"mean", which weights it as the loss is'
+                f"{_validate.shown_type(self.shape)}. If it is already a mean, use "
+                '"mean", which is weighted as the loss is'
             )
         total, count = self.shape
         if jnp.broadcast_shapes(total.shape, count.shape) != total.shape:
             raise ValueError(
-                f"{self._what}, which needs one count, or one for each sum; got sums "
+                f"{self._what}, which needs one count, or one per sum; got sums "
                 f"of shape {total.shape} and counts of shape {count.shape}. The order "
                 "is (sum, count)"
             )
@@ -255,8 +255,8 @@ class Combined(_OfNode):
 
     def _check(self) -> None:
         needed = (
-            f"{self._what}, which must be combine(a, b), of two outputs like this one, "
-            "and return a third"
+            f"{self._what}; it is called as combine(a, b) with two outputs, and must "
+            "return one of the same type"
         )
         try:
             both = jax.eval_shape(self._combine, self.shape, self.shape)
@@ -267,8 +267,8 @@ class Combined(_OfNode):
             )
             if not jax.tree_util.all_leaves([self.shape]):
                 advice = (
-                    "It is given the whole output at once; if it takes arrays, give it "
-                    "to each of them: a tree of policies, like the output"
+                    "It is called with the whole output, a tree. If it takes arrays, "
+                    "pass a tree of policies that is built like the output"
                 )
             raise TypeError(
                 f"{needed}; it raised {type(error).__name__}. {advice}"
@@ -290,9 +290,9 @@ class Last(_OfNode):
         if output.shape != self.shape.shape and isinstance(part.last, jax.Array):
             raise ValueError(
                 f"{self._what}, but the last micro-batch, which is smaller, gave shape "
-                f"{output.shape} and the others {self.shape.shape}, and "
-                "`num_real_microbatches` is traced, so that either may be the last "
-                "one. Use a `microbatch_size` that divides the batch"
+                f"{output.shape} and the others {self.shape.shape}. With a traced "
+                "`num_real_microbatches` either may be the last one. Use a "
+                "`microbatch_size` that divides the batch"
             )
         return output
 
@@ -378,9 +378,9 @@ class Concat(_Kept):
                 "in `fun`"
             )
         return (
-            'A sum or a mean over the examples has "sum" or "mean". A loss that '
-            "compares examples would compare those of one micro-batch only: return "
-            "what it is made of, and compute it from all outputs"
+            'For a sum or a mean over the examples, use "sum" or "mean". A loss that '
+            "compares examples would only compare those of one micro-batch: return "
+            "the embeddings, and compute the loss from all of them"
         )
 
 

@@ -29,7 +29,7 @@ class BatchArgument(NamedTuple):
     """How a batch argument is taken apart into its leaves.
 
     Attributes:
-      place: Where it stands.
+      place: Its position or name.
       structure: That of its tree.
       leaf_names: What to call each leaf in a message.
       axes: The axis of the examples in each leaf, or ``None`` if it is not split.
@@ -57,7 +57,7 @@ class Call(NamedTuple):
       batch: The leaves that are split, of all batch arguments.
       batch_arguments: How to build these arguments from them.
       carry_place: The position of the carried argument, or ``None``.
-      key_places: Where the arguments stand that are named as random keys.
+      key_places: The positions or names of the arguments named as random keys.
     """
 
     args: list[Any]
@@ -375,7 +375,7 @@ def _check_axis(value: Any, argnums: Sequence[int], argnames: Sequence[str]) -> 
     for leaf in jax.tree.leaves(value):
         if _validate.as_int(leaf) is None:
             raise TypeError(
-                f"`batch_axis` must hold ints, and None for what is not split; got "
+                f"`batch_axis` must hold ints, or None for parts not to split; got "
                 f"{leaf!r} in {value!r}"
             )
     if len(value) != len(argnums) + len(argnames):
@@ -433,15 +433,15 @@ def from_the_front(
             hint = ""
             if role == "batch_argnums":
                 hint = (
-                    ". If it is a function of the batch alone, pass batch_argnums=0. "
-                    "If it closes over its batch, which cannot be split then, make "
-                    "the batch an argument, f(params, x, y) with batch_argnums=(1, 2). "
-                    "For a batch that is passed by keyword use `batch_argnums=()` and "
-                    "`batch_argnames`"
+                    ". A batch that `fun` closes over cannot be split: make it an "
+                    "argument, f(params, x, y) with batch_argnums=(1, 2). If `fun` "
+                    "takes the batch alone, pass batch_argnums=0; if the batch is "
+                    "passed by keyword, batch_argnums=() and `batch_argnames`"
                 )
+            arguments = "1 argument" if count == 1 else f"{count} arguments"
             raise ValueError(
                 f"`{role}` names the positional argument {i}, but the function was "
-                f"called with {count}{hint}"
+                f"called with {arguments}{hint}"
             )
         found.append(position)
     return tuple(found)

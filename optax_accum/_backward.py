@@ -1,11 +1,11 @@
 """Gradients that the backward pass adds straight into their sum.
 
 A gradient that is computed first and added after is one more buffer as large as the
-parameters, and with layers in a `jax.lax.scan` the largest temporary of a training
+parameters, and with layers in a `jax.lax.scan` the largest temporary of the training
 step. JAX's pullback can add to a `jax.Ref` instead, in place and layer by layer
 (https://docs.jax.dev/en/latest/301/refs.html).
 
-For a mean, wᵢ·gᵢ is to be added. If the backward pass is sure to give that for the
+For a mean, wᵢ·gᵢ must be added. If the backward pass is sure to give that for the
 cotangent wᵢ, it does so at no cost. If not, S is divided by wᵢ before and multiplied by
 it after, in place: that takes time and two more roundings, but no memory.
 """
@@ -95,8 +95,8 @@ class Pullback(NamedTuple):
     def _scales_with_cotangent(self) -> bool:
         """Whether the gradient is sure to be w times as large for the cotangent w.
 
-        A weight of 301 is no bfloat16, and may overflow in float16, or where float16 is
-        emulated. A rule written by hand, with `jax.custom_vjp`, may clip.
+        bfloat16 cannot represent a weight of 301. It may overflow in float16, or where
+        float16 is emulated. A rule written by hand, with `jax.custom_vjp`, may clip.
         """
         program = self.function.jaxpr  # linear; the backward pass is its transpose
         dtypes = [
@@ -144,8 +144,8 @@ _Numbered = dict[int, jax.Array]  # leaves by their number among all
 def _add(sums: Grads, pullback: Pullback, how: _How) -> Grads:
     """`sums` with a gradient in them.
 
-    In place where a sum is of the gradient's type. Where it is not (of bfloat16
-    gradients, in float32), the gradient is held.
+    In place if a sum has the gradient's type. If not (bfloat16 gradients, summed in
+    float32), the gradient is held.
     """
     leaves, structure = jax.tree.flatten(sums)
     like = dict(enumerate(jax.tree.leaves(pullback.like)))

@@ -4,10 +4,10 @@
 branches cannot share. What keeps the compiled program free of copies, found by
 reading its HLO:
 
-* Doing nothing is the false branch, so that it becomes XLA's first. The other way
+* Doing nothing is the false branch, so it becomes XLA's first. The other way
   around everything is copied (https://github.com/jax-ml/jax/issues/39449).
 * A branch returns only buffers that it was given, leaf by leaf in the same shape and
-  dtype, so that both branches write in place. `update`'s updates therefore leave in the
+  dtype, so both branches write in place. `update`'s updates therefore leave in the
   accumulator's buffers, which the next window overwrites anyway.
 * No branch writes a buffer twice. The accumulator is not zeroed in the branch; the
   next window's first micro-step selects (see `_window.add`).
@@ -40,7 +40,7 @@ class Closing(NamedTuple):
         changes: across devices W is known only after the sum.
       window: The sums, each device's own.
       reduction: How they are divided.
-      overwritten: Which leaves are no gradients.
+      overwritten: Which leaves are overwritten, not summed.
       devices: Those that share the window.
       inner_state: The inner optimizer's state.
       noise: The averages of the noise scale.
@@ -48,7 +48,7 @@ class Closing(NamedTuple):
       micro_steps: How many there were.
       square: ‖S‖², if the noise scale needs it before the branch.
       widens: Whether the inner optimizer is given at least float32. A window of one
-        gradient is no sum, and reaches it as it is.
+        gradient is not a sum, and reaches it as it is.
       two_phases: Whether the updates are computed first and the state second (see
         `with_branches`).
     """
@@ -137,7 +137,7 @@ def close(
             updates, inner_state = optimizer.update(grads, buffers.inner_state, value)
             buffers = destination.write(updates, buffers)
             return buffers._replace(
-                # True, but no constant, so that XLA writes it in place.
+                # True, but not a constant, so XLA writes it in place.
                 has_updated=~buffers.has_updated,
                 inner_state=inner_state,
                 noise=noise,
@@ -156,7 +156,7 @@ def close(
             return buffers._replace(inner_state=new.inner_state, noise=new.noise)
 
         updated = branch(runs, write_updates, buffers)
-        # It depends on the first branch's flag, so that XLA runs it second.
+        # It depends on the first branch's flag, so XLA runs it second.
         after = branch(updated.has_updated, write_state, buffers)
         return updated._replace(inner_state=after.inner_state, noise=after.noise)
 
@@ -199,7 +199,7 @@ def with_branches(closing: Closing, optimizer: BoundOptimizer) -> Closing:
     twice, once per window.
 
     Likewise S, if it is rounded, is written before it is read. XLA keeps such an order
-    between branches alone (a barrier is gone before it decides on copies), so that a
+    between branches alone (a barrier is gone before it decides on copies), so a
     window that ends for certain tests at run time whether W is 0.
     """
 

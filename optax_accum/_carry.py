@@ -59,6 +59,6 @@ def first(
 def after(before: Tree, written: list[Any]) -> Tree:
     """The carry after the last micro-batch.
 
-    What is not written is not an output, and stays the very same arrays.
+    A leaf that is not written is not an output, and stays the very same arrays.
     """
     return _tree.filled(_tree.as_jax_arrays(before), written)

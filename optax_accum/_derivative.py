@@ -15,7 +15,7 @@ from jax.extend import core
 from optax_accum import _flow, _tree
 from optax_accum._types import Batch, Grads, Leaf, Scalar, Tree
 
-Arrays = list[Any]  # with ``None`` for what is not an array
+Arrays = list[Any]  # with ``None`` for leaves that are not arrays
 
 
 class Result(NamedTuple):

@@ -27,7 +27,7 @@ class Calls:
             _warned.add(self.name)
             warnings.warn(
                 f"{self.name} was called outside of `jax.jit` for the second time, and "
-                f"is compiled again at every call there. Compile it once: {self.remedy}"
+                f"every such call compiles it again. Compile it once: {self.remedy}"
                 ", or the whole training step. (This warning is shown once.)",
                 UserWarning,
                 stacklevel=3,
@@ -38,12 +38,12 @@ def is_eager(arguments: Any) -> bool:
     """Whether a `jax.jit` inside of a call with these arguments is compiled at once."""
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         return False
-    # In a trace even a constant is a tracer, so one of them tells too.
+    # In a trace even a constant is a tracer, so one of them shows it too.
     seen = [*jax.tree.leaves(arguments), jnp.zeros([])]
     return not any(isinstance(x, jax.core.Tracer) for x in seen)
 
 
 def are_arrays(arguments: Any) -> bool:
-    """Whether `arguments` hold nothing but what `jax.jit` takes."""
+    """Whether `arguments` hold only what `jax.jit` takes."""
     array = jax.Array | np.ndarray | np.generic | bool | int | float | complex
     return all(isinstance(x, array) for x in jax.tree.leaves(arguments))

@@ -73,8 +73,9 @@ def with_boundaries(
     if callable(every_k) or isinstance(every_k, ByWeight | AdaptiveK):
         raise TypeError(
             f"`every_k` must be an int >= 1 or None; got {every_k!r}, which needs the "
-            "optimizer's state. Give it to `accumulate`, leave it out here, and pass "
-            "boundary=is_last or None, for `is_last` the second of each pair"
+            "optimizer's state. Give it to `accumulate` and leave it out here: then "
+            "the second of each pair, `is_last`, is only True for the last "
+            "micro-batch. Pass boundary=is_last or None"
         )
     if every_k is not None:
         every_k = _validate.whole_number("every_k", every_k)
@@ -99,14 +100,14 @@ def _open_micro_steps(value: Any, every_k: int | None) -> int:
     if number is None:
         raise TypeError(
             f"`micro_step` must be {needed}; got {value!r} of type "
-            f"{type(value).__name__}. Of a state: int(oa.micro_step(state))"
+            f"{type(value).__name__}. From a state: int(oa.micro_step(state))"
         )
     if number < 0:
         raise ValueError(f"`micro_step` must be {needed}; got {number}")
     if every_k is not None and number >= every_k:
         raise ValueError(
-            f"`micro_step` must be less than `every_k={every_k}`, because that many "
-            f"micro-steps close a window; got {number}. Pass the `every_k` of the run "
+            f"`micro_step` must be less than `every_k={every_k}`, which closes a "
+            f"window after that many; got {number}. Pass the `every_k` of the run "
             "that left the window open, or close it first, with weight=0 and "
             "boundary=True"
         )

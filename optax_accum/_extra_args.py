@@ -46,7 +46,7 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
             "optax.GradientTransformationExtraArgs that names it"
         )
         raise TypeError(
-            f"`{name}` is an argument neither of `accumulate`'s update, which takes "
+            f"`{name}` is not an argument of `accumulate`'s update, which takes "
             f"`weight`, `boundary` and `value`, nor of the inner optimizer. {advice}"
         )
 
@@ -57,12 +57,11 @@ def check_grad(grad: Grads, grads: Grads) -> None:
     sizes = {len(jax.tree.leaves(tree)) for tree in (grad, grads)}
     if len(sizes) > 1 or not all(x is y for x, y in pairs):
         raise ValueError(
-            "`grad` must be the very gradient that is accumulated, update(grads, "
-            "state, params, grad=grads), because the inner optimizer is given the "
-            "window's; got other arrays. If another transformation has changed the "
-            "gradient before, put it inside: oa.accumulate(optax.chain(...)). To a "
-            "function under jax.jit pass it once: two arguments are two arrays there, "
-            "even if both were given the same"
+            "`grad` must be the same object as `grads`: update(grads, state, params, "
+            "grad=grads); got other arrays. The inner optimizer gets the window's "
+            "gradient in its place. If a transformation before `accumulate` changes "
+            "the gradient, put it inside: oa.accumulate(optax.chain(...)). Pass it "
+            "only once to a function under jax.jit, where two arguments are two arrays"
         )
 
 

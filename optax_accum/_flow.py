@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-# The primitives that do nothing but call another function.
+# The primitives that only call another function.
 _CALLS = (
     "jit",
     "pjit",
@@ -52,8 +52,7 @@ def sources(jaxpr: Any, inputs: list[Source] | None = None) -> list[Source]:
 
     Args:
       jaxpr: A traced function.
-      inputs: The sources of its inputs in a function around it, if these are to be
-        found.
+      inputs: The sources of its inputs in a function around it, to look for those.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     if inputs is None:

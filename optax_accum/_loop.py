@@ -323,7 +323,7 @@ class _Loop:
         number = self.settings.devices.global_index(index, self.split.num_microbatches)
         args, kwargs = self.call.for_microbatch(part, carry, number)
         for i in jax.tree.leaves(self.call.argnums):
-            # So that `jax.grad` gives this device's gradient, and not the sum of all.
+            # With this, `jax.grad` gives this device's gradient, not the sum of all.
             own = _tree.differentiated(args[i])
             varied = _collectives.vary(self.settings.devices.axis_name, own)
             args[i] = _tree.merge(varied, args[i])
@@ -434,7 +434,7 @@ class _Loop:
                 new.value,
                 new.weight,
                 reduction=self.settings.reduction,
-                # What has been through `jax.jit` is no Python bool any more.
+                # After `jax.jit` it is not a Python bool any more.
                 counted=True if self._all_count else new.counted,
                 is_weighted=self._may_have_weight_0
                 or size != self._examples_per_weight,
@@ -475,7 +475,7 @@ class _Loop:
             return output if a.is_local else devices.as_rows(output)
 
         aux = jax.tree.map(finish, accumulators, totals.aux)
-        # An exchange has another buffer.
+        # An exchange has a buffer of its own.
         in_place = self.is_in_place and devices.reduced_over is None
         value, grads = _tree.cast_like(
             total.result(settings.reduction, settings.overwritten, in_place=in_place),
@@ -516,7 +516,7 @@ def _pairs(argnums: int | tuple[int, ...], own: Params) -> Any:
 
 @custom_vmap
 def _anywhere(happens: Scalar) -> Scalar:
-    """`happens`; under `jax.vmap` whether any does, so that there is one branch."""
+    """`happens`; under `jax.vmap` whether any does, to have one branch."""
     return happens
 
 

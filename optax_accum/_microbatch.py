@@ -180,6 +180,7 @@ def microbatch(
       Setup, 2021 (https://arxiv.org/abs/2101.06983), "gradient caching".
     """
     _accumulators.check_policies("outputs", outputs)
+    _validate.function("weight", weight, _validate.A_WEIGHT)
     roles = _arguments.Roles.of(
         (),
         batch_argnums,

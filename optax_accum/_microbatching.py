@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -34,7 +35,8 @@ def checked_options(
     if (num_microbatches is None) == (microbatch_size is None):
         raise ValueError(
             "exactly one of `num_microbatches` and `microbatch_size` is needed; got "
-            f"{num_microbatches!r} and {microbatch_size!r}"
+            f"num_microbatches={num_microbatches!r} and "
+            f"microbatch_size={microbatch_size!r}"
         )
     sizes = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     for name, size in sizes.items():
@@ -100,6 +102,7 @@ class Microbatching:
           ValueError: What `value_and_grad` says of a call's arguments.
         """
         self.devices.check_place(self.inside_axis)
+        self._check_weight(call)
         split = self.split(call)
         if self.is_split(split):
             examples = split.examples * self.devices.num_shards
@@ -116,6 +119,26 @@ class Microbatching:
             )
         return split, number
 
+    def _check_weight(self, call: _arguments.Call) -> None:
+        """Raises if the user's `weight` does not take the arguments of this call."""
+        if self.weight is None or self.weight is not self.functions.get("`weight`"):
+            return  # `optax_accum.flax` has put a function of its own around it.
+        try:
+            signature = inspect.signature(self.weight)
+        except (TypeError, ValueError):  # Some have no signature.
+            return
+        for more in ({}, {"aux": None}):
+            try:
+                call.apply(signature.bind, call.args, call.kwargs | more)
+            except TypeError:
+                continue
+            return
+        raise TypeError(
+            "`weight` is called as `fun` is, with the arguments "
+            f"({', '.join([*call.names, *call.kwargs])}); got a function of "
+            f"{signature}. Give it the parameters of `fun`, in the same order"
+        )
+
     def on_devices(
         self,
         on_device: Callable[[_arguments.Call, int | Scalar | None], Any],
@@ -131,7 +154,7 @@ class Microbatching:
           call: The call.
           split: How its batch is split.
           number: How many micro-batches are to run, or ``None`` for all.
-          specs: Where the results lie on the mesh, if there is one.
+          specs: How the results are sharded on the mesh, if there is one.
 
         Raises:
           ValueError: A random key is read that is not an argument.
@@ -145,7 +168,7 @@ class Microbatching:
             )
 
         # Arrays come as arguments, even outside of any `jax.jit`: what a compiled
-        # function closes over, JAX keeps. What is not an array stays what it is.
+        # function closes over, JAX keeps. Other leaves stay as they are.
         @jax.jit
         def run(batch: Batch, arrays: list[Any]) -> Any:
             return self.devices.on_each_device(

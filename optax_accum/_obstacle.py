@@ -109,7 +109,7 @@ def _in_forward_pass(program: Any) -> str | None:
     """What is in the way in a function, and no more to be seen in its derivative.
 
     A gather may fill in what is out of bounds. JAX 0.12 adds the gradient of such an
-    entry in place, to another row, if its index is negative. (Where NaN is filled in,
+    entry in place, to the wrong row, if its index is negative. (Where NaN is filled in,
     nothing is right.)
     """
     for equation in _flow.equations_in(program):

@@ -21,8 +21,8 @@ class Arguments(NamedTuple):
     Attributes:
       grads: Its gradient, for the leaves that are not accumulated.
       params: The parameters.
-      takes_value: Whether the optimizer is to be given the window's value.
-      extra_args: Everything else. A `grad` is to be the window's.
+      takes_value: Whether the optimizer gets the window's value.
+      extra_args: Everything else. A `grad` becomes the window's.
     """
 
     grads: Grads
@@ -72,7 +72,7 @@ def bind(
             extra_args["grad"] = grads
         return optimizer.update(grads, inner_state, arguments.params, **extra_args)
 
-    # The trace that tells the shapes serves again, unless each call stands for itself.
+    # The trace that gave the shapes serves again, unless each call stands for itself.
     inputs = jax.tree.leaves((window, inner_state))
     if has_branch or any(isinstance(x, jax.core.Tracer) for x in inputs):
         call = jax.jit(call, inline=True)
@@ -108,8 +108,8 @@ def bind(
             new_state,
             "inner.init(params)",
             inner_state,
-            "An optimizer whose state changes its structure cannot be compiled "
-            "into a boundary; put it beside `accumulate`, in an `optax.chain`",
+            "An optimizer whose state changes its structure cannot run inside "
+            "`accumulate`; put it next to it, in an `optax.chain`",
         )
         new_state = _tree.cast_like(new_state, inner_state)
         new_state = _tree.placed_like(new_state, inner_state)

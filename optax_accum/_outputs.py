@@ -26,9 +26,9 @@ class Outputs(NamedTuple):
         """``(value, aux, carry)`` from what `fun` returned for this `carry`.
 
         Raises:
-          TypeError: The result has another structure, its value is not a scalar
+          TypeError: The result has a different structure, its value is not a scalar
             of the right kind, or its carry has a different type from `carry`.
-          ValueError: The carry has another structure.
+          ValueError: The carry has a different structure.
         """
         has_carry = self.carry_name is not None
         aux, new_carry = (), None
@@ -95,8 +95,8 @@ def checked_carry(name: str, carry: Tree, new_carry: Tree) -> Tree:
     """`new_carry`, which `fun` returned for `carry`, in the type of `carry`.
 
     Raises:
-      TypeError: It has another type than `carry`.
-      ValueError: It has another structure.
+      TypeError: Its type differs from that of `carry`.
+      ValueError: Its structure does.
     """
     _validate.same_structure(
         "carry",

@@ -1,4 +1,4 @@
-"""A function on one micro-batch, traced, so that all that it reads is an argument.
+"""A function on one micro-batch, traced: all that it reads becomes an argument.
 
 A `jax.custom_vjp` must not close over tracers, and users' functions do. So the function
 is traced, and what it closes over becomes an argument.
@@ -20,7 +20,7 @@ class Shared(NamedTuple):
     """What all micro-batches are given, whole.
 
     Attributes:
-      arguments: The arrays among the arguments, with ``None`` for what is not one.
+      arguments: The arrays among the arguments, with ``None`` for other leaves.
       closed_over: What the function closes over.
       carry: The leaves of the carry that it only reads, and ``None`` for the others.
     """
@@ -121,7 +121,7 @@ def trace(
             call, call.apply(options.fun, args, kwargs), carry
         )
         dtype = _tree.scalar_dtype((outputs, carry, arrays, part))
-        if options.weight is None:  # A size may be symbolic, and is no number then.
+        if options.weight is None:  # A size may be symbolic, and then not a number.
             weight = jnp.asarray(part[0].shape[split.axes[0]], dtype)
             return Ran(outputs, new_carry, weight)
         weight, known_weight = _validate.weight(

@@ -78,7 +78,7 @@ class Split(NamedTuple):
         return [whole, last] if self.remainder else [whole]
 
     def apart(self, x: jax.Array, axis: int) -> jax.Array:
-        """`x`, ``[B, ...]``, so that micro-batches can be read and written.
+        """`x`, ``[B, ...]``, in a shape in which micro-batches can be read and written.
 
         Example i + j·K is at ``[j, i]``, without a remainder.
         """
@@ -145,8 +145,8 @@ def plan(
         near = [examples // shards * shards, (examples // shards + 1) * shards]
         raise ValueError(
             f"the {shards} devices do not divide the batch: {holds}. Use "
-            f"{_alternatives([n for n in near if n])} examples; what is padding can "
-            "count for nothing, with `weight`"
+            f"{_alternatives([n for n in near if n])} examples; fill up with padding "
+            "that the loss masks out and `weight` does not count"
         )
     own = examples // shards
     if microbatch_size is not None:
@@ -165,14 +165,14 @@ def _by_size(size: int, own: int, shards: int, holds: str) -> tuple[int, int, in
     if size > own * shards:
         raise ValueError(
             f"`microbatch_size={size}` is more than the batch has: {holds}. Use at "
-            f"most {own * shards}, which is the whole batch at once; where the last "
-            f"batch of an epoch is smaller, microbatch_size=min({size}, len(x))"
+            f"most {own * shards}, which is the whole batch at once. If the last "
+            f"batch of an epoch is smaller, use microbatch_size=min({size}, len(x))"
         )
     if size % shards:
         raise ValueError(
-            f"`microbatch_size={size}` does not divide over the {shards} devices, and "
-            f"each needs as many examples of every micro-batch: {holds}. Use a "
-            f"multiple of {shards} up to {own * shards}"
+            f"`microbatch_size={size}` is not a multiple of {shards}, the number of "
+            f"devices that share every micro-batch: {holds}. Use a multiple of "
+            f"{shards} up to {own * shards}"
         )
     whole, remainder = divmod(own, size // shards)
     return whole, size // shards, remainder
@@ -193,7 +193,8 @@ def _by_number(number: int, own: int, shards: int, holds: str) -> tuple[int, int
         raise ValueError(
             f"`num_microbatches={number}` does not divide the batch: {holds}{each}. "
             f"Use {_alternatives(divisors)}, or `microbatch_size`, which takes any "
-            f"{sizes} up to {own * shards}"
+            f"{sizes} up to {own * shards}. If the examples are along a different "
+            "axis, pass `batch_axis`"
         )
     return number, own // number, 0
 
@@ -204,8 +205,8 @@ def _count_examples(call: Call) -> int:
         names = [f"`{call.name_of(place)}`" for place in call.places]
         raise ValueError(
             "the batch arguments hold no array to split; `batch_argnums` and "
-            f"`batch_argnames` lead to {', '.join(names) or 'none'}. A function that "
-            "closes over its batch cannot be split: make the batch an argument of it"
+            f"`batch_argnames` name {', '.join(names) or 'none'}. A batch that `fun` "
+            "closes over cannot be split: make it an argument"
         )
     axes = [axis for axis in call.axes if axis is not None]
     leaves = list(zip(call.batch_names, call.batch, axes, strict=True))
@@ -244,7 +245,7 @@ def _other_axes(call: Call, axes: list[int], counts: list[int]) -> str:
         usual = max(counts, key=counts.count)
         pairs = zip(axes, counts, strict=True)
         fitting = [axis if count == usual else None for axis, count in pairs]
-        found = "What all examples share, and is not split, gets None"
+        found = "If all examples share one of them, give it None"
     rest = iter(fitting)
     every = [None if axis is None else next(rest) for axis in call.axes]
     return f"{found}: {call.shown_axes(every)}"
@@ -256,8 +257,8 @@ def _lacks_axis(call: Call, name: str, leaf: jax.Array, axis: int) -> str:
     needs = f"`{name}` {what}, but needs its examples along `batch_axis={axis}`"
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return (
-            f"{needs}. Pass a random key in an argument of its own: each micro-batch "
-            "then has one of its own"
+            f"{needs}. Pass a random key in an argument of its own, outside of the "
+            "batch: each micro-batch then gets its own key"
         )
     places = iter(call.batch_names)
     shared = [None if a is None or next(places) == name else a for a in call.axes]
@@ -277,8 +278,8 @@ def _check_sharding(call: Call, split: Split, devices: int) -> None:
                 raise ValueError(
                     f"`{name}` is sharded over {shards} devices "
                     f"along axis {axis}, and a micro-batch of {size} examples "
-                    "cannot be. Choose `num_microbatches` or `microbatch_size` so that "
-                    f"every micro-batch is a multiple of {shards}"
+                    "cannot be. Choose `num_microbatches` or `microbatch_size` to make "
+                    f"every micro-batch a multiple of {shards}"
                 )
 
 

@@ -168,8 +168,8 @@ class TokenBatch:
         """A document, for its dtype and its axes after the first."""
         for place in self._places():
             return np.asarray(documents[place.document])
-        # This micro-batch is all padding; any other document will do, but NumPy cannot
-        # tell the dtype of an empty list.
+        # This micro-batch is all padding; any other document will do, but not an empty
+        # list, which has no dtype of its own.
         numbers = documents if isinstance(documents, Mapping) else range(len(documents))
         like = None
         for number in numbers:
@@ -178,9 +178,8 @@ class TokenBatch:
                 break
         if like is None:
             raise ValueError(
-                "`documents` must have one document at least, to tell the dtype of "
-                "what is packed; got none. This micro-batch is all padding: pass any "
-                "other document"
+                "`documents` must have at least one document, for the dtype; got none. "
+                "This micro-batch is all padding: pass any other document"
             )
         return like
 
@@ -201,9 +200,9 @@ def _check_document(array: np.ndarray, place: _Place, like: np.ndarray) -> None:
     if array.ndim == 0:
         raise TypeError(
             f"{name} must be an array with one entry per token; got "
-            f"{_validate.shown(array.item())}. Repeat what there is once per document: "
-            "np.full(length, value). Tokenize strings, and pack each array of a dict "
-            "for itself"
+            f"{_validate.shown(array.item())}. Tokenize strings, pack each array of a "
+            "dict separately, and repeat a value that each document has once: "
+            "np.full(length, value)"
         )
     if array.shape != needed:
         raise ValueError(
@@ -213,8 +212,8 @@ def _check_document(array: np.ndarray, place: _Place, like: np.ndarray) -> None:
         )
     if array.dtype != like.dtype:
         raise TypeError(
-            f"{name} is {array.dtype} and another one {like.dtype}; they must have one "
-            "dtype. Cast them first"
+            f"{name} is {array.dtype} and a different one is {like.dtype}; they must "
+            "have one dtype. Cast them first"
         )
 
 
@@ -224,8 +223,8 @@ def _padding(value: Any, dtype: np.dtype) -> np.ndarray:
         padding = np.asarray(value).astype(dtype)
     if dtype.kind in "biu" and not np.array_equal(padding, value):
         raise ValueError(
-            f"`padding` is {value!r}, which {dtype}, the documents' dtype, does not "
-            "have. Cast the documents to one that has it"
+            f"`padding` is {value!r}, which {dtype}, the documents' dtype, cannot "
+            "represent. Cast the documents to a dtype that can"
         )
     return padding
 
@@ -374,7 +373,7 @@ def _shapes(
 ) -> list[tuple[int, int]]:
     """`most` shapes at most, in equal steps from the largest down.
 
-    Equal steps leave less padding than halves: if what is left over is anything between
+    Equal steps leave less padding than halves: if the remainder is anything between
     nothing and a micro-batch, 1/8 of one on average with four shapes, and not 1/6.
     """
     units = length // multiple_of
@@ -442,8 +441,8 @@ def _row_length(value: Any, max_tokens: int, multiple_of: int) -> int:
     """The number of tokens in a row."""
     if max_tokens < multiple_of:
         raise ValueError(
-            f"`max_tokens` must be at least `multiple_of={multiple_of}`, the shortest "
-            f"row that there is; got {max_tokens}. Raise it, or lower `multiple_of`"
+            f"`max_tokens` must be at least `multiple_of={multiple_of}`, the length of "
+            f"the shortest row; got {max_tokens}. Raise it, or lower `multiple_of`"
         )
     largest = max_tokens // multiple_of * multiple_of
     if value is None:
@@ -454,7 +453,7 @@ def _row_length(value: Any, max_tokens: int, multiple_of: int) -> int:
         nearest = min(-(-number // multiple_of) * multiple_of, largest)
         raise ValueError(
             f"`row_length` must be {needed}, {max_tokens}; got {number}. Pass "
-            f"{nearest}, or another `multiple_of`"
+            f"{nearest}, or change `multiple_of`"
         )
     return number
 
@@ -473,7 +472,7 @@ def _lengths(value: Any, row_length: int) -> list[int]:
     if sizes.ndim == 0:
         raise TypeError(f"{needed}; got {_validate.shown(value)}. Pass a list of them")
     if sizes.size == 0:
-        raise ValueError(f"{needed}; got none. Leave a batch without documents out")
+        raise ValueError(f"{needed}; got none. Leave out a batch without documents")
     if sizes.dtype.kind not in "iu":
         raise TypeError(f"{needed}; got dtype {sizes.dtype}")
     shortest, longest = int(sizes.argmin()), int(sizes.argmax())
@@ -482,7 +481,7 @@ def _lengths(value: Any, row_length: int) -> list[int]:
     if sizes[longest] > row_length:
         raise ValueError(
             f"`lengths[{longest}]` is {sizes[longest]}, but a row has {row_length} "
-            "tokens, and no document is cut. Raise `row_length` or `max_tokens`, or "
-            "cut the document or drop it"
+            "tokens, and documents are not split. Raise `row_length` or `max_tokens`, "
+            "or truncate or drop the document"
         )
     return sizes.tolist()

@@ -38,6 +38,16 @@ def transformation(value: Any) -> None:
         )
 
 
+A_WEIGHT = "called as `fun` is, that returns this micro-batch's weight"
+A_SKIP = "such as oa.skip_not_finite"
+
+
+def function(name: str, value: Any, needed: str) -> None:
+    """Raises unless `value` is a function, or ``None``."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be a function, {needed}; got {shown(value)}")
+
+
 def every_k(value: Any) -> Any:
     """An int >= 1, a schedule, or ``None``."""
     if value is None or callable(value):
@@ -77,8 +87,8 @@ def accumulator_dtype(value: DType) -> DType:
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"`accumulator_dtype` is {dtype}, which JAX does not compute in unless "
-            'jax.config.update("jax_enable_x64", True) comes first'
+            f"`accumulator_dtype` is {dtype}, which JAX only computes in after "
+            'jax.config.update("jax_enable_x64", True)'
         )
     return dtype
 
@@ -117,16 +127,16 @@ def sums(value: Any, grads: Grads, *, has_accumulator: bool) -> None:
     lacks_sums = not jax.tree.leaves(value.window.grads)
     if has_accumulator and lacks_sums and jax.tree.leaves(_tree.keep_inexact(grads)):
         raise ValueError(
-            "`state` holds no accumulator; it comes from `every_k=1` or from other "
-            "parameters. Take a new one from `init`, and with "
+            "`state` holds no accumulator: it was made with `every_k=1`, or for other "
+            "parameters. Take a new one from `init`. To keep the optimizer's progress: "
             "new_state._replace(inner_state=state.inner_state, "
-            "gradient_step=state.gradient_step) the optimizer continues where it was"
+            "gradient_step=state.gradient_step)"
         )
     if not has_accumulator and not lacks_sums:
         raise ValueError(
-            "`state` holds an accumulator, for which `every_k=1` has no use: an open "
+            "`state` holds an accumulator, which `every_k=1` does not use: an open "
             "window in it would be lost. Close it with the `accumulate` that made it, "
-            "by weight=0 and boundary=True, and continue with state._replace("
+            "with weight=0 and boundary=True, and continue with state._replace("
             "window=state.window._replace(grads=()))"
         )
 
@@ -137,9 +147,9 @@ def inner_state(optimizer: Any, value: Tree, params: Params) -> None:
     structures = map(jax.tree.structure, (value, needed))
     if len(set(structures)) > 1:
         raise ValueError(
-            "`state.inner_state` belongs to another optimizer than the one that "
-            f"`accumulate` was given: it is {_brief(value)}, and this one needs "
-            f"{_brief(needed)}. Pass the state that this optimizer's `init` made"
+            "`state.inner_state` belongs to a different optimizer than `inner`, which "
+            f"`accumulate` was given: it is {_brief(value)}, but `inner` needs "
+            f"{_brief(needed)}. Pass the state that this `accumulate`'s `init` made"
         )
 
 
@@ -161,7 +171,7 @@ def weight(value: Any, dtype: DType) -> tuple[Scalar, float | None]:
     if jnp.shape(value) != ():
         raise ValueError(
             "`weight` must be a scalar, one number for the whole micro-batch; got "
-            f"shape {jnp.shape(value)}. Sum it first, say the token mask: mask.sum()"
+            f"shape {jnp.shape(value)}. Sum it first; for a token mask, mask.sum()"
         )
     if is_known and not (value >= 0 and math.isfinite(value)):
         raise ValueError(
@@ -186,9 +196,9 @@ def boundary(value: Any, every_k: Any) -> bool | jax.Array | None:
     """A Python bool, an array ``bool[]``, or ``None`` where the count decides."""
     if value is None and every_k is None:
         raise ValueError(
-            "`boundary` is needed on every call, because `every_k=None` leaves the "
-            "boundary to the caller; got None. Pass True or False, decided when "
-            "tracing, or a boolean array, or give `accumulate` an `every_k`"
+            "`boundary` is needed on every call, because `every_k=None` leaves it to "
+            "the caller; got None. Pass True or False (a static argument under "
+            "jax.jit) or a boolean array, or count: accumulate(optimizer, every_k=4)"
         )
     if _is_bool(value):
         value = bool(value)
@@ -214,7 +224,10 @@ def whole_number(
     """An int >= 1."""
     number = as_int(value)
     if number is None:
-        raise TypeError(f"`{name}` must be {needed}; got {shown(value)}")
+        hint = ""
+        if isinstance(value, jax.core.Tracer):
+            hint = ", which is traced. Make it a static argument of jax.jit"
+        raise TypeError(f"`{name}` must be {needed}; got {shown(value)}{hint}")
     if number < 1:
         raise ValueError(f"`{name}` must be {needed}; got {number}{advice}")
     return number
@@ -274,7 +287,7 @@ def same_structure(
     elif surplus:
         difference = f"{named(name, surplus[0])} is not in `{expected_name}`"
     else:
-        difference = "the paths agree, but their containers are of other types"
+        difference = "the paths agree, but the types of their containers differ"
     raise ValueError(
         f"`{name}` must have the tree structure of `{expected_name}`: {difference}. "
         f"Got {got}, needed {needed}. {advice}"
@@ -294,7 +307,7 @@ def not_a_function(
     if is_function and type(grads) not in map(type, like):
         raise TypeError(
             "`grads` must be the gradient, or its pullback, as jax.vjp returns it; got "
-            f"a function of type {type(grads).__name__}. Pass `pullback`, from value, "
+            f"a function of type {type(grads).__name__}. Make a pullback with value, "
             f"pullback = {maker}"
         )
 
@@ -304,15 +317,15 @@ def not_inside_another() -> None:
 
     To `jax.tree.map` a pullback is a tree of all that the backward pass reads, and
     `optax.scale` scales that, without a word. Nothing in it shows this afterwards; only
-    the frames of the call tell who is between.
+    the frames of the call show who is between.
     """
     frame = inspect.currentframe()
     while frame is not None and _package_of(frame) == __name__.partition(".")[0]:
         frame = frame.f_back
     if frame is not None and _package_of(frame) == "optax":
         raise ValueError(
-            "`grads` is a pullback, and `accumulate` is inside another transformation, "
-            "which cannot handle one. Put the others inside, "
+            "`grads` is a pullback, and `accumulate` is inside a transformation that "
+            "cannot handle one. Put that inside `accumulate`, "
             "oa.accumulate(optax.chain(...)), or pass gradients"
         )
 
@@ -385,14 +398,7 @@ def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:
       narrow: Whether the caller asked for sums narrower than the gradients.
     """
     grads, expected = _tree.keep_inexact(grads), _tree.keep_inexact(expected)
-    same_structure(
-        "grads",
-        grads,
-        "params",
-        expected,
-        "Every floating parameter that `init` saw needs a floating gradient, and no "
-        "other leaf one",
-    )
+    same_structure("grads", grads, "params", expected, _advice(grads, expected))
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(grads),
         jax.tree.leaves(expected),
@@ -403,8 +409,8 @@ def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:
             hint = ""
             if jnp.shape(g)[1:] == jnp.shape(wanted):
                 hint = (
-                    ". If these are rows of devices, from oa.value_and_grad(..., "
-                    "local=True), give `accumulate` the same `mesh` and `axis_name`"
+                    ". If they come from oa.value_and_grad(..., local=True), with one "
+                    "row per device, give `accumulate` the same `mesh` and `axis_name`"
                 )
             raise ValueError(
                 f"{named('grads', path)} has shape {jnp.shape(g)}, but "
@@ -424,6 +430,16 @@ def gradients(grads: Grads, expected: Tree, *, narrow: bool) -> None:
                 f"is {sums} because of the parameters that `init` saw. Pass "
                 f"`accumulator_dtype={mine}` to keep the precision, or cast them"
             )
+
+
+def _advice(grads: Grads, expected: Tree) -> str:
+    """What to do if the structures of the gradients and the parameters differ."""
+    if jax.tree.structure(grads) == jax.tree.structure((0, expected)):
+        return "If this is (value, grads), from value_and_grad, pass `grads` alone"
+    return (
+        "Every floating parameter that `init` saw needs a floating gradient, and only "
+        "those"
+    )
 
 
 def named(tree: str, path: Any) -> str:

@@ -302,6 +302,8 @@ def value_and_grad(
             f"`aux={aux!r}` says what becomes of auxiliary outputs, but `has_aux` "
             "is False. Pass has_aux=True, or leave `aux` out"
         )
+    _validate.function("weight", weight, _validate.A_WEIGHT)
+    _validate.function("skip", skip, _validate.A_SKIP)
     weight_takes_aux = weight is not None and _arguments.takes_more(weight, fun, "aux")
     if weight_takes_aux and not has_aux:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 An argument with as many entries as the batch has examples looks like a batch that was
 not named: if it broadcasts against a micro-batch, the result is silently wrong. A
-random key from which all micro-batches draw the same is another silent mistake. The
-same holds for what the loss closes over. All are refused, and the message says how to
-write what is meant.
+random key from which all micro-batches draw the same is silently wrong, too. So is
+either in a closure of the loss. All are refused, and the message says how to write
+what is meant.
 """
 
 import functools
@@ -51,18 +51,18 @@ def check(
                 raise ValueError(
                     f"`{leaf_name}` looks like a random key, uint32 of shape "
                     f"{x.shape}, and every micro-batch would draw the same from it. "
-                    f"Pass rng_arg{by}s={value}, so that each gets a key of its own, "
-                    "or make the key with jax.random.key, which needs no naming. If it "
-                    "is no key, or all are to draw the same, "
+                    f"Pass rng_arg{by}s={value} to give each a key of its own, or make "
+                    "the key with jax.random.key, which is recognised. If it is not a "
+                    "key, or all should draw the same, pass "
                     f"{_option(call, roles, place, None)}"
                 )
         found = _looks_like_a_batch(leaves, call.axis, examples)
         if found:
             raise ValueError(
-                f"{found}, but is not named as a batch argument, so every micro-batch "
+                f"{', '.join(found)}, but is not a batch argument, so every micro-batch "
                 "would get all of it. If it belongs to the batch, pass "
                 f"{_option(call, roles, place, call.axis)}. If every micro-batch needs "
-                f"all of it, {_option(call, roles, place, None)}"
+                f"all of it, pass {_option(call, roles, place, None)}"
             )
     for who, function in functions.items():
         for how, leaves in _held_by(function, call):
@@ -76,10 +76,10 @@ def check(
             found = _looks_like_a_batch(leaves, 0, examples)
             if found:
                 raise ValueError(
-                    f"{who} {how} {found}, so every micro-batch would get all of it. "
-                    f"{_MAKE_IT_AN_ARGUMENT}: in `batch_argnums` or `batch_argnames`; "
-                    "and with None in `batch_axis`, if every micro-batch needs all of "
-                    "it"
+                    f"{who} {how} {', which '.join(found)}; every micro-batch would "
+                    f"get all of it. {_MAKE_IT_AN_ARGUMENT} in `batch_argnums` or "
+                    "`batch_argnames`. If every micro-batch needs all of it, give it "
+                    "None in `batch_axis`"
                 )
 
 
@@ -106,10 +106,10 @@ def check_traced(who: str, run: Any, *args: Any) -> None:
             raise ValueError(
                 f"{who}, or what it calls, reads a random key, {x.dtype}"
                 f"{list(x.shape)}, that is not one of its arguments (but a global "
-                "variable, say, an attribute, or in a closure), and every micro-batch "
-                "would draw the same from it. "
-                f"{_MAKE_THE_KEY_AN_ARGUMENT}. If it is no key, or all are to draw the "
-                "same, give that argument None in `batch_axis`"
+                "variable, an attribute or in a closure), and every micro-batch would "
+                f"draw the same from it. {_MAKE_THE_KEY_AN_ARGUMENT}. If it is not a "
+                "key, or all should draw the same, give that argument None in "
+                "`batch_axis`"
             )
 
 
@@ -133,20 +133,25 @@ _MAKE_THE_KEY_AN_ARGUMENT = (
     "gets a key of its own, if it is from jax.random.key or named in `rng_argnums` or "
     "`rng_argnames`"
 )
-_MAKE_IT_AN_ARGUMENT = "Pass it as an argument, as in f(params, x, y), and name it"
+_MAKE_IT_AN_ARGUMENT = "Make it an argument, as in f(params, x, y), and name it"
 
 
-def _looks_like_a_batch(leaves: Named, axis: int, examples: int) -> str | None:
-    """What to say if all arrays among `leaves` have an entry for each example."""
-    # What has one entry says nothing: it may be a factor beside a batch.
+def _looks_like_a_batch(
+    leaves: Named, axis: int, examples: int
+) -> tuple[str, str] | None:
+    """What to say if all arrays among `leaves` have an entry for each example.
+
+    Which array, and that it has.
+    """
+    # An array with one entry says nothing: it may be a factor.
     arrays = [(name, x) for name, x in leaves if _is_array(x) and x.size != 1]
     fits = [-x.ndim <= axis < x.ndim and x.shape[axis] == examples for _, x in arrays]
     if not fits or not all(fits):
         return None
     name, x = arrays[0]
     return (
-        f"`{name}`, {_validate.shown_type(x)}, which has {examples} entries along axis "
-        f"{axis}, as many as the batch has examples"
+        f"`{name}`, {_validate.shown_type(x)}",
+        f"has {examples} entries along axis {axis}, as many as the batch has examples",
     )
 
 
@@ -199,7 +204,7 @@ def _held_by(function: Function, call: Call) -> Iterator[tuple[str, Named]]:
         if isinstance(layer, types.FunctionType):
             for name, value in (globals_of(layer) | cells_of(layer)).items():
                 yield "closes over", _arrays_in(name, value)
-            # What it decorates, and helpers beside it, have closures of their own.
+            # What it decorates, and helpers next to it, have closures of their own.
             ahead += [f for f in cells_of(layer).values() if callable(f)]
         ahead.append(getattr(layer, "__wrapped__", None))
 

@@ -14,8 +14,8 @@ reduction  S            result   for
 Padding, token masks, ragged batches and an early close are all handled by weights. In a
 mean a weight of 0 contributes nothing, even if its gradient is NaN or inf. In a ratio
 and a sum the weight is a share of the denominator and no mask: an image without objects
-has no positives and a large gradient, which counts. What is rejected (`_skip`) is left
-out of all three. What is left out is *selected* away, because 0 * NaN is NaN.
+has no positives and a large gradient, which counts. A rejected micro-batch (`_skip`) is
+left out of all three: *selected* away, because 0 * NaN is NaN.
 
 Plain sums, not a running mean: the mean costs a subtraction per element and
 keeps the addition from fusing into what computed the gradient.
@@ -75,7 +75,7 @@ def contributions(
         counted = weight != 0
 
     def contribution(x: Leaf) -> jax.Array:
-        x = _tree.widened(jnp.asarray(x))  # A weight of 301 is no bfloat16.
+        x = _tree.widened(jnp.asarray(x))  # bfloat16 has no 301, a possible weight.
         if reduction == "mean":
             x = _tree.scaled(x, weight.astype(x.dtype))
         return x if counted is True else jnp.where(counted, x, _tree.zeros_like(x))
@@ -135,7 +135,7 @@ def divide_in_place(sums: Tree, weight: Scalar, reduction: Reduction) -> Tree:
     """As `divide`, in the buffers of `sums`.
 
     A branch that may leave them as they are makes XLA divide them where they are.
-    Otherwise a second S may stand beside them.
+    Otherwise there may be a second S in memory.
     """
     return lax.cond(
         _tree.opaque_true(),
@@ -151,7 +151,7 @@ class NoiseSums(NamedTuple):
     Attributes:
       squares: ``f32[]``, Σ wᵢ·‖gᵢ‖² with gᵢ the gradient of a mean over wᵢ.
       samples: ``i32[]``, how many micro-batches had any weight. One without has no
-        mean gradient, and is no sample.
+        mean gradient, so it is not a sample.
     """
 
     squares: Scalar
@@ -248,12 +248,12 @@ class Window(NamedTuple):
         """A window without micro-batches.
 
         Args:
-          grads: Arrays, or shapes, like the gradients that are to be added.
+          grads: Arrays, or shapes, like the gradients that will be added.
           loss: Like the losses.
           weight: Like the weights.
           accumulator_dtype: Of S. By default at least float32.
           measure_noise: Whether to measure the noise scale.
-          overwritten: Which leaves are no gradients.
+          overwritten: Which leaves are overwritten, not summed.
         """
         noise: NoiseSums | NoNoiseSums = NoNoiseSums()
         if measure_noise:
@@ -286,7 +286,7 @@ class Window(NamedTuple):
         """With one more micro-batch in it.
 
         Args:
-          grads: Its gradient, with ``None`` for what is not accumulated; or its
+          grads: Its gradient, with ``None`` for leaves not accumulated; or its
             pullback, which adds the gradient in place.
           loss: Its loss.
           weight: Its weight.
@@ -295,7 +295,7 @@ class Window(NamedTuple):
           rejected: ``bool[]``, whether it was rejected, and its `weight` is 0 for that.
           first: ``bool[]``, whether it is the first of its window, and clears it.
           is_weighted: False if its weight is known to be 1.
-          overwritten: Which leaves are no gradients.
+          overwritten: Which leaves are overwritten, not summed.
         """
         how: Any = {"counted": counted, "first": first}
         window = Window(
@@ -321,7 +321,7 @@ class Window(NamedTuple):
 
     def over_devices(self, devices: Devices, overwritten: Overwritten) -> "Window":
         """The windows of all devices as one, in one exchange for each dtype of S."""
-        # In one dtype, so that everything is exchanged at once.
+        # In one dtype, to exchange everything at once.
         rest = self._replace(grads=())
         in_one_dtype = jax.tree.map(
             lambda x: x if _tree.is_complex(x) else x.astype(self.weight.dtype), rest

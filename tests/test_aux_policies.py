@@ -606,7 +606,7 @@ def test_a_ratio_of_what_is_no_pair_is_refused(aux, place):
 
 @pytest.mark.parametrize("counts", [np.ones(3), np.ones((2, 2)), np.ones(1)], ids=str)
 def test_a_ratio_with_more_counts_than_sums_is_refused(counts):
-    words = "`aux['a']`", "one count, or one for each sum", "The order is (sum, count)"
+    words = "`aux['a']`", "one count, or one per sum", "The order is (sum, count)"
     total = np.ones(2) if counts.ndim == 2 else np.float32(1)
     refusing(lambda w, batch: {"a": (total, counts)}, "ratio", *words)  # noqa: ARG005
 
@@ -656,7 +656,7 @@ def test_what_a_function_raises_is_shown():
 
 
 def test_a_function_for_an_array_is_refused_for_a_tree():
-    words = "`aux`", "it raised TypeError", "the whole output at once", "each of them"
+    words = "`aux`", "it raised TypeError", "the whole output", "a tree of policies"
     refusing(lambda w, batch: {"a": batch["x"]}, jnp.maximum, *words)  # noqa: ARG005
 
 

@@ -176,7 +176,7 @@ def test_modules_named_mean_and_var_are_not_taken_for_statistics():
 
 def test_statistics_that_cannot_be_combined_are_refused():
     moving = nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat)
-    with pytest.raises(ValueError, match=r"moved on with it.*nnx\.as_pure\(nnx\.state"):
+    with pytest.raises(ValueError, match=r"change with it.*nnx\.as_pure\(nnx\.state"):
         oaf.combine_batch_stats(moving, moving)
     before, after, _ = linen_statistics(X, 5)
     with pytest.raises(ValueError, match=r"`momentum` is .*BatchNorm.* got 1"):
@@ -189,6 +189,6 @@ def test_statistics_that_cannot_be_combined_are_refused():
         oaf.combine_batch_stats(before, after, weights=jnp.ones(3))
     alone = {"norm": {"mean": jnp.zeros(3)}}
     with pytest.raises(
-        ValueError, match=r"a `mean` with a `var` .*neither of them: norm\.var"
+        ValueError, match=r"a `mean` and a `var` .*neither of them: norm\.var"
     ):
         oaf.combine_batch_stats(alone, {"norm": {"mean": jnp.zeros((2, 3))}})

@@ -378,7 +378,7 @@ def test_a_micro_batch_of_padding_is_named():
 
 def test_a_nan_in_the_global_batch_is_named():
     report = check(mean, X.at[3].set(jnp.nan))
-    assert_differs(report, "not finite", "mend that first")
+    assert_differs(report, "not finite", "fix that first")
 
 
 def test_a_skipped_micro_batch_is_named():

@@ -945,7 +945,7 @@ def test_an_axis_name_needs_a_mesh():
 def test_a_mesh_needs_its_axis_name():
     with refused("`mesh` needs `axis_name`", "has 'data'"):
         oa.microbatch(encode, num_microbatches=2, mesh=devices.mesh())
-    with refused("`axis_name='batch'` is no axis of `mesh`"):
+    with refused("`axis_name='batch'` is not an axis of `mesh`"):
         oa.microbatch(
             encode, num_microbatches=2, mesh=devices.mesh(), axis_name="batch"
         )
@@ -977,7 +977,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(way):
     with refused(f"4 on each of {COUNT} devices", "Use 1, 2 or 4, or"):
         f(PARAMS, X)
     f = jax.jit(oa.microbatch(embed, microbatch_size=COUNT // 2, **options))
-    with refused(f"does not divide over the {COUNT} devices"):
+    with refused(f"is not a multiple of {COUNT}"):
         f(PARAMS, X)
 
 

@@ -1236,7 +1236,7 @@ class TestMistakes:
         return jax.jit(self.tx.update_params)(grads, state, PARAMS, **given)
 
     def test_a_mesh_without_the_axis(self):
-        with refused("`axis_name='batch'` is no axis of `mesh`", "'data'"):
+        with refused("`axis_name='batch'` is not an axis of `mesh`", "'data'"):
             oa.accumulate(SGD, K, mesh=self.place.mesh, axis_name="batch")
         with refused("`mesh` needs `axis_name`", "got None", "'data'"):
             oa.accumulate(SGD, K, mesh=self.place.mesh)

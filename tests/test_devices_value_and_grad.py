@@ -971,7 +971,9 @@ def test_an_unbound_axis_name_is_refused(axis_name):
 
 
 def test_a_mesh_or_scatter_without_a_matching_axis_name_is_refused():
-    with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
+    with pytest.raises(
+        ValueError, match="`axis_name='batch'` is not an axis of `mesh`"
+    ):
         oa.value_and_grad(
             small, num_microbatches=2, axis_name="batch", mesh=devices.mesh()
         )
@@ -979,7 +981,9 @@ def test_a_mesh_or_scatter_without_a_matching_axis_name_is_refused():
         oa.value_and_grad(small, num_microbatches=2, mesh=devices.mesh())
     with pytest.raises(ValueError, match="`scatter=True` needs `axis_name`"):
         oa.value_and_grad(small, num_microbatches=2, scatter=True)
-    with pytest.raises(ValueError, match="`axis_name='batch'` is no axis of `mesh`"):
+    with pytest.raises(
+        ValueError, match="`axis_name='batch'` is not an axis of `mesh`"
+    ):
         oa.sharding.scatter_specs(SMALL, devices.mesh(), "batch")
 
 
@@ -1003,7 +1007,7 @@ def test_a_micro_batch_with_fewer_examples_than_devices_is_refused(way):
     with pytest.raises(ValueError, match=f"{message}. Use 1, 2 or 4, or"):
         f(SMALL, X)
     f = devices.in_step(way, small, microbatch_size=COUNT // 2)
-    message = f"does not divide over the {COUNT} devices.*Use a multiple of {COUNT}"
+    message = f"is not a multiple of {COUNT}.*Use a multiple of {COUNT}"
     with pytest.raises(ValueError, match=message):
         f(SMALL, X)
 

@@ -160,6 +160,11 @@ class TestGradients:
         with pytest.raises(ValueError, match=saying(*words)):
             update(oa.accumulate(SGD, every_k), grads)
 
+    def test_a_value_with_its_gradients_is_refused(self, every_k):
+        words = ("`grads` must have the tree structure", "(value, grads)", "alone")
+        with pytest.raises(ValueError, match=saying(*words)):
+            update(oa.accumulate(SGD, every_k), (jnp.ones([]), PARAMS))
+
     def test_gradients_in_other_containers_are_refused(self, every_k):
         words = ("`grads` must have the tree structure of `params`", "containers")
         tx = oa.accumulate(SGD, every_k)
@@ -249,6 +254,11 @@ def test_gradients_wider_than_their_accumulator_are_refused():
 
 
 class TestSkip:
+    def test_a_skip_that_is_not_a_function_is_refused(self):
+        words = ("`skip` must be a function", "oa.skip_not_finite", "got True")
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(SGD, 2, skip=True)
+
     @pytest.mark.parametrize("decision", [jnp.array(1), jnp.array([True])])
     def test_a_skip_that_does_not_return_one_boolean_is_refused(self, decision):
         words = ("`skip` must return (bool scalar, info)", str(decision.dtype))
@@ -261,7 +271,7 @@ class TestSkip:
         words = (
             "`info` must have the tree structure of `skip_state`",
             "num_not_finite",
-            "replaced by that of `init`",
+            "take a new `skip_state` from `init`",
         )
         with pytest.raises(ValueError, match=saying(*words)):
             tx.update(PARAMS, state, PARAMS)
@@ -366,7 +376,7 @@ class TestStates:
     def test_the_state_of_another_optimizer_is_refused(self, every_k):
         state = oa.accumulate(SGD, every_k).init(PARAMS)
         words = (
-            "`state.inner_state` belongs to another optimizer",
+            "`state.inner_state` belongs to a different optimizer",
             "(EmptyState(), EmptyState())",
             "ScaleByAdamState",
         )

@@ -77,7 +77,7 @@ class TestGrad:
         w, g = self.start, jnp.ones(5)
         more = {"value": jnp.float32(0), "value_fn": self.whole}
         for each, grad in ((tx, 2 * g), (chained, g)):
-            with pytest.raises(ValueError, match=saying("`grad` must be the very")):
+            with pytest.raises(ValueError, match=saying("`grad` must be the same")):
                 jax.eval_shape(
                     lambda g, each=each, grad=grad: each.update(
                         g, each.init(w), w, grad=grad, **more
@@ -85,7 +85,9 @@ class TestGrad:
                     g,
                 )
         compiled = jax.jit(tx.update, static_argnames="value_fn")
-        with pytest.raises(ValueError, match=saying("under jax.jit pass it once")):
+        with pytest.raises(
+            ValueError, match=saying("once to a function under jax.jit")
+        ):
             compiled(g, tx.init(w), w, grad=g, **more)
 
     @pytest.mark.parametrize("wrap", [oa.accumulate, optax.MultiSteps])

@@ -677,7 +677,7 @@ def test_the_options_have_the_errors_of_value_and_grad():
         oa.microbatch(encode, num_microbatches=5)(PARAMS, X)
     with refused("`axis_name='data'` needs `mesh`", "the loss gathers them"):
         oa.microbatch(encode, num_microbatches=3, axis_name="data")
-    with refused("`y`, float32[12,5]", "is not named as a batch argument"):
+    with refused("`y`, float32[12,5]", "is not a batch argument"):
         oa.microbatch(lambda p, x, y: p * x + y, num_microbatches=3)(1.0, X, X)
 
 
@@ -686,7 +686,7 @@ def test_outputs_without_an_entry_per_example_are_refused():
     with refused('`outputs` has the policy "concat"', "shape (5,)", '"sum"'):
         f(PARAMS, X)
     whole_loss = oa.microbatch(with_loss(encode), num_microbatches=3)
-    with refused("shape ()", "compute it from all outputs"):
+    with refused("shape ()", "compute the loss from all of them"):
         whole_loss(PARAMS, X)
 
 

@@ -814,7 +814,7 @@ def test_adaptive_k_compiles_once():
         (
             lambda: oa.accumulate(optax.sgd(1), oa.noise.adaptive_k(1, 4)),
             ValueError,
-            "one micro-batch alone shows no noise.*Use min_k=2",
+            "noise cannot be measured on one micro-batch.*Use min_k=2",
         ),
         (
             lambda: oa.accumulate(optax.sgd(1), 2, noise_decay=1.0),

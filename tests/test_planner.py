@@ -265,7 +265,7 @@ def test_a_candidate_that_runs_the_compiler_out_of_memory_does_not_fit():
         oa.diagnose.plan_microbatches(
             lambda _: Refuses(), candidates=[1, 2], memory_limit=4096
         )
-    assert "Give it more memory" in str(error.value)
+    assert "Use a device with more memory" in str(error.value)
 
 
 def test_other_compiler_errors_are_raised():
@@ -443,14 +443,14 @@ def test_lowered_steps_whose_arguments_do_not_fit_are_refused():
 
 
 def test_arguments_beside_a_lowered_step_are_refused():
-    with pytest.raises(TypeError, match="there are 2 more in `args`"):
+    with pytest.raises(TypeError, match="got 2 more in `args`"):
         plan(lambda k: make_step(k).lower(*SHAPES))
 
 
 def test_a_step_in_place_of_the_function_that_makes_it_is_refused():
     with pytest.raises(TypeError, match="with num_microbatches=k") as error:
         plan(make_step(2))
-    assert "`make_step` must be a function of the number" in str(error.value)
+    assert "`make_step` must take the number of micro-batches" in str(error.value)
 
 
 def test_the_result_of_a_step_in_its_place_is_refused():

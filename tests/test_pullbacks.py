@@ -519,7 +519,7 @@ class TestOptax:
             del mask  # Optax does not clip booleans.
             return jnp.mean((x @ params["w"] + params["b"][None]) ** 2)
 
-        with refused("`grads` is a pullback", "Put the others inside", "gradients"):
+        with refused("`grads` is a pullback", "Put that inside", "gradients"):
             traced(tx, unmasked)
 
     @pytest.mark.parametrize("is_closed_over", [True, False])
@@ -560,7 +560,7 @@ class TestOptax:
 
         params, _ = run(step, tx)
         close(params, global_batches(SGD))
-        with refused("`grad` must be the very gradient that is accumulated"):
+        with refused("`grad` must be the same object as `grads`"):
             traced(tx, loss, grad=PARAMS)
 
     @pytest.mark.slow

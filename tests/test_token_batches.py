@@ -288,7 +288,7 @@ def test_a_micro_batch_of_padding_has_the_dtype_of_the_others():
         assert packed.shape == (1, 4, 5)
         assert packed.dtype == np.float16
         assert not packed.any()
-    with refused("`documents` must have one document at least", "got none"):
+    with refused("`documents` must have at least one document", "got none"):
         plan[1].pack({})
 
 
@@ -323,7 +323,7 @@ def test_documents_of_another_batch_are_refused_though_all_are_as_long(fewer):
 )
 def test_a_padding_that_would_become_another_is_refused(dtype, padding):
     documents = [np.ones(n, dtype) for n in (2, 3)]
-    with refused("`padding` is", f"which {dtype}", "does not have", "Cast"):
+    with refused("`padding` is", f"which {dtype}", "cannot represent", "Cast"):
         two_rows().pack(documents, padding)
 
 
@@ -384,7 +384,9 @@ def test_lengths_that_are_not_ints_are_refused(lengths, words):
 
 
 def test_a_document_longer_than_a_row_is_named():
-    with refused("`lengths[1]` is 200", "128 tokens", "no document is cut", "drop"):
+    with refused(
+        "`lengths[1]` is 200", "128 tokens", "documents are not split", "drop"
+    ):
         oa.token_batches([130, 200, 5], 256, row_length=128)
 
 

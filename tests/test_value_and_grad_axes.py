@@ -314,7 +314,7 @@ def test_a_time_major_batch_is_refused_with_the_axes_that_fit():
         run(loss, (W, X, np.ones((5, B))), batch_argnums=(1, 2))
     with refused(
         "number of examples; `x` has 4 along axis 0, but `y` has 5 along axis 1",
-        "gets None",
+        "give it None",
     ):
         run(loss, (W, X[:, :7], Y), batch_argnums=(1, 2), batch_axis=(0, 1))
 
@@ -322,7 +322,7 @@ def test_a_time_major_batch_is_refused_with_the_axes_that_fit():
 def test_a_leaf_that_examples_share_is_refused_with_its_none():
     batch = {"x": Y, "y": 2 * Y, "table": np.ones((11, 3))}
     with refused(
-        "`batch['table']` has 11, but", "gets None", "({'table': None, 'x': 0,"
+        "`batch['table']` has 11, but", "give it None", "({'table': None, 'x': 0,"
     ):
         run(args=(W, batch))
 

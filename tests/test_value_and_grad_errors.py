@@ -37,7 +37,7 @@ def test_neither_or_both_sizes_are_refused(sizes):
         with raises(
             ValueError,
             "exactly one of `num_microbatches` and `microbatch_size`",
-            "2 and 5" if sizes else "None and None",
+            f"microbatch_size={5 if sizes else None}",
         ):
             function(loss, **options)
 
@@ -122,7 +122,7 @@ def test_an_empty_batch_is_refused():
         run(loss, PARAMS, X[:0], microbatch_size=1)
     with raises(ValueError, "hold no array to split", "`batch`"):
         run(loss, PARAMS, {"x": None})
-    with raises(ValueError, "hold no array to split", "lead to none"):
+    with raises(ValueError, "hold no array to split", "name none"):
         run(batch_argnums=())
 
 
@@ -137,12 +137,42 @@ def test_an_error_names_variadic_arguments_by_position():
 # --- Roles ---
 
 
+@pytest.mark.parametrize("option", ["weight", "skip"])
+@pytest.mark.parametrize("value", [32, True])
+def test_an_option_that_is_not_a_function_is_refused(option, value):
+    words = (f"`{option}` must be a function", f"got {value!r}")
+    with raises(TypeError, *words):
+        oa.value_and_grad(loss, num_microbatches=5, **{option: value})
+
+
+@pytest.mark.parametrize("make", [oa.value_and_grad, oa.microbatch])
+def test_a_weight_that_does_not_take_the_arguments_of_the_loss_is_refused(make):
+    def weight(batch):
+        return len(batch)
+
+    def with_labels(params, x, y):
+        return loss(params, x) * y.mean()
+
+    options = {"num_microbatches": 5, "batch_argnums": (1, 2), "weight": weight}
+    words = ("`weight` is called as `fun` is", "(params, x, y)", "(batch)")
+    with raises(TypeError, *words):
+        make(with_labels, **options)(PARAMS, X, X)
+
+
+def test_a_traced_number_of_micro_batches_is_refused():
+    def call(k):
+        return oa.value_and_grad(loss, num_microbatches=k)
+
+    with raises(TypeError, "`num_microbatches` must be an int", "traced", "static"):
+        jax.jit(call)(5)
+
+
 def test_a_position_missing_from_the_call_is_refused():
     with raises(
         ValueError,
         "`batch_argnums` names the positional argument 1",
         "called with 1",
-        "`batch_argnums=()` and `batch_argnames`",
+        "batch_argnums=() and `batch_argnames`",
     ):
         oa.value_and_grad(loss, num_microbatches=5)(PARAMS)
     for name in ("argnums", "carry_argnum", "rng_argnums"):

@@ -50,7 +50,7 @@ def test_a_factor_of_one_entry_beside_a_batch_hides_it_not():
         return loss(w, x, batch["y"]) * batch["scale"].sum()
 
     for scale in (np.ones(()), np.ones(1), np.ones((1, 1))):
-        with refused("`batch['y']`, float32[6], which has 6 entries"):
+        with refused("`batch['y']`, float32[6], has 6 entries"):
             run(fun, W, X, {"scale": scale, "y": Y})
 
 
@@ -58,10 +58,10 @@ def test_a_factor_of_one_entry_beside_a_batch_hides_it_not():
 def test_an_argument_with_an_entry_for_each_example_is_refused(k):
     for y in (Y, jnp.asarray(Y)):
         with refused(
-            "`y`, float32[6], which has 6 entries along axis 0",
-            "not named as a batch argument",
+            "`y`, float32[6], has 6 entries along axis 0",
+            "is not a batch argument",
             "pass batch_argnums=(1, 2). If",
-            "needs all of it, batch_argnums=(1, 2), batch_axis=(0, None)",
+            "needs all of it, pass batch_argnums=(1, 2), batch_axis=(0, None)",
         ):
             run(loss, W, X, y, k=k)
     with refused("`y`, float32[6]", "pass batch_argnames=('y',). If"):
@@ -243,7 +243,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_a_loss_that_closes_over_a_part_of_its_batch_is_refused(way):
     fun = way(Y)
-    with refused("the loss", "float32[6]", "along axis 0", "Pass it as an argument"):
+    with refused("the loss", "float32[6]", "along axis 0", "Make it an argument"):
         run(fun, W, X)
     same(run(fun, W, X, k=1), jax.value_and_grad(fun)(W, X))
     fewer = way(Y[:1])
@@ -340,11 +340,11 @@ def test_a_loss_that_closes_over_all_of_its_batch_is_refused():
 
     with refused(
         "called with 1",
-        "closes over its batch, which cannot be split",
+        "`fun` closes over cannot be split",
         "f(params, x, y) with batch_argnums=(1, 2)",
     ):
         run(fun, W)
-    with refused("lead to none", "closes over its batch"):
+    with refused("name none", "closes over cannot be split"):
         run(fun, W, options={"batch_argnums": ()})
 
 
@@ -453,7 +453,7 @@ def test_a_raw_key_that_is_not_named_is_refused():
         with refused(
             "`key` looks like a random key, uint32 of shape (2,)",
             "every micro-batch would draw the same",
-            "Pass rng_argnums=2,",
+            "Pass rng_argnums=2 to",
             "jax.random.key",
             "batch_argnums=(1, 2), batch_axis=(0, None)",
         ):

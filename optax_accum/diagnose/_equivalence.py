@@ -111,7 +111,7 @@ class EquivalenceReport:
             lines.append(f"  and {len(rest)} more, of which {differ or 'none'} differ")
         if self.tolerance > _WIDE:
             lines.append(
-                "A tolerance this wide hides what a little padding does; check in "
+                "A tolerance this wide hides the effect of a little padding; check in "
                 "float32 as well"
             )
         if self.cause:
@@ -132,10 +132,10 @@ def _with_one_batch(check: Callable[_P, _T]) -> Callable[_P, _T]:
         if too_many or any(np.ndim(x) for x in jax.tree.leaves(args[3:4])):
             raise TypeError(
                 "`check_equivalence` takes `fun`, `params`, `batch` and "
-                f"`num_microbatches`; got {len(args)} arguments by position, and more "
-                "of them belong to `fun`. Pass these in `args`, and name the positions "
-                "of all that are split: check_equivalence(loss, params, x, 4, "
-                "args=(y,), batch_argnums=(1, 2))"
+                f"`num_microbatches`; got {len(args)} arguments by position. Pass "
+                "further arguments of `fun` in `args`, and name the positions of all "
+                "that are split: check_equivalence(loss, params, x, 4, args=(y,), "
+                "batch_argnums=(1, 2))"
             )
         return check(*args, **kwargs)
 
@@ -223,7 +223,7 @@ def check_equivalence(
     if not isinstance(args, tuple | list):
         raise TypeError(
             "`args` must be a tuple or list of the arguments of `fun` after `batch`; "
-            f"got {type(args).__name__}. A single one is args=(key,)"
+            f"got {type(args).__name__}. For a single one pass args=(key,)"
         )
     for name in options.keys() - inspect.signature(value_and_grad).parameters:
         raise TypeError(
@@ -251,19 +251,19 @@ def check_equivalence(
             error.add_note(
                 f"`fun` takes the {problem.split.examples} examples of the batch, but "
                 f"not the {problem.split.size} of a micro-batch. If it takes pairs or "
-                "groups of them together, give these an axis of their own, and let the "
-                "batch axis count groups"
+                "groups of them together, give these an axis of their own: the batch "
+                "axis then counts groups"
             )
         raise
     if whole.weight == 0:
         raise ValueError(
-            "`weight` is 0 for this batch, so that there is nothing to compare. Use a "
-            "batch that counts"
+            "`weight` is 0 for this batch, so there is nothing to compare. Use a batch "
+            "that counts"
         )
     errors, sizes = _problem.compare(whole, parts), None
     gradient = problem.raw_gradient()
     if not errors.worst <= tolerance and whole.is_finite() and parts.is_finite():
-        # Where parts cancel, what is left is their rounding: small beside them alone.
+        # If parts cancel, only their rounding remains: small compared to the parts.
         sizes = problem.sizes(gradient, whole.weight)
         beside_parts = _problem.compare(whole, parts, sizes)
         errors = errors.replaced_within(tolerance, beside_parts)

@@ -35,7 +35,7 @@ class Memory(NamedTuple):
         """Reads it from a compiled program.
 
         Raises:
-          RuntimeError: This backend does not tell.
+          RuntimeError: This backend does not report it.
         """
         analysis = compiled.memory_analysis()
         if analysis is None:
@@ -91,7 +91,7 @@ def available(args: Tree) -> int:
 
 
 def agreed(size: int) -> int:
-    """The smallest `size` of all processes, so that they all decide alike."""
+    """The smallest `size` of all processes, so they all decide alike."""
     if jax.process_count() == 1:
         return size
     # In two parts, because JAX's default integers have 32 bits.

@@ -175,10 +175,10 @@ def plan_microbatches(
         tried.append(Candidate(number, memory, sizes[number] <= usable, seconds))
         _logger.info("%s", tried[-1])
         if tried[-1].fits:
-            # Nothing is tried above what fits, so that this is the fewest so far.
+            # Nothing is tried above what fits, so this is the fewest so far.
             fewest, fitting = number, compiled
         if memory and memory.arguments > usable and not _has_arguments(step):
-            break  # They are the same for every number, so that no other one fits.
+            break  # They are the same for every number, so no other one fits.
 
     tried.sort()
     if fewest is None:
@@ -200,9 +200,9 @@ def _check_makes_steps(make_step: Callable[[int], Step]) -> None:
         signature.bind(1)
     except TypeError as error:
         raise TypeError(
-            "`make_step` must be a function of the number of micro-batches alone, "
-            f"which returns the training step; got one with the arguments {signature}. "
-            "Write a function of k that returns such a step, with num_microbatches=k"
+            "`make_step` must take the number of micro-batches alone and return the "
+            f"training step; got a function with the arguments {signature}. Write a "
+            "function of k that returns the step with num_microbatches=k"
         ) from error
 
 
@@ -252,10 +252,10 @@ def next_to_try(
 
     `sizes` has what was measured so far. The search asks at distances that double,
     until something fits, and then bisects down to a neighbour that does not. If nothing
-    fits up to the last, it halves the gaps beside the smallest size.
+    fits up to the last, it halves the gaps next to the smallest size.
 
-    Where sizes fall, the first number that fits is found. Where they do not, one that
-    fits, and the next smaller one that was measured does not.
+    If sizes fall, the first number that fits is found. If they do not, one that fits,
+    and the next smaller one that was measured does not.
     """
     tried = [i for i, number in enumerate(numbers) if number in sizes]
     fitting = [i for i in tried if sizes[numbers[i]] <= limit]
@@ -286,16 +286,16 @@ def _compile(step: Step, args: tuple[Argument, ...]) -> Step | None:
     """`step` compiled, or ``None`` where the compiler ran out of memory."""
     if args and _has_arguments(step):
         raise TypeError(
-            "`make_step` returned a step that is lowered already, with arguments "
-            f"of its own, and there are {len(args)} more in `args`. Leave these out"
+            "`make_step` returned a step that is already lowered, with its arguments; "
+            f"got {len(args)} more in `args`. Leave these out"
         )
     if hasattr(step, "memory_analysis"):
         return step
     if not _has_arguments(step):
         if not callable(step):
             raise TypeError(
-                "`make_step` must return the training step, a function of `args`, and "
-                f"not what a call of it returns; got {type(step).__name__}"
+                "`make_step` must return the training step itself, a function of "
+                f"`args`, not the result of calling it; got {type(step).__name__}"
             )
         step = step if hasattr(step, "lower") else jax.jit(step)
         step = step.lower(*args)
@@ -312,18 +312,18 @@ def _remedy(candidates: Sequence[Candidate], usable: float) -> str:
     """What to do where nothing fits."""
     memories = [c.memory for c in candidates if c.memory is not None]
     if not memories:
-        return "Give it more memory, or the step a smaller model"
+        return "Use a device with more memory, or a smaller model"
     least = min(memories, key=lambda m: m.total)
     kept = least.total - least.temporaries
     found = f"The least is {show_size(least.total)}"
     if kept > usable:
         return (
             f"{found}, of which {show_size(kept)} are arguments and outputs, which "
-            "more micro-batches do not change: donate them, shard the parameters or "
-            "the optimizer's state, or keep less of it"
+            "more micro-batches do not change: donate them, or shard the parameters or "
+            "the optimizer's state"
         )
     return (
-        f"{found}. Where more micro-batches do not lower the temporaries, these are "
+        f"{found}. If more micro-batches do not lower the temporaries, these are "
         "the sum of the gradients and one micro-batch's activations: use "
         "jax.checkpoint, give it more memory, or the step a smaller model"
     )

@@ -4,10 +4,10 @@ Let r be the gradient of the whole batch and gᵢ those of its parts. Of a loss 
 sum over examples, divided by whatever does not depend on the parameters, r is a
 combination Σ cᵢ·gᵢ, and the numbers cᵢ are the same at all parameters. They are fitted
 at some parameters and tried at others, for two halves of the batch: two unknowns, which
-even a tiny model tells.
+even a tiny model determines.
 
 * All cᵢ are 1: the loss is a sum.
-* Other cᵢ >= 0 with the sum 1: a mean of unequal means, which weights mend.
+* Other cᵢ >= 0 with the sum 1: a mean of unequal means, which weights correct.
 * Other cᵢ >= 0 with a larger sum: what the means divide by has a floor.
 * None that fit: the examples depend on each other. Then the batch is cut and filled
   otherwise, to see what binds them: their neighbours, or only what their masks count.
@@ -97,7 +97,7 @@ def _not_finite(seen: Comparison) -> Cause | None:
         return Cause(
             "not finite",
             "value or gradient of the global batch has a NaN or an infinity in it; "
-            "mend that first",
+            "fix that first",
         )
     if seen.parts.is_finite():
         return None

@@ -145,7 +145,7 @@ class Problem:
             size=split.size * shards, remainder=split.remainder * shards
         )
         problem = cls(settings, args, kwargs, call, split)
-        # As arrays, so that other parameters are passed in the same way.
+        # As arrays, so other parameters are passed in the same way.
         for position in jax.tree.leaves(call.argnums):
             argument = call.args[position]
             own = jax.tree.map(jnp.asarray, _tree.differentiated(argument))

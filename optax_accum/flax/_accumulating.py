@@ -47,8 +47,8 @@ def check(opt_state: Tree) -> None:
     if found > 1:
         raise ValueError(
             f"`tx` must accumulate in one place, but its state holds {found} "
-            "`AccumulateState`s. Put one `oa.accumulate` around optax.partition, or "
-            "whatever joins your optimizers, instead of one into each"
+            "`AccumulateState`s. Put one `oa.accumulate` around optax.partition (or "
+            "whatever joins your optimizers), not one into each"
         )
 
 
@@ -68,7 +68,7 @@ def apply(
         return tx.update_params(grads, opt_state, params, **arguments)
     # To what stands before `oa.accumulate` a pullback is a tree of residuals.
     grads = as_gradients(grads)
-    # What was not given is not to be given to the transformations around it either.
+    # Arguments that were not given do not go to the transformations around it either.
     for name in ("weight", "boundary", "value"):
         if arguments[name] is None or isinstance(arguments[name], DefaultWeight):
             del arguments[name]

@@ -75,8 +75,8 @@ def combine_batch_stats(
     momentum = _validate.fraction("momentum", momentum, "as BatchNorm has it")
     if any(isinstance(x, nnx.Variable) for x in _leaves(before)):
         raise ValueError(
-            "`before` holds the module's own variables, which have moved on with it. "
-            "Take their values before: nnx.as_pure(nnx.state(model, nnx.BatchStat))"
+            "`before` holds the module's own variables, which change with it. Take "
+            "their values first: nnx.as_pure(nnx.state(model, nnx.BatchStat))"
         )
     after = nnx.as_pure(after)
     _validate.same_structure(
@@ -143,15 +143,15 @@ def _weights(weights: Any, old: dict[Name, Any], new: dict[Name, Any]) -> jax.Ar
 
 
 def _pairs(names: list[Name]) -> list[tuple[Name, Name]]:
-    """Each ``mean`` with the ``var`` that stands beside it."""
+    """Each ``mean`` with the ``var`` next to it."""
     means = [name for name in names if name[-1] == "mean"]
     pairs = [(name, (*name[:-1], "var")) for name in means]
     paired = {name for pair in pairs for name in pair}
     unpaired = sorted(".".join(name) for name in set(names) ^ paired)
     if unpaired:
         raise ValueError(
-            "`before` must hold a `mean` with a `var` beside it for every BatchNorm; "
-            f"missing or neither of them: {', '.join(unpaired)}. "
+            "`before` must hold a `mean` and a `var` for every BatchNorm; unpaired, or "
+            f"neither of them: {', '.join(unpaired)}. "
             'Pass the statistics alone: variables["batch_stats"], or '
             "nnx.state(model, nnx.BatchStat)"
         )

@@ -79,8 +79,8 @@ def microbatch(fun: Function, **options: Any) -> Function:
     if options.get("carry_argnum") is not None:
         raise ValueError(
             f"`carry_argnum={options['carry_argnum']!r}` cannot be used with modules, "
-            "which carry their own state. Put what is to be carried into one, or pass "
-            "it as an nnx.Variable"
+            "which carry their own state. Put the carry into a module, or pass it as "
+            "an nnx.Variable"
         )
     settings = _microbatch.microbatch(fun, **options).settings  # type: ignore[attr-defined]
     calls = _eager.Calls("`microbatch`", "nnx.jit(oaf.microbatch(...))")

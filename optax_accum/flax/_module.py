@@ -81,8 +81,8 @@ def check_batch(name: str, argument: Tree) -> None:
     leaves = jax.tree.leaves(argument, is_leaf=lambda x: isinstance(x, nnx.Variable))
     if any(isinstance(x, nnx.Param) for x in leaves):
         raise TypeError(
-            f"`{name}` is a batch argument, but it holds parameters. Say with "
-            "`batch_argnums` which arguments are to be split, the first one being 0"
+            f"`{name}` is a batch argument, but it holds parameters. List the "
+            "arguments to split in `batch_argnums`; the first one is 0"
         )
 
 

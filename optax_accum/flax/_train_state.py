@@ -181,7 +181,7 @@ def _check_no_rows(new: Tree, old: Tree) -> None:
 
 
 def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:
-    """The statistics that go on, in the containers of the new ones, frozen or not."""
+    """The next statistics, in the containers of the new ones, frozen or not."""
     as_dicts = [serialization.to_state_dict(stats) for stats in (new, old)]
     _validate.same_structure(
         "batch_stats",

@@ -85,14 +85,14 @@ def value_and_grad(
     """
     if "argnums" in options:
         raise TypeError(
-            "`argnums` cannot be used with a module, which is argument 0. Say with "
-            "`wrt` which of its variables to differentiate with respect to"
+            "`argnums` cannot be used with a module, which is argument 0. Select the "
+            "variables to differentiate with `wrt`"
         )
     if options.get("carry_argnum") is not None:
         raise ValueError(
             f"`carry_argnum={options['carry_argnum']!r}` cannot be used with a module, "
-            "which carries its own state. Put what is to be carried into the module, "
-            "as an nnx.Variable"
+            "which carries its own state. Put the carry into the module, as an "
+            "nnx.Variable"
         )
     settings = settings_of(
         _value_and_grad.value_and_grad(loss_fn, 0, has_aux, **options)

@@ -118,13 +118,13 @@ class NoiseScale(NamedTuple):
             decay = _validate.fraction("decay", decay, meaning)
         known = sample.count > 0
         count = self.count + known.astype(self.count.dtype)
-        # 1 - decayⁿ in a form that keeps its digits where the decay is nearly 1.
+        # 1 - decayⁿ in a form that keeps its digits if the decay is nearly 1.
         new = jnp.asarray(1 - decay, self.signal.dtype)
         steps = jnp.maximum(count, 1).astype(new.dtype)
         everything = -jnp.expm1(steps * jnp.log1p(-new))
 
         def average(mean: Scalar, x: Scalar) -> Scalar:
-            # Selected: what is not known is NaN.
+            # Selected, because an unknown value is NaN.
             moved = mean + (x.astype(mean.dtype) - mean) * (new / everything)
             return jnp.where(known, moved, mean)
 

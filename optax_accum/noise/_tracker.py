@@ -96,8 +96,8 @@ class Tracker:
     def square_before(self, runs: bool | jax.Array, window: Window) -> Scalar:
         """‖S‖², if the optimizer runs, in a branch before its own.
 
-        Its updates overwrite S. Read in the same branch, S would be copied: nothing
-        tells XLA that the norm is taken first.
+        Its updates overwrite S. Read in the same branch, S would be copied: XLA does
+        not know that the norm is taken first.
         """
         dtype = window.weight.dtype
         return lax.cond(
@@ -132,8 +132,8 @@ def make_tracker(
     follows = every_k if isinstance(every_k, AdaptiveK) else None
     if follows is not None and follows.min_k == 1 and one_device:
         raise ValueError(
-            "`every_k` is an `adaptive_k` with min_k=1, and one micro-batch alone "
-            "shows no noise: k would stay 1. Use min_k=2"
+            "`every_k` is an `adaptive_k` with min_k=1, but noise cannot be measured "
+            "on one micro-batch: k would stay 1. Use min_k=2"
         )
     if noise_decay is not None:
         meaning = "the decay of the averages of the noise scale"

@@ -60,7 +60,8 @@ def check_bound(axis_name: AxisName | None) -> None:
                 f"`axis_name={name!r}` is not bound: no jax.pmap or jax.shard_map "
                 f"around this call has that axis. Call it inside jax.pmap(..., "
                 f"axis_name={name!r}), or inside a jax.shard_map over a mesh with such "
-                "an axis; where one program runs all devices, leave `axis_name` out"
+                "an axis. Under plain jax.jit, pass the `mesh` as well, or leave "
+                "`axis_name` out"
             )
 
 
@@ -75,7 +76,7 @@ def sum_over(axis_name: AxisName | None, tree: Tree) -> Tree:
 def last_device(axis_name: AxisName, weight: Scalar | None = None) -> Scalar:
     """The number of the last device, or of the last one whose `weight` is not 0.
 
-    It is -1 where all weights are 0.
+    It is -1 if all weights are 0.
     """
     if weight is None:
         return jnp.int32(lax.axis_size(axis_name) - 1)
@@ -84,7 +85,7 @@ def last_device(axis_name: AxisName, weight: Scalar | None = None) -> Scalar:
 
 
 def of_device(axis_name: AxisName, number: Scalar, tree: Tree) -> Tree:
-    """`tree` as the device with this `number` has it; zeros where there is none."""
+    """`tree` as the device with this `number` has it; zeros if there is none."""
     is_this = lax.axis_index(axis_name) == number
 
     def choose(x: jax.Array) -> jax.Array:

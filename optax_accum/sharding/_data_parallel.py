@@ -252,7 +252,7 @@ class DataParallel(NamedTuple):
                 part = _collectives.sum_over(self.axis_name, part)
                 new = _window.divide(part, total, "mean").astype(own.dtype)
             else:
-                # A device with nothing but padding has not moved its counter or key.
+                # A device with padding alone has not moved its counter or key.
                 last = _collectives.last_device(self.axis_name, weight)
                 new = _collectives.of_device(self.axis_name, last, own)
             return jnp.where(total != 0, new, old)
@@ -341,5 +341,5 @@ def _check_mesh(mesh: Any, axis_name: Any) -> None:
     for name in _tree.axes_of(axis_name):
         if name not in mesh.axis_names:
             raise ValueError(
-                f"`axis_name={name!r}` is no axis of `mesh`, which has {has}"
+                f"`axis_name={name!r}` is not an axis of `mesh`, which has {has}"
             )

@@ -51,10 +51,10 @@ class Inside(DataParallel):
             )
         if windows not in ((), (1,)):
             raise ValueError(
-                f"`state` holds {windows[0]} windows on this device, where each device "
-                "needs one: it was made for another number of devices, or lacks the "
-                "`in_specs` of oa.sharding.window_specs(state, axis_name). For another "
-                "number of devices: oa.sharding.stack_windows(oa.sharding.sum_windows("
+                f"`state` holds {windows[0]} windows on this device, but each device "
+                "needs one: it was made for a different number of devices, or lacks "
+                "the `in_specs` of oa.sharding.window_specs(state, axis_name). To "
+                "change the number: oa.sharding.stack_windows(oa.sharding.sum_windows("
                 "state), num_devices)"
             )
         for path, g in jax.tree_util.tree_leaves_with_path(grads):

@@ -84,7 +84,7 @@ def stack_windows(
         if is_stacked(state):
             raise ValueError(
                 "`opt_state` is stacked already: its `window.weight` has shape "
-                f"{jnp.shape(state.window.weight)}. For another number of devices, "
+                f"{jnp.shape(state.window.weight)}. To change the number of devices, "
                 "make one window of it first, with oa.sharding.sum_windows(opt_state)"
             )
         if rescale:
@@ -234,8 +234,8 @@ def micro_steps_left(
     if left <= rounding:
         raise ValueError(
             f"the open window in `opt_state` has a weight of {seen:g}, and "
-            f"`batch_size={batch_size!r}` leaves nothing to add. Both must be in one "
-            "unit, that of `weight`; to end the window as it is, pass weight=0 and "
+            f"`batch_size={batch_size!r}` leaves nothing to add. Give both in the unit "
+            "of `weight`; to close the window as it is, pass weight=0 and "
             "boundary=True"
         )
     return math.ceil((left - rounding) / micro_batch_size)
