@@ -31,7 +31,7 @@ class Case(NamedTuple):
     args: tuple[Any, ...] = ()
     k: int = MICRO_BATCHES
     remedy: str = ""
-    mended: Mapping[str, Any] = MappingProxyType({})  # options, `fun`, `batch`, `args`
+    fixed: Mapping[str, Any] = MappingProxyType({})  # options, `fun`, `batch`, `args`
     exact: Callable[..., Any] | None = None  # `fun`, in micro-batches by itself
 
 
@@ -167,14 +167,14 @@ def cases() -> list[Case]:
             over_tokens,
             "weights",
             remedy="`weight=count_tokens`",
-            mended={"weight": count_tokens},
+            fixed={"weight": count_tokens},
         ),
         Case(
             "a sum over examples",
             total,
             "factor",
             remedy='`reduction="sum"`',
-            mended={"reduction": "sum"},
+            fixed={"reduction": "sum"},
         ),
         Case(
             'a mean, `reduction="sum"`',
@@ -182,7 +182,7 @@ def cases() -> list[Case]:
             "factor",
             {"reduction": "sum"},
             remedy='`reduction="mean"`',
-            mended={"reduction": "mean"},
+            fixed={"reduction": "mean"},
         ),
         Case("BatchNorm", batch_norm, "dependence", remedy="another normalisation"),
         Case(
@@ -197,14 +197,14 @@ def cases() -> list[Case]:
             two_means,
             "denominators",
             remedy='totals as an argument, `reduction="sum"`',
-            mended={"fun": two_losses, "args": totals(BATCH), "reduction": "sum"},
+            fixed={"fun": two_losses, "args": totals(BATCH), "reduction": "sum"},
         ),
         Case(
             "pairs of neighbours",
             pairs,
             "groups",
             remedy="an axis of pairs",
-            mended={
+            fixed={
                 "fun": of_pairs,
                 "batch": jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), BATCH),
             },
@@ -215,7 +215,7 @@ def cases() -> list[Case]:
             "floor",
             {"weight": count_few_floored},
             remedy="`weight=` without the floor",
-            mended={"weight": count_few},
+            fixed={"weight": count_few},
         ),
         Case(
             "dropout with a key that the loss makes",
@@ -273,11 +273,11 @@ def measure_one(case: Case) -> Row:
     if found != case.cause:
         raise SystemExit(f"{case.name}: {case.cause!r} was not found.\n{report}")
     after = math.nan
-    if case.mended:
-        mended = check(**{**case.options, **case.mended})
-        if not mended:
-            raise SystemExit(f"{case.name}: the remedy does not fix it.\n{mended}")
-        after = worst(mended)
+    if case.fixed:
+        fixed = check(**{**case.options, **case.fixed})
+        if not fixed:
+            raise SystemExit(f"{case.name}: the remedy does not fix it.\n{fixed}")
+        after = worst(fixed)
     if case.exact:
         after = distance(case.fun, case.exact)
         if after > report.tolerance:

@@ -59,27 +59,26 @@ Boundary = bool | jax.Array | None
 
 
 class AccumulateTransformation(optax.GradientTransformationExtraArgs):
-    """What `oa.accumulate` returns: an Optax transformation with one more method.
+    """The Optax transformation that `oa.accumulate` returns, with `update_params`.
 
-    To Optax it is a pair of functions, ``init, update = tx``, and goes wherever a
-    transformation goes: into `optax.chain`, a Flax ``TrainState``, through
-    `jax.tree.map`, as a static argument of a compiled function.
+    Use it wherever Optax takes a gradient transformation: in `optax.chain`, in a Flax
+    ``TrainState``, or unpacked, ``init, update = tx``.
     """
 
     __slots__ = ()
 
     def init(self, params: Params) -> AccumulateState:
-        """The state before the first micro-step.
+        """Makes the state before the first micro-step.
 
         Args:
           params: The parameters.
 
         Returns:
-          An `oa.AccumulateState`. With `mesh`, what is each device's own in it has a
-          leading axis of devices, ``[D, ...]``.
+          An `oa.AccumulateState`. With `mesh`, its local fields have a leading axis of
+          devices, ``[D, ...]``.
 
         Raises:
-          TypeError: An `accumulator_dtype` that is real for complex parameters, or the
+          TypeError: `accumulator_dtype` is real and a parameter complex, or the
             reverse.
         """
         return self[0](params)
@@ -95,54 +94,52 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, AccumulateState]:
-        """One micro-step: the gradient goes into the window, whose end updates.
+        """Adds a gradient to the window, and at the boundary returns the updates.
+
+        This is one micro-step. Use it as any Optax ``update``, followed by
+        `optax.apply_updates`; `update_params` does both at once.
 
         Args:
           grads: The micro-batch's gradient, built like the parameters. Integer and
             float0 leaves, ``None`` and `optax.MaskedNode` pass through to the inner
-            optimizer without an accumulator. In place of the gradient, its pullback:
-            `jax.vjp` of the loss with respect to the parameters alone. The backward
-            pass then adds the gradient straight into the window (see the note in
-            `accumulate`). If `accumulate` was given a `mesh`, `grads`, `weight` and
-            `value` have a leading axis of devices (see the note there).
+            optimizer. Or its pullback, `jax.vjp` of the loss with respect to the
+            parameters (see "Pullbacks" in `accumulate`). With `mesh`, `grads`, `weight`
+            and `value` have a leading axis of devices (see "Devices" there).
           state: The last state.
           params: The parameters, if the inner optimizer needs them.
-          weight: A real scalar >= 0: how many units (examples, tokens) this
-            micro-batch's mean was taken over. By default 1. In a mean, weight 0
+          weight: A real scalar >= 0, by default 1: how many units (examples, tokens)
+            this micro-batch's mean was taken over. In a ``"mean"``, weight 0
             contributes nothing, even if the gradient is NaN. In a ``"ratio"`` or
-            ``"sum"`` it is a share of the denominator, and the gradient counts whatever
-            it is. A window whose weights are all 0 makes no update.
-          boundary: Whether the window ends here: ``True``, ``False``, or ``None`` for
-            the count to decide. A Python bool is decided at trace time; a boolean
-            array is decided at run time. After ``True`` a `lax.cond` is left only if
-            W may be 0 (a traced `weight`, `skip`) or something is kept in bfloat16.
-            ``True`` may come early, at the end of an epoch: the result is divided by
-            what the window has seen.
-          value: The micro-batch's loss. It reaches the inner optimizer reduced over the
-            window, as the gradients are. Give it on every micro-step of a window or on
-            none.
-          **extra_args: What else the inner optimizer takes. It gets them as the
-            boundary micro-step gave them, except `grad`, which line searches take: the
-            same object as `grads`. Like `value` it becomes the window's.
+            ``"sum"`` it only adds to the denominator, and the gradient always counts.
+            A window whose weights are all 0 makes no update.
+          boundary: Whether the window ends here; ``None`` lets the count decide. A
+            Python bool is decided at trace time, a boolean array at run time. ``True``
+            may come early, at the end of an epoch: the sum is divided by the weights
+            that the window has seen.
+          value: The micro-batch's loss, for inner optimizers that take it. They get the
+            window's, reduced as the gradients are. Pass it on every micro-step of a
+            window or on none: a missing one counts as 0.
+          **extra_args: Further arguments of the inner optimizer, which gets those of
+            the boundary's micro-step. `grad`, for line searches, must be the same
+            object as `grads`, and becomes the window's.
 
         Returns:
           ``(updates, state)``. Off the boundary the updates are zeros.
 
         Raises:
-          TypeError: A `state` of something else; a `weight`, `boundary` or `skip`
-            result of another type; complex gradients of real parameters; a function
-            that is not a pullback in place of gradients; a keyword that the inner
-            optimizer does not take.
-          ValueError: Gradients without the parameters' structure and shapes; a state of
-            other parameters or of another optimizer; a `weight` that is not a scalar,
-            or a negative number; no `weight` with `oa.by_weight`, no `boundary` with
-            ``every_k=None``; a `grad` that is not `grads`; an `axis_name` that is not
-            bound; gradients that were summed over it already; a state for another
-            number of devices; a pullback of anything but one real scalar, with respect
-            to more than the parameters, from another transformation, such as
-            `optax.chain`, or together with `skip`, `noise_decay`, `oa.noise.adaptive_k`
-            or `mesh`; with `mesh`, gradients, a `value` or an array as `weight` that
-            lack the axis of devices.
+          TypeError: `state` is not an `oa.AccumulateState`; `weight`, `boundary` or the
+            result of `skip` has the wrong type; gradients are complex and parameters
+            real; `grads` is a function that is not a pullback; the inner optimizer does
+            not take a keyword.
+          ValueError: Gradients do not have the parameters' structure and shapes; the
+            state belongs to other parameters, a different optimizer or number of
+            devices; `weight` is not a scalar, or negative; `weight` is missing with
+            `oa.by_weight`, or `boundary` with ``every_k=None``; `grad` is not `grads`;
+            `axis_name` is not bound, or gradients are already summed over it; with
+            `mesh`, the axis of devices is missing; a pullback is not of one real scalar
+            with respect to the parameters alone, comes from a transformation such as
+            `optax.chain`, or is combined with `skip`, `noise_decay`,
+            `oa.noise.adaptive_k` or `mesh`.
 
         Examples:
           >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -180,10 +177,10 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
         value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[Params, AccumulateState]:
-        """One micro-step that applies its update; off the boundary `params` stay.
+        """Adds a gradient to the window, and at the boundary updates the parameters.
 
-        `update` and `optax.apply_updates` in one, without reading or writing the
-        parameters on any micro-step but the boundary.
+        `update` and `optax.apply_updates` in one. Prefer it: off the boundary it
+        neither reads nor writes the parameters.
 
         Args:
           grads: As in `update`.
@@ -195,7 +192,7 @@ class AccumulateTransformation(optax.GradientTransformationExtraArgs):
           **extra_args: As in `update`.
 
         Returns:
-          ``(params, state)``.
+          ``(params, state)``; off the boundary `params` are unchanged.
 
         Raises:
           TypeError: As `update`.
@@ -264,68 +261,66 @@ def accumulate(
     mesh: AnyMesh | None = None,
     scatter: bool = False,
 ) -> AccumulateTransformation:
-    """Runs `inner` once per window of micro-batches, on the global batch's gradient.
+    """Accumulates the gradients of micro-batches, and runs `inner` once per window.
 
-    A window is the micro-steps between two updates. It carries a sum of gradients S and
-    a sum of weights W. Every micro-step adds to both; the boundary, which closes the
-    window, hands `inner` their quotient, which is the gradient of the global batch:
+    Use it if micro-batches come one by one, in several calls of your step. (For a batch
+    that comes in one call, see `oa.value_and_grad`.) A window is the micro-steps
+    between two updates. The boundary, which closes it, gives `inner` the gradient of
+    the global batch, the sum of gradients S over the sum of weights W:
 
-        ḡ = Σ wᵢ·gᵢ / Σ wᵢ
+        ḡ = S / W = Σ wᵢ·gᵢ / Σ wᵢ
 
-    Off the boundary the updates are zeros and `inner` does not run: a micro-step
-    costs ``acc += g``. Learning-rate schedules, weight decay, clipping and bias
-    correction inside `inner` therefore advance once per update.
+    Off the boundary updates are zeros and `inner` does not run: a micro-step costs
+    ``acc += g``. Schedules, weight decay, clipping and bias correction inside `inner`
+    therefore advance once per update.
 
     Args:
       inner: Any Optax gradient transformation.
       every_k: How many micro-steps make a window: an int >= 1, a schedule
-        ``gradient_step -> k``, `oa.by_weight` for windows of so many tokens,
-        `oa.noise.adaptive_k`, or ``None`` if the caller passes `boundary`. With the
-        int 1 no accumulator is kept and the cost is that of `inner`.
-      reduction: ``"mean"`` for gradients of means, weighted (S = Σ wᵢ·gᵢ, result
-        S / W); ``"ratio"`` for gradients of sums that are normalised once, e.g. by
-        the number of valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain
-        sum (result S).
-      accumulator_dtype: The dtype of S. By default at least float32 and never less
-        than the parameter's own. `inner` computes in it, and in at least float32,
-        unless it only takes gradients of the parameters' dtype. Updates and inner state
-        keep the dtypes that `inner` alone would give them.
-      skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a
-        micro-batch. `oa.skip_not_finite` is one; Optax's predicates fit as well. It
-        sees only the leaves that are accumulated; `info` is kept in `skip_state`.
-      on_skip: ``"shrink"``: a rejected micro-batch keeps its place in the window, and
-        contributes nothing. ``"wait"``: it never happened, and the count waits for
-        another. A `boundary` that the caller passes stands either way.
+        ``gradient_step -> k``, `oa.by_weight` for a number of tokens,
+        `oa.noise.adaptive_k`, or ``None`` if you pass `boundary`. The int 1 needs no
+        accumulator, and costs as much as `inner`.
+      reduction: ``"mean"`` for gradients of means (S = Σ wᵢ·gᵢ, result S / W);
+        ``"ratio"`` for gradients of sums that are divided once, e.g. by the number of
+        valid tokens (S = Σ gᵢ, result S / W); ``"sum"`` for the plain sum (result S).
+      accumulator_dtype: The dtype of S, by default that of the parameter and at least
+        float32. `inner` computes in it, in at least float32, unless it only takes
+        gradients of the parameters' dtype. Updates and inner state keep the dtypes that
+        `inner` alone would give them.
+      skip: ``skip(grads, gradient_step, params) -> (bool, info)`` rejects a micro-batch
+        if the bool is true: `oa.skip_not_finite`, or one of Optax's predicates. It only
+        sees leaves that are accumulated. `info` is kept in `skip_state`.
+      on_skip: ``"shrink"``: a rejected micro-batch counts as one of the k, and adds
+        nothing. ``"wait"``: it does not count, and the window waits for one more. A
+        `boundary` that you pass is obeyed either way.
       overwrite: ``overwrite("layer/scale") -> "max" | "last" | "sum" | None``, called
-        with the path of each leaf, names parameters that have no gradient: what takes
-        its place is their next value, as layers with state of their own return it. The
-        boundary writes what the window's micro-batches returned: the largest, the
-        last, or the sum. `inner` does not see these leaves. Flax's fp8 layers are found
-        without it.
-      noise_decay: The decay, in [0, 1), of the averages with which the noise scale is
-        measured, for one norm per micro-step; `oa.noise.estimate` reads it. By default
-        it is not measured.
+        with the path of each leaf, selects parameters whose "gradient" is their next
+        value, as layers with state of their own return it. The boundary writes the
+        largest, the last or the sum of the window's values; `inner` does not see them.
+        Flax's fp8 layers are recognised without it.
+      noise_decay: The decay, in [0, 1), of the averages that measure the noise scale,
+        at the cost of one norm per micro-step; see `oa.noise.estimate`. By default it
+        is not measured.
       axis_name: The axis of devices, or several, over which S and W are summed, once
-        per window, in the boundary's branch. Gradients are each device's own until
-        then. Without `mesh` the call is inside `jax.pmap` or `jax.shard_map`. Whether a
-        window ends must not differ between devices: they would deadlock.
-      mesh: The mesh with that axis, for calls from plain `jax.jit`; see below.
+        per window. Gradients must be each device's own. Without `mesh`, call `update`
+        inside `jax.pmap` or `jax.shard_map`. All devices must close a window together,
+        or they deadlock.
+      mesh: The mesh with that axis, for calls from plain `jax.jit`; see "Devices".
       scatter: Whether each device keeps only its part of the sum, for parameters and
-        inner state that are sharded over `axis_name`; with `mesh`.
+        inner state that are sharded over `axis_name`. Needs `mesh`.
 
     Returns:
       An `oa.AccumulateTransformation`: ``init(params)``, ``update(grads, state, params,
-      weight=, boundary=, value=)`` and ``update_params``, which updates and applies in
-      one. Both take a pullback in place of `grads`.
+      weight=, boundary=, value=)`` and ``update_params``, which also applies the
+      updates. Both also take a pullback as `grads`.
 
     Raises:
-      TypeError: `inner` is not a gradient transformation; `every_k` is not an int, a
-        schedule or ``None``; `noise_decay` is not a number; an integer
-        `accumulator_dtype`.
-      ValueError: `every_k` < 1; a `noise_decay` not in [0, 1); `oa.noise.adaptive_k`
-        from 1 without `axis_name`; an unknown `reduction` or `on_skip`; ``"wait"`` with
-        `axis_name`, because devices would disagree on when to meet; a `mesh` without
-        the axis; `scatter` without `mesh`.
+      TypeError: `inner` is not a gradient transformation; `every_k` is not one of the
+        above; `skip` is not a function; `noise_decay` is not a number;
+        `accumulator_dtype` is an integer.
+      ValueError: `every_k` < 1; `noise_decay` is not in [0, 1); `oa.noise.adaptive_k`
+        starts from 1 without `axis_name`; `reduction` or `on_skip` is unknown;
+        ``"wait"`` with `axis_name`; `mesh` lacks the axis; `scatter` without `mesh`.
 
     Examples:
       Two micro-batches, of three examples and of one, update as their four would:
@@ -370,55 +365,53 @@ def accumulate(
       [-2. -3.]
 
     Note: Pullbacks
-      A micro-batch's gradient is as large as the parameters, and so is the window.
-      `update` and `update_params` also take its pullback, ``value, pullback =
-      jax.vjp(lambda params: loss(params, batch), params)``, whose backward pass adds to
-      the window layer by layer, so the gradient is never held. That saves most with
-      layers in a `jax.lax.scan`. The result is the same, with any weight, reduction and
-      boundary.
+      A micro-batch's gradient is as large as the parameters, and so is the window. To
+      never hold the gradient, pass its pullback instead: ``value, pullback =
+      jax.vjp(lambda params: loss(params, batch), params)``. Its backward pass adds to
+      the window layer by layer. That saves most with layers in a `jax.lax.scan`. The
+      result is the same.
 
-      It needs JAX 0.11 and a compiled step. On an older JAX and outside of `jax.jit`
-      the gradient is computed first and then added. The same happens with
-      ``every_k=1``; for leaves whose window has another dtype than the parameter
-      (bfloat16 parameters), or is narrower than float32; with integers or overwritten
-      leaves among the parameters; and in a mean whose weight may be 0 on one device,
-      if the loss exchanges data between devices.
+      It needs JAX 0.11 and a compiled step. Otherwise the gradient is computed first
+      and then added. The same happens with ``every_k=1``; for leaves whose window has a
+      different dtype than the parameter (bfloat16 parameters), or is narrower than
+      float32; with integers or overwritten leaves among the parameters; and in a mean
+      whose weight may be 0 on one device, if the loss exchanges data between devices.
 
-      A loss that looks rows up with a `fill_value` at negative indices out of bounds
-      needs gradients: JAX 0.12 adds to another row in place, and a pullback does not
-      show it.
+      Pass gradients if the loss looks rows up with a `fill_value` at negative indices
+      out of bounds: JAX 0.12 adds to a wrong row in place, and a pullback does not show
+      it.
 
-      What reads every micro-batch's gradient (`skip`, `noise_decay`,
-      `oa.noise.adaptive_k`) cannot be used with pullbacks. Nor does `accumulate` take
-      one from another transformation, such as `optax.chain`, which would modify it.
+      Options that read every micro-batch's gradient (`skip`, `noise_decay`,
+      `oa.noise.adaptive_k`) refuse pullbacks. So does an `accumulate` inside an
+      `optax.chain`, which would modify them.
 
     Note: Devices
-      Inside `jax.shard_map` a state may come with one window per device, as
-      `oa.sharding.stack_windows` makes it, and goes out so.
+      Inside `jax.shard_map` a state may have one window per device, from
+      `oa.sharding.stack_windows`, and is returned like that.
 
-      With `mesh`, `init` gives each of the D devices a window: one row of arrays with a
-      leading axis of devices, which is sharded over `axis_name`. Micro-steps take such
-      rows, as `oa.value_and_grad` with ``local=True`` returns them: `grads`
-      ``[D, ...]``, `value` ``[D]``, and `weight` ``[D]``, or a Python number that the
-      devices share equally. Off the boundary they exchange nothing. At it `inner` runs
-      on the sum, which has no rows; parameters and inner state may be sharded in any
-      way. Pullbacks are refused.
+      With `mesh`, `init` gives each of the D devices a window: arrays have a leading
+      axis of devices, sharded over `axis_name`. Micro-steps take such arrays, as
+      `oa.value_and_grad` with ``local=True`` returns them: `grads` ``[D, ...]``,
+      `value` ``[D]``, and `weight` ``[D]``, or a Python number that the devices share
+      equally. Off the boundary nothing is exchanged. At the boundary `inner` gets the
+      sum, without that axis; parameters and inner state may be sharded in any way.
+      Pullbacks are refused.
 
-      What is before `accumulate` in an `optax.chain`, or beside it in an
-      `optax.partition`, is given rows as well: `optax.clip_by_global_norm` would take
-      the norm of all rows together. Put it inside: ``accumulate(optax.chain(...))``.
+      Other transformations around `accumulate`, in an `optax.chain` or
+      `optax.partition`, get the axis of devices as well: `optax.clip_by_global_norm`
+      would take the norm over all devices' gradients. Put them inside:
+      ``accumulate(optax.chain(...))``.
 
       With `scatter` the sum is scattered as `oa.sharding.scatter_specs` says.
 
     Note: Buffers
-      If parameters or moments are narrower than what `inner` computes in (bfloat16),
-      the updates and the inner state are computed one after the other, which saves
-      parameter-sized copies; what the two have in common is then computed twice, once
-      per window.
-
       Under `jax.jit`, donate and return parameters and state in the same order,
       ``(params, opt_state, batch) -> (params, opt_state)``: JAX pairs donated buffers
       with outputs of the same type in order, and a swapped pair is copied.
+
+      If parameters or moments are narrower than the dtype that `inner` computes in
+      (bfloat16), updates and inner state are computed one after the other. That saves
+      parameter-sized copies, and computes their common part twice per window.
 
       Under `jax.vmap` a `lax.cond` becomes a select: the result is right, but `inner`
       runs on every micro-step.

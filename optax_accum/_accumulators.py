@@ -291,7 +291,7 @@ class Last(_OfNode):
             raise ValueError(
                 f"{self._what}, but the last micro-batch, which is smaller, gave shape "
                 f"{output.shape} and the others {self.shape.shape}. With a traced "
-                "`num_real_microbatches` either may be the last one. Use a "
+                "`num_real_microbatches`, either may be the last one. Use a "
                 "`microbatch_size` that divides the batch"
             )
         return output

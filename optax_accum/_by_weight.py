@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from optax_accum import _validate
 from optax_accum._types import Scalar, Schedule
 
-_MEANING = "the weight that a window is to have"
+_MEANING = "the weight at which a window ends"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ByWeight:
-    """What `by_weight` returns: the weight that a window is to have."""
+    """What `by_weight` returns: the weight at which a window ends."""
 
     target: float | Schedule
 
@@ -21,7 +21,7 @@ class ByWeight:
         return f"oa.by_weight({self.target!r})"
 
     def is_reached(self, weight: Scalar, gradient_step: Scalar) -> Scalar:
-        """``bool[]``, whether a window of this `weight` is to end."""
+        """``bool[]``, whether a window of this `weight` ends."""
         target: Any = self.target
         if callable(target):
             target = target(gradient_step)
@@ -36,26 +36,24 @@ class ByWeight:
 
 
 def by_weight(target: float | Schedule) -> ByWeight:
-    """An `every_k` for `accumulate` that closes windows by their weight.
+    """Closes windows by their weight: pass it as `every_k` to `accumulate`.
 
-    A window ends at the micro-step that brings W, the sum of its weights, to `target`:
-    so many tokens, or examples, whatever `weight` counts. Unless `boundary` decides, W
-    is at least `target`, and exceeds it by less than the last micro-batch's weight.
-    `weight` is needed on every call.
+    Use it for a global batch of a number of tokens. A window ends at the micro-step
+    that brings W, the sum of its weights, to `target`, in the units that `weight`
+    counts. W then exceeds `target` by less than the last micro-batch's weight. `weight`
+    is needed on every call. Micro-batches of weight 0, and those that `skip` rejects,
+    do not bring a window closer to its end.
 
-    Micro-batches of weight 0, and those that `skip` rejects, bring a window no nearer
-    to its end.
-
-    Across devices W is that of all devices, and every micro-step exchanges this one
-    number. W is float32: it is compared to within 2e-6 of `target`, or half a unit if
+    Across devices W is the sum over all devices; every micro-step exchanges this one
+    number. W is float32, and compared to within 2e-6 of `target`, or half a unit if
     that is less. Beyond 16.8 million it is not exact to one unit, and a weight below a
-    16-millionth of it adds nothing. An open window continues on another number of
-    devices, with ``rescale=False`` in `oa.sharding.sum_windows` and
+    16-millionth of it adds nothing. To continue an open window on a different number of
+    devices, pass ``rescale=False`` to `oa.sharding.sum_windows` and
     `oa.sharding.stack_windows`.
 
     Args:
-      target: A positive number, or a schedule ``gradient_step -> number``: a ramp.
-        While a schedule returns 0 or less, every micro-step is a window.
+      target: A positive number, or a schedule ``gradient_step -> number``. While a
+        schedule returns 0 or less, every micro-step is a window.
 
     Returns:
       A value for `every_k`.
@@ -79,7 +77,7 @@ def by_weight(target: float | Schedule) -> ByWeight:
       1200.0 True
       1000.0 True
 
-      A batch that is doubled after 1000 updates, and again after 3000:
+      A batch that doubles after 1000 updates, and again after 3000:
 
       >>> target = optax.piecewise_constant_schedule(0.5e6, {1000: 2, 3000: 2})
       >>> tx = oa.accumulate(optax.sgd(1.0), every_k=oa.by_weight(target))

@@ -17,33 +17,30 @@ def with_boundaries(
     *,
     micro_step: int = 0,
 ) -> Iterator[tuple[Batch, bool]]:
-    """Pairs every micro-batch with its `boundary`, which the last one always is.
+    """Pairs every micro-batch with the `boundary` to pass to `accumulate`.
 
-    The boundary is True on every `every_k`-th micro-batch and on the last one, so that
-    an epoch that ends inside a window updates on what that window holds: `accumulate`
-    divides by the weights that it saw, not by `every_k`.
+    Use it for epochs that do not divide into windows. The boundary is True on every
+    `every_k`-th micro-batch and on the last one. The last window may be shorter:
+    `accumulate` divides by the weights that it saw, not by `every_k`.
 
-    The booleans are Python's. Declared static, they make two programs, one that
-    accumulates and one that applies, without a `lax.cond` in either.
+    The boundaries are Python bools. Declared static, they make two programs, one that
+    accumulates and one that updates, without a `lax.cond` in either.
 
     Args:
-      batches: An iterable of micro-batches, whatever they are: a generator, a data
-        loader, one epoch of it. It is read once, and one micro-batch ahead: finding the
-        last one needs a look ahead.
-      every_k: How many micro-batches make a window, an int >= 1, or ``None`` where all
-        of `batches` is one window. `accumulate` needs none beside it: the `boundary`
-        that it is given stands.
-      micro_step: How many micro-steps the open window has seen already, an int >= 0 and
-        < `every_k`: ``int(oa.micro_step(state))`` after a restart in mid-window.
+      batches: An iterable of micro-batches, such as one epoch of a data loader. It is
+        read once, and one micro-batch ahead, to find the last one.
+      every_k: How many micro-batches make a window, an int >= 1; or ``None`` if all of
+        `batches` is one window. `accumulate` then needs no `every_k` of its own.
+      micro_step: How many micro-steps the open window has already seen, an int >= 0 and
+        < `every_k`: ``int(oa.micro_step(state))`` after a restart inside a window.
 
     Returns:
-      An iterator of pairs ``(batch, boundary)``; of none where `batches` is empty. It
-      takes nothing from `batches` before its first pair is asked for.
+      An iterator of pairs ``(batch, boundary)``, empty if `batches` is. It reads
+      nothing before you ask for the first pair.
 
     Raises:
       TypeError: `every_k` or `micro_step` is not an int.
-      ValueError: `every_k` < 1; a `micro_step` < 0, or one that `every_k` has closed
-        already.
+      ValueError: `every_k` < 1; `micro_step` < 0 or >= `every_k`.
 
     Examples:
       >>> import optax_accum as oa

@@ -53,16 +53,16 @@ from optax_accum.sharding import _collectives
 
 
 class MicrobatchInfo(NamedTuple):
-    """What `value_and_grad` returns besides its result, with `return_info`.
+    """Weight, skips and noise scale of a batch: `value_and_grad` with `return_info`.
 
     Attributes:
-      weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the
-        micro-batches' weights: how many examples or tokens the result stands for. It
-        is the `weight` under which `accumulate` takes the gradient.
+      weight: ``f32[]`` (``f64[]`` in double precision), the sum W of the micro-batches'
+        weights: how many examples or tokens the result averages over. Pass it to
+        `accumulate` as `weight`.
       skipped: ``i32[]``, how many micro-batches `skip` rejected.
-      noise_scale: The `oa.noise.NoiseScale` of this batch, of ``count`` 1, or 0 (and
-        NaN) if fewer than two micro-batches had any weight; ``()`` if it was not asked
-        for.
+      noise_scale: The `oa.noise.NoiseScale` of this batch, with ``count`` 1, or 0 (and
+        NaN) if fewer than two micro-batches had any weight; ``()`` without
+        `noise_scale`.
     """
 
     weight: Scalar

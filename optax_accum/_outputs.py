@@ -87,7 +87,7 @@ def pair(
     is_tuple = isinstance(value, tuple)
     what = f"{len(value)} things" if is_tuple else _validate.shown_kind(value)
     raise TypeError(
-        f"`fun` must return {needed} with {options}; got {what} where a pair is needed"
+        f"`fun` must return {needed} with {options}; got {what}, not a pair"
     )
 
 
@@ -103,7 +103,7 @@ def checked_carry(name: str, carry: Tree, new_carry: Tree) -> Tree:
         new_carry,
         name,
         carry,
-        "`fun` must return its carry as it took it, with new values",
+        "`fun` must return its carry in the same structure, with new values",
     )
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(carry),
@@ -115,7 +115,7 @@ def checked_carry(name: str, carry: Tree, new_carry: Tree) -> Tree:
         if types[0] != types[1]:
             raise TypeError(
                 f"{_validate.named(name, path)} is carried from micro-batch to "
-                f"micro-batch and must keep its type; it went into `fun` as {types[0]} "
-                f"and came out as {types[1]}"
+                f"micro-batch and must keep its type; `fun` got {types[0]} and "
+                f"returned {types[1]}"
             )
     return _tree.cast_like(new_carry, carry)

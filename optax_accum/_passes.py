@@ -416,7 +416,7 @@ def _check_reverse_mode(call: _arguments.Call) -> None:
     kinds = {type(x).__name__ for x in leaves if isinstance(x, jax.core.Tracer)}
     if "JVPTracer" in kinds and "LinearizeTracer" not in kinds:
         raise TypeError(
-            "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), and has a "
-            "reverse mode only, for jax.grad and jax.vjp. Forward mode needs no "
-            "backward pass, and so nothing of this: use the function itself there"
+            "`oa.microbatch` was called under jax.jvp (or jax.jacfwd), but only has a "
+            "reverse mode, for jax.grad and jax.vjp. Forward mode has no backward "
+            "pass to save memory in: use the function itself there"
         )

@@ -1,4 +1,4 @@
-"""Moving averages that look back over as many examples as before."""
+"""Decays of moving averages for a different batch size."""
 
 import math
 from typing import overload
@@ -23,15 +23,15 @@ def rescale_decay(
 def rescale_decay(
     decay: float, *, from_batch: float, to_batch: float | Schedule
 ) -> float | Schedule:
-    """The decay of a moving average, for a batch of another size.
+    """Converts the decay of a moving average to a different batch size.
 
-    Adam's `b1` and `b2`, and the decay of an average of the parameters, count updates.
-    If an update takes more examples, the average looks back over more of them. This is
-    the decay with which it looks back over as many examples as before:
-    ``decay ** (to_batch / from_batch)``. Its half-life, in examples or tokens, stays.
+    Use it for Adam's `b2` or an average of the parameters if you change the global
+    batch. Decays count updates: if an update takes more examples, the average looks
+    back over more of them. ``decay ** (to_batch / from_batch)`` keeps its half-life in
+    examples or tokens.
 
     For Adam's `b2` this is the rule of Marek et al., who found that `b1` could stay as
-    it was. For averages of the parameters it is that of Busbridge et al.
+    it was. For averages of the parameters it is the rule of Busbridge et al.
 
     Args:
       decay: The decay that suits `from_batch`, a number in [0, 1).
@@ -41,10 +41,10 @@ def rescale_decay(
         ``gradient_step -> batch``, if it changes in training.
 
     Returns:
-      A float; for a schedule, a schedule ``gradient_step -> f32[]``, always below 1,
-      which is for `optax.inject_hyperparams`. With bfloat16 parameters, pass
-      ``hyperparam_dtype=jnp.float32`` to `optax.inject_hyperparams` too. Otherwise it
-      rounds the decay to bfloat16, in which 0.999 is 1.
+      A float; or for a schedule, a schedule ``gradient_step -> f32[]``, always below 1,
+      for `optax.inject_hyperparams`. With bfloat16 parameters, also pass it
+      ``hyperparam_dtype=jnp.float32``. Otherwise the decay is rounded to bfloat16, in
+      which 0.999 is 1.
 
     Raises:
       TypeError: `decay` or a batch is not a number.

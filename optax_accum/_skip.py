@@ -12,16 +12,14 @@ from optax_accum._types import Grads, Params, Scalar, Skip, Tree
 def skip_not_finite(
     updates: Grads, gradient_step: Any = None, params: Params = None
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """Rejects a micro-batch whose gradient holds a NaN or an infinity.
+    """Rejects micro-batches whose gradient has a NaN or infinity: pass it as `skip`.
 
-    The same answer as `optax.skip_not_finite` and the same signature, for a fraction
-    of the cost: whether ``Σ (g - g)`` is 0, and not NaN, is one fused read of each
-    leaf, where counting the elements that are not finite writes a temporary as large as
-    the parameters.
+    It gives the same answer as `optax.skip_not_finite`, for a fraction of the cost: it
+    tests whether ``Σ (g - g)`` is 0, in one fused read of each leaf, and does not write
+    a temporary as large as the parameters.
 
     Args:
-      updates: The micro-batch's gradients; leaves of any shape. Integer leaves are
-        finite.
+      updates: The micro-batch's gradients; integer leaves count as finite.
       gradient_step: Not used.
       params: Not used.
 

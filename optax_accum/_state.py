@@ -13,16 +13,17 @@ from optax_accum._window import Window
 
 
 class AccumulateState(NamedTuple):
-    """The state of `accumulate`; a pytree that any checkpointer saves as it is.
+    """The state of `accumulate`: a pytree, which any checkpointer saves as it is.
 
-    The sums in `window` are those of the open window only while ``micro_step > 0``. At
-    a boundary `window.weight` and `window.loss` stay those of the window that it
-    closes, until the next one's first micro-step; what `window.grads` holds then is
-    undefined, because the updates use its memory.
+    Read it with `oa.has_updated`, `oa.micro_step`, `oa.gradient_step` and
+    `oa.accumulated`, which also find it inside other states. After a boundary,
+    `window.weight` and `window.loss` are still those of the closed window, until the
+    next micro-step. `window.grads` is undefined then, because the updates use its
+    memory.
 
     Across devices (`axis_name`), `window` and `skip_state` are each device's own; the
-    rest is the same everywhere. From plain `jax.jit` (`mesh`) they have a leading axis
-    of devices, ``[D, ...]``.
+    rest is the same everywhere. With `mesh` they have a leading axis of devices,
+    ``[D, ...]``.
 
     Attributes:
       micro_step: ``i32[]``, how many micro-steps the open window has seen.
@@ -31,8 +32,8 @@ class AccumulateState(NamedTuple):
       window: The sums, an `oa.Window`. Its ``grads`` are ``()`` with ``every_k=1``,
         which needs no accumulator.
       skip_state: What `skip` returned besides its decision; ``()`` without `skip`.
-      noise: ``()``, or where `accumulate` measures the noise scale: the ``estimate``,
-        an `oa.noise.NoiseScale`, and ``k: i32[]``, what `oa.noise.adaptive_k` has
+      noise: ``()``, or if `accumulate` measures the noise scale, ``estimate``, an
+        `oa.noise.NoiseScale`, and ``k``, the ``i32[]`` that `oa.noise.adaptive_k` has
         chosen for the open window, or ``()``.
       inner_state: The inner optimizer's state.
     """
@@ -58,8 +59,8 @@ def find(opt_state: Tree) -> AccumulateState:
         raise _none_in(opt_state)
     if len(found) > 1:
         raise ValueError(
-            f"`opt_state` holds {len(found)} states of `optax_accum.accumulate`, and "
-            "each has an answer of its own. Pass the `AccumulateState` that you mean"
+            f"`opt_state` holds {len(found)} states of `optax_accum.accumulate`. Pass "
+            "the one `AccumulateState` that you mean"
         )
     return found[0]
 
@@ -113,8 +114,8 @@ def _none_in(opt_state: Tree) -> ValueError:
     if hasattr(opt_state, "mini_step"):
         return ValueError(
             "`opt_state` must hold the state of `optax_accum.accumulate`; got that of "
-            "`optax.MultiSteps`. oa.from_multi_steps(opt_state) converts it, for "
-            "oa.accumulate(optimizer, every_k=k) in the place of MultiSteps"
+            "`optax.MultiSteps`. Use oa.accumulate(optimizer, every_k=k) in its place; "
+            "oa.from_multi_steps(opt_state) converts a running state"
         )
     return ValueError(
         "`opt_state` must hold the state of `optax_accum.accumulate`; found none "
@@ -127,10 +128,10 @@ def _none_in(opt_state: Tree) -> ValueError:
 
 
 def has_updated(opt_state: Tree) -> Scalar:
-    """Whether the last micro-step made an update: the moment to log or evaluate.
+    """Returns whether the last micro-step made an update: the time to log or save.
 
-    False on every micro-step that updated nothing: inside a window, at a boundary
-    whose weights were all 0, on a skipped micro-step after an update.
+    False after every micro-step without an update: inside a window, and at a boundary
+    whose weights are all 0.
 
     Args:
       opt_state: An `AccumulateState`, or any tree with one in it: the state of
@@ -159,12 +160,18 @@ def has_updated(opt_state: Tree) -> Scalar:
 
 
 def micro_step(opt_state: Tree) -> Scalar:
-    """How many micro-steps the open window has seen, ``i32[]``; see `has_updated`."""
+    """Returns how many micro-steps the open window has seen, ``i32[]``.
+
+    Arguments and errors are those of `has_updated`.
+    """
     return jnp.asarray(find(opt_state).micro_step)
 
 
 def gradient_step(opt_state: Tree) -> Scalar:
-    """How many updates the inner optimizer has made, ``i32[]``; see `has_updated`."""
+    """Returns how many updates the inner optimizer has made, ``i32[]``.
+
+    Arguments and errors are those of `has_updated`.
+    """
     return jnp.asarray(find(opt_state).gradient_step)
 
 
@@ -174,13 +181,12 @@ def accumulated(
     reduction: Reduction = "mean",
     overwrite: Overwrite | None = None,
 ) -> Grads:
-    """The gradient of the open window so far: what closing it now would give.
+    """Returns the open window's gradient so far, as if it were closed now.
 
-    Across devices (`axis_name`), of this device's part of the window.
-
-    At a boundary the window is over, and the result is zeros. To log the norm of an
-    update's gradient, put ``optax.snapshot("grad_norm", optax.tree.norm)`` inside
-    `accumulate`, and read it by ``optax.tree.get(opt_state, "grad_norm")``.
+    Across devices (`axis_name`), that of this device's part of the window. After a
+    boundary no window is open, and the result is zeros. To log the norm of an update's
+    gradient, put ``optax.snapshot("grad_norm", optax.tree.norm)`` inside `accumulate`,
+    and read it with ``optax.tree.get(opt_state, "grad_norm")``.
 
     Args:
       opt_state: As in `has_updated`.
@@ -188,13 +194,13 @@ def accumulated(
       overwrite: What `accumulate` was given.
 
     Returns:
-      A tree like the parameters, in the accumulator's dtypes; zeros where the window
-      is empty, ``None`` for leaves that are not accumulated.
+      A tree like the parameters, in the accumulator's dtypes, with ``None`` for leaves
+      that are not accumulated.
 
     Raises:
-      ValueError: As `has_updated`; an unknown `reduction`; `accumulate` with
-        ``every_k=1``, which keeps no accumulator; a stack of states, as `jax.pmap`
-        has them.
+      ValueError: As `has_updated`; `reduction` is unknown; `accumulate` has
+        ``every_k=1``, and so no accumulator; `opt_state` is a stack of states, as
+        `jax.pmap` has them.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -220,8 +226,8 @@ def accumulated(
         raise ValueError(
             f"`opt_state` is a stack of {jnp.shape(window.weight)} windows. If they "
             "are those of several devices, sum them: oa.accumulated("
-            "oa.sharding.sum_windows(opt_state)). If all else is stacked too, as by "
-            "jax.pmap and jax.vmap, jax.vmap(oa.accumulated)(opt_state) asks each"
+            "oa.sharding.sum_windows(opt_state)). If the whole state is stacked, as by "
+            "jax.pmap and jax.vmap, use jax.vmap(oa.accumulated)(opt_state)"
         )
     is_open = jnp.asarray(state.micro_step) > 0
     _, grads = plain_arrays(window).result(reduction, Overwritten(overwrite))
@@ -234,17 +240,17 @@ def accumulated(
 def from_multi_steps(
     multi_steps_state: Tree, *, use_grad_mean: bool = True
 ) -> AccumulateState:
-    """The state with which `accumulate` continues a running `optax.MultiSteps`.
+    """Converts the state of a running `optax.MultiSteps`, to continue it here.
 
-    An open window continues where it was: a running mean over n micro-steps, times
-    n, is their sum.
+    An open window continues where it was: its running mean over n micro-steps becomes
+    their sum.
 
         S = n · ḡ,  W = n
 
     Args:
       multi_steps_state: An `optax.MultiStepsState`, restored or live. Its accumulator
         keeps its dtype.
-      use_grad_mean: What `optax.MultiSteps` was given. Where it is ``False``, use
+      use_grad_mean: As given to `optax.MultiSteps`. If it is ``False``, use
         ``accumulate(..., reduction="sum")``.
 
     Returns:

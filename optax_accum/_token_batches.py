@@ -12,17 +12,17 @@ from optax_accum import _validate
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch of documents, several to a row, as `token_batches` plans it.
+    """A plan for one micro-batch of packed documents, from `token_batches`.
 
-    It is a plan: it holds the documents' numbers, not the documents, and belongs on the
-    host. To JAX it is no tree; pass the arrays that it makes.
+    It has the documents' numbers, not the documents, and stays on the host. It is not
+    a pytree; pass JAX the arrays that it makes.
 
     Attributes:
       documents: The numbers of the documents in every row, from left to right; ``()``
         for a row that is all padding.
       lengths: Their lengths, in the same layout.
-      shape: ``(rows, length)``, of what `pack` makes. The rows of device d of D are the
-        d-th of D equal parts, as a sharding along axis 0 has them.
+      shape: ``(rows, length)``, the shape of what `pack` returns. Device d of D has the
+        d-th of D equal parts of the rows, as in a sharding along axis 0.
       num_documents: How many documents the whole global batch has.
 
     Examples:
@@ -80,24 +80,23 @@ class TokenBatch:
     def pack(
         self, documents: Sequence[Any] | Mapping[int, Any], padding: Any = 0
     ) -> np.ndarray:
-        """The documents side by side in rows.
+        """Packs the documents into rows, as planned.
 
         Args:
-          documents: An array ``[length, ...]`` per document: its tokens, or anything
-            else that there is for every token, such as a loss mask, advantages or
-            embeddings. A sequence of all documents of the global batch, or a mapping
-            from a document's number to its array. Only those of this micro-batch are
-            read, and the first that is not empty if this micro-batch has none.
-          padding: What fills the rest of the rows, in the documents' dtype.
+          documents: All documents of the global batch, or a mapping from a document's
+            number to it. Each is an array ``[length, ...]``: its tokens, or anything
+            else with an entry per token, such as a loss mask. Only those of this
+            micro-batch are read; if it has none, one other, for the dtype.
+          padding: The value that fills the rest of the rows.
 
         Returns:
           An array ``[rows, length, ...]`` of the documents' dtype.
 
         Raises:
-          TypeError: Documents have different dtypes, or are no arrays.
-          ValueError: Another number of documents than was planned; a document of
-            another length, or with other axes after the first than the others; none to
-            take them from; a `padding` that their dtype does not have.
+          TypeError: Documents have different dtypes, or are not arrays.
+          ValueError: The number of documents differs from the plan; a document differs
+            from its planned length, or from the others in its further axes; there are
+            none; their dtype cannot represent `padding`.
         """
         self._check_number(documents)
         like = self._like(documents)
@@ -110,10 +109,10 @@ class TokenBatch:
         return packed
 
     def select_rows(self, part: slice) -> "TokenBatch":
-        """The plan of some of the rows only, those of one device or process, say.
+        """Returns the plan of some of the rows, such as those of one process.
 
-        Every process can plan alike from the lengths of all documents, and then load
-        and pack only what its own devices get:
+        Every process plans from the lengths of all documents, and then loads and packs
+        only the documents of its own devices:
 
             jax.make_array_from_callback(
                 batch.shape,
@@ -161,7 +160,7 @@ class TokenBatch:
         raise ValueError(
             f"`documents` must be all {self.num_documents} of the global batch, in the "
             f"order of `lengths`; got {len(documents)}. If you have only some of them, "
-            "pass a dict from their numbers, as `TokenBatch.documents` has them"
+            "pass a dict from their numbers (see `TokenBatch.documents`) to them"
         )
 
     def _like(self, documents: Sequence[Any] | Mapping[int, Any]) -> np.ndarray:
@@ -239,49 +238,45 @@ def token_batches(
     multiple_of: int = 128,
     num_batches: int | None = None,
 ) -> list[TokenBatch]:
-    """Divides the documents of a global batch into micro-batches of so many tokens.
+    """Packs documents of different lengths into micro-batches of a number of tokens.
 
-    A micro-batch is as large as memory admits: `max_tokens` on each device, padding
-    included. Documents lie side by side in its rows, and none is cut: segment ids tell
-    attention, and positions the embedding, where each begins. So there is little
-    padding, whatever the lengths, and with weights the update is that of the global
-    batch.
+    Use it if examples differ in length, to fill memory with little padding. Each
+    micro-batch has up to `max_tokens` on each device. Documents are packed side by side
+    into its rows, and never split; segment ids (for attention) and positions (for the
+    embedding) separate them. With weights the update is that of the global batch.
 
     A micro-batch has the shape ``[num_devices * R, row_length]`` with R = `max_tokens`
-    // `row_length`. Only the last one, of what does not fill a whole one, may be
-    smaller: with four shapes 3/4, 2/4 or 1/4 as large. It has fewer rows, or shorter
-    ones if there are few. The shapes depend on the options alone, so the training step
-    is compiled at most `num_shapes` times. All devices have the same number of
-    micro-batches, of the same shapes.
+    // `row_length`. Only the last one may be smaller: with four shapes 3/4, 2/4 or 1/4
+    as large. It has fewer rows, or shorter ones if there are few. The shapes depend on
+    the options alone, so the training step is compiled at most `num_shapes` times. All
+    devices have the same number of micro-batches, of the same shapes.
 
-    Planning is for the host, not for `jax.jit`: 100,000 documents take less than a
-    second. The same arguments give the same plan in every process.
+    Plan on the host, outside of `jax.jit`: 100,000 documents take less than a second.
+    The same arguments give the same plan in every process.
 
     Args:
       lengths: How many tokens each document has, an int >= 0. Documents without tokens
-        are in no row.
-      max_tokens: The number of tokens in a micro-batch on one device, at most, padding
-        included.
-      row_length: The number of tokens in a row, a multiple of `multiple_of`. No
-        document may be longer. By default one row has all tokens: the largest multiple
-        of `multiple_of` that is <= `max_tokens`. Attention over shorter rows is
-        cheaper.
+        are left out.
+      max_tokens: The most tokens in a micro-batch on one device, including padding.
+      row_length: The number of tokens in a row, a multiple of `multiple_of`; no
+        document may be longer. By default all tokens are in one row. Attention over
+        shorter rows is cheaper.
       num_devices: How many devices share the global batch.
       num_shapes: How many shapes there may be, an int >= 1. With 1 all micro-batches
         have the same shape and can be stacked.
-      multiple_of: What every row's length is a multiple of.
-      num_batches: How many micro-batches to make, by default as few as needed. Those
-        that are not needed have the smallest shape and are all padding, of weight 0.
+      multiple_of: Every row's length is a multiple of this int.
+      num_batches: How many micro-batches to make, by default as few as needed. Surplus
+        ones have the smallest shape and are all padding, of weight 0.
 
     Returns:
-      A list of `TokenBatch`, one at least.
+      A list of at least one `TokenBatch`.
 
     Raises:
-      TypeError: `lengths` are not ints, but the documents, say; an option is not an
+      TypeError: `lengths` are not ints (but the documents, say); an option is not an
         int.
-      ValueError: No lengths; a negative one; one of more tokens than a row has; a
-        `row_length` that is not a multiple of `multiple_of`, or more than
-        `max_tokens`; more micro-batches are needed than `num_batches`.
+      ValueError: There are no lengths, a negative one, or one longer than a row;
+        `row_length` is not a multiple of `multiple_of`, or more than `max_tokens`;
+        more micro-batches are needed than `num_batches`.
 
     Examples:
       >>> import optax_accum as oa
@@ -291,8 +286,7 @@ def token_batches(
       (1, 1024) ((4, 2, 1),) 1020
       (1, 1024) ((0, 5, 3, 7, 6),) 850
 
-      Each makes one micro-step, and the last one closes the window (the micro-steps
-      between two updates):
+      Each is one micro-step, and the last one closes the window:
 
       >>> import jax, jax.numpy as jnp, optax
       >>> def loss(params, tokens, mask):  # a mean over the tokens
@@ -323,19 +317,19 @@ def token_batches(
       shape in which they fit.
 
       So the micro-batches of a plan are not random samples: the first have the longest
-      documents. Plan one global batch at a time. A noise scale that is measured on
-      these micro-batches is wrong if gradients depend on the length.
+      documents. Plan one global batch at a time. A noise scale measured on these
+      micro-batches is wrong if gradients depend on the length.
 
     Note: Inside one step
-      `oa.value_and_grad` takes micro-batches of one shape: ``num_shapes=1``, and the
-      same `num_batches` at every update, so that nothing is compiled again. Its
-      micro-batch i of K has the examples i, i + K, ...:
+      `oa.value_and_grad` takes micro-batches of one shape: pass ``num_shapes=1``, and
+      the same `num_batches` at every update, to compile only once. Its micro-batch i of
+      K has the examples i, i + K, ...:
 
           stacked = np.stack([batch.pack(documents) for batch in plan], axis=1)
           tokens = stacked.reshape(-1, stacked.shape[-1])
 
-      If `weight` counts the tokens of a micro-batch from its arguments, those that are
-      all padding do not run.
+      If `weight` counts the tokens of a micro-batch from its arguments, micro-batches
+      of padding do not run.
     """
     multiple_of = _validate.whole_number("multiple_of", multiple_of)
     num_devices = _validate.whole_number("num_devices", num_devices)

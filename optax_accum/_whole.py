@@ -59,7 +59,7 @@ def check(
         found = _looks_like_a_batch(leaves, call.axis, examples)
         if found:
             raise ValueError(
-                f"{', '.join(found)}, but is not a batch argument, so every micro-batch "
+                f"{', '.join(found)}, but is not a batch argument: every micro-batch "
                 "would get all of it. If it belongs to the batch, pass "
                 f"{_option(call, roles, place, call.axis)}. If every micro-batch needs "
                 f"all of it, pass {_option(call, roles, place, None)}"

@@ -208,20 +208,18 @@ class Devices(Protocol):
 
 
 class Window(NamedTuple):
-    """The sums over the micro-batches of a window.
+    """The sums over the micro-batches of a window, as `AccumulateState` has them.
 
     Across devices each device has its own, until the boundary sums them.
 
     Attributes:
-      loss: ``f32[]``, the sum of the losses, weighted as the gradients are
-        (``f64[]`` in double precision). With ``reduction="mean"``, ``loss / weight``
-        is the window's mean loss.
-      grads: S, in the parameters' structure and shapes and at least float32; ``None``
-        for leaves that are not accumulated. Leaves that are overwritten have the next
-        value so far.
+      loss: ``f32[]``, the sum of the losses, weighted as the gradients are (``f64[]``
+        in double precision). With ``reduction="mean"``, ``loss / weight`` is the
+        window's mean loss.
+      grads: S, built like the parameters, in at least float32; ``None`` for leaves that
+        are not accumulated. Overwritten leaves have their next value so far.
       weight: W, ``f32[]`` or ``f64[]``.
-      skipped: ``i32[]``, how many micro-batches were rejected. `accumulate` keeps
-        counting from window to window.
+      skipped: ``i32[]``, how many micro-batches were rejected, over all windows.
       noise: ``squares: f32[]`` and ``samples: i32[]``, from which the noise scale is
         estimated; ``()`` if it is not measured.
     """

@@ -698,7 +698,7 @@ def test_of_a_smaller_last_micro_batch_the_outputs_may_be_the_last():
         options = size | {"num_real_microbatches": number}
         return in_parts(errors_of, "last", **options)(W, BATCH)
 
-    with refused("`aux` has", "(1,) and the others (11,)", "is traced"):
+    with refused("`aux` has", "(1,) and the others (11,)", "a traced"):
         of_number(2)
 
 
@@ -709,5 +709,5 @@ def test_outputs_that_are_differentiated_do_not_take_them(policy):
 
 
 def test_without_auxiliary_output_a_function_is_refused():
-    with refused("says what becomes of auxiliary outputs", "has_aux=True"):
+    with refused("combines auxiliary outputs", "has_aux=True"):
         oa.value_and_grad(loss, num_microbatches=2, aux=jnp.maximum)

@@ -281,7 +281,7 @@ def test_dropout_is_named():
 def test_dropout_is_named_if_its_key_is_not(way):
     key = jax.random.key(0)
     given = {"args": (key,)} if way == "args" else {"kwargs": {"key": key}}
-    assert_differs(check(dropout, **given), "randomness", "another `key` moves")
+    assert_differs(check(dropout, **given), "randomness", "a new `key` changes")
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_dropout_of_several_keys_is_named():
         return dropout(params, x, keys["dropout"][1])
 
     report = check(fun, args=({"dropout": jax.random.split(jax.random.key(0))},))
-    assert_differs(report, "randomness", "another `keys` moves")
+    assert_differs(report, "randomness", "a new `keys` changes")
 
 
 def test_randomness_without_a_key_is_named():
@@ -334,7 +334,7 @@ def test_a_factor_from_a_wrong_weight_is_named():
         return errors(params, batch["x"]).sum()
 
     report = check(fun, BATCH, reduction="ratio", weight=weight)
-    assert_differs(report, "factor", "is 0.5 times", "divides by something else")
+    assert_differs(report, "factor", "is 0.5 times", "divides by something other")
 
 
 def test_a_batch_that_is_not_named_is_refused():
@@ -447,7 +447,7 @@ def test_the_cause_is_unknown_if_the_loss_is_not_finite_at_the_probes():
         return masked(params, batch) * jnp.where(is_here, 1.0, jnp.nan)
 
     report = check(fun, BATCH)
-    assert_differs(report, "unknown", "is not finite", "Check at others")
+    assert_differs(report, "unknown", "is not finite", "Check at other parameters")
 
 
 def test_a_value_near_zero_from_cancelling_terms_is_reported_equivalent():
@@ -843,7 +843,7 @@ def test_dropout_with_a_key_of_its_own_is_answered_with_an_argument():
     def fun(params, x):
         return dropout(params, x, jax.random.key(0))
 
-    assert_differs(check(fun), "order", "a key that is not", "Make it one")
+    assert_differs(check(fun), "order", "a key that is not", "make it one")
 
 
 # The first micro-batch has a token and the second none.
@@ -882,7 +882,7 @@ def test_a_floor_of_the_weight_is_named_and_goes(fun, reduction, more):
         return more(count(params, batch))
 
     report = check(fun, FEW, weight=weight, reduction=reduction)
-    assert_differs(report, "floor", "`weight` is", "Let it count what is there")
+    assert_differs(report, "floor", "`weight` is", "Return the count itself")
     if fun in (floored, floored_sum):
         assert_exact(check(fun, FEW, weight=count, reduction=reduction))
 

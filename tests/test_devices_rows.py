@@ -1275,7 +1275,7 @@ class TestMistakes:
 
     def test_rows_without_a_mesh(self):
         tx = oa.accumulate(SGD, K)
-        message = "`grads['b']` has shape", "rows of devices", "`mesh`"
+        message = "`grads['b']` has shape", "one row per device", "`mesh`"
         with refused(*message):
             tx.update(self.rows, tx.init(PARAMS), PARAMS)
 

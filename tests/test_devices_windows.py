@@ -670,9 +670,7 @@ def test_parameters_cast_to_varying_are_refused(update):
         return stepper(tx, update)(params, tx.init(params), grads)[0]
 
     x, _ = devices.examples(1)
-    with pytest.raises(
-        ValueError, match=r"`params\['b'\]` may differ.*jax\.grad alone"
-    ):
+    with pytest.raises(ValueError, match=r"`params\['b'\]` may differ.*for jax\.grad"):
         devices.inside("checked", step, (None, 0), (None,))(PARAMS, x[0])
 
 
@@ -688,5 +686,5 @@ def test_gradients_already_summed_by_shard_map_are_refused(update):
         return tx.update_params(grads, tx.init(params), params)[0]
 
     x, _ = devices.examples(1)
-    with pytest.raises(ValueError, match=r"summed over them already.*pcast"):
+    with pytest.raises(ValueError, match=r"already summed over them.*pcast"):
         devices.inside("checked", step, (None, 0), (None,))(PARAMS, x[0])

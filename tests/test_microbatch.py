@@ -266,7 +266,7 @@ def test_the_last_of_all_may_be_smaller():
         )
         return f(PARAMS, X)
 
-    with refused('"last"', "(2, 3)", "(5, 3)", "`num_real_microbatches` is traced"):
+    with refused('"last"', "(2, 3)", "(5, 3)", "a traced `num_real_microbatches`"):
         some(2)
 
 
@@ -691,7 +691,7 @@ def test_outputs_without_an_entry_per_example_are_refused():
 
 
 def test_a_function_of_the_batch_alone_is_told_so():
-    with refused("function of the batch alone", "batch_argnums=0"):
+    with refused("takes the batch alone", "batch_argnums=0"):
         oa.microbatch(jnp.tanh, num_microbatches=3)(X)
 
 

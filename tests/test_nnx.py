@@ -274,9 +274,9 @@ class TestValueAndGrad:
             return loss_fn(model, x)
 
         in_parts = oaf.value_and_grad(loss_fn, num_microbatches=2)
-        with pytest.raises(ValueError, match=r"only read .* wrote to code, .*batch"):
+        with pytest.raises(ValueError, match=r"only read .*batch to code\."):
             in_parts(Codebook(nnx.Param), X)
-        with pytest.raises(ValueError, match=r"only read .* wrote to code, .*batch"):
+        with pytest.raises(ValueError, match=r"only read .*batch to code\."):
             oaf.value_and_grad(remat_loss, num_microbatches=2)(Codebook(nnx.Param), X)
         model = Codebook(nnx.Variable)
         in_parts(model, X)
@@ -952,7 +952,9 @@ class TestPullbacks:
             oaf.value_and_pullback(lambda x: loss_fn(model, x))(X)
         around = oaf.value_and_pullback(lambda _, x: loss_fn(model, x))
         for call in (around, nnx.jit(around)):
-            with pytest.raises(ValueError, match=r"`loss_fn` must depend on .*around"):
+            with pytest.raises(
+                ValueError, match=r"`loss_fn` must depend on .*outside of"
+            ):
                 call(model, X)
         with pytest.raises(ValueError, match=r"that `wrt` selects, here .*LoRAParam"):
             oaf.value_and_pullback(loss_fn, wrt=nnx.LoRAParam)(model, X)

@@ -1,7 +1,7 @@
-"""What to ask before a training: does it fit, and is it the same?
+"""Checks before a training run: does it fit, and does accumulation change the loss?
 
-`plan_microbatches` reads from compiled programs how many micro-batches fit into memory.
-`check_equivalence` compares a loss on a whole batch with the same in micro-batches.
+`plan_microbatches` reads from compiled programs how many micro-batches it takes to fit
+into memory. `check_equivalence` compares a loss on a whole batch and in micro-batches.
 """
 
 from optax_accum.diagnose._equivalence import EquivalenceReport as EquivalenceReport

@@ -28,37 +28,35 @@ _WIDE = 1e-2  # a tolerance, as that of bfloat16 and float16
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EquivalenceReport:
-    """What `check_equivalence` found. ``print(report)`` shows all of it.
+    """The result of `check_equivalence`; ``print(report)`` shows all of it.
 
-    A report is true where the two agree: ``assert report, str(report)`` is a test.
+    A report is true if the two agree: use ``assert report, str(report)`` as a test.
 
     Attributes:
       num_microbatches: How many there were.
-      value: What `fun` gives on the global batch.
-      microbatched_value: What the micro-batches give.
-      value_error: The relative error of the one against the other.
-      leaves: For every leaf of the gradient its ``path`` and relative ``error``.
+      value: The value of `fun` on the global batch.
+      microbatched_value: Its value from the micro-batches.
+      value_error: The relative error between the two.
+      leaves: The ``path`` and relative ``error`` of every leaf of the gradient.
       tolerance: The largest relative error that counts as equal.
-      cause: Where they differ, what the probes suggest: a named tuple of a ``name``
-        and a ``message``, which says what to do. The names, in the order in which the
-        probes ask:
+      cause: If they differ, the likely cause: a named tuple of a ``name`` and a
+        ``message``, which says what to do. The names, in the order of the probes:
 
         - ``"skipped"``: `skip` rejected micro-batches.
         - ``"not finite"``: there is a NaN or an infinity.
-        - ``"hidden state"``: the same call twice gives two results.
+        - ``"hidden state"``: the same call gives two different results.
         - ``"randomness"``: a different random key gives a different result.
-        - ``"carry"``: the loss depends on what micro-batches hand on.
-        - ``"factor"``: the results differ by one number; `reduction` is wrong.
-        - ``"floor"``: what is divided by counts more than there is, such as
+        - ``"carry"``: the loss depends on the carry.
+        - ``"factor"``: the results differ by one factor; `reduction` is wrong.
+        - ``"floor"``: a denominator is more than the count, such as
           ``jnp.maximum(count, 1)``.
-        - ``"weights"``: micro-batches are to be weighted otherwise.
+        - ``"weights"``: micro-batches need different weights.
         - ``"constant term"``: a term is added once per micro-batch.
-        - ``"groups"``: neighbouring examples belong together and are cut apart.
+        - ``"groups"``: neighbouring examples belong together, but are split up.
         - ``"order"``: the order of the examples matters, without such groups.
-        - ``"denominators"``: several losses, each divided by a count of its own.
+        - ``"denominators"``: several losses are each divided by a count of its own.
         - ``"dependence"``: examples depend on each other in some other way.
-          `oa.microbatch` makes a loss of all outputs exact, such as a contrastive one;
-          it does not mend BatchNorm in a model.
+          `oa.microbatch` makes a contrastive loss exact, but not BatchNorm.
         - ``"unknown"``: none of these.
     """
 
@@ -154,47 +152,46 @@ def check_equivalence(
     tolerance: float | None = None,
     **options: Any,
 ) -> EquivalenceReport:
-    """Compares the gradient of a batch in micro-batches with that of it as a whole.
+    """Checks whether your loss is the same in micro-batches, and diagnoses why not.
 
-    For a loss that is a sum or a weighted mean over examples the two are equal. With
-    BatchNorm, contrastive losses, means over masks and dropout they are not, and
-    nothing says so. This runs both, and where they differ it asks a few more gradients
-    for the reason. Value and gradient are compared, auxiliary outputs and a carry are
-    not.
+    Use it once before training, or in a test. A loss that is a sum or a weighted mean
+    over examples is the same. BatchNorm, contrastive losses, means over masks and
+    dropout are not, and without a check training silently converges to a different
+    result. This compares value and gradient (not auxiliary outputs or a carry); if
+    they differ, it computes a few more gradients to find the cause.
 
     Args:
       fun: The loss, as `value_and_grad` takes it.
       params: Its first argument.
-      batch: Its second argument: real examples, of which all micro-batches can be cut.
-        One batch of a training set shows most; a batch without padding cannot show
-        what padding does.
-      num_microbatches: K; or give `microbatch_size` among the options.
+      batch: Its second argument: real examples, enough for all micro-batches. Use a
+        batch with padding, or the effect of padding does not show.
+      num_microbatches: K; or pass the option `microbatch_size`.
       args: Its further positional arguments, such as a random key.
       kwargs: Its keyword arguments.
       tolerance: The largest relative error that counts as equal. By default the square
         root of the machine epsilon of the narrowest dtype that `fun` and its gradient
         compute in: 3.5e-4 for float32, 0.09 for bfloat16.
       **options: Those of `value_and_grad`: `weight`, `reduction`, `batch_argnums`, ...
-        Keyword arguments of `fun` are not among them, and go into `kwargs`.
+        Pass keyword arguments of `fun` in `kwargs`.
 
     Returns:
-      An `EquivalenceReport`, which is true where the two agree.
+      An `EquivalenceReport`, which is true if the two agree.
 
-      The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). A leaf or a value in which the
-      micro-batches' own ones cancel is all rounding: it also counts as equal if the
-      difference is within the tolerance of the sum of their norms. A leaf that is zero
-      but for rounding, as a bias before a normalisation, is measured by a hundredth of
-      what leaves of its size have on average.
+      The error of a leaf is ‖a − b‖ / max(‖a‖, ‖b‖). If micro-batches cancel in a leaf
+      or in the value, only rounding remains: it also counts as equal if the difference
+      is within the tolerance of the sum of their norms. A leaf that is zero except for
+      rounding, such as a bias before a normalization, is compared to a hundredth of the
+      average for leaves of its size.
 
     Raises:
-      TypeError: As `value_and_grad`: `fun` does not return a real scalar, say; an
-        option that it does not have; `args` that are not several; a second batch that
-        is passed by position and not in `args`.
-      ValueError: As `value_and_grad`; a `tolerance` not in [0, 1); a batch of weight 0.
+      TypeError: As `value_and_grad` (`fun` does not return a real scalar, say); an
+        option does not exist; `args` is not a tuple or list; a second batch is passed
+        by position, not in `args`.
+      ValueError: As `value_and_grad`; `tolerance` is not in [0, 1); the batch has
+        weight 0.
 
     Examples:
-      A mean over the tokens that are no padding, of which micro-batches hold different
-      numbers:
+      A mean over valid tokens, whose number differs between micro-batches:
 
       >>> import jax.numpy as jnp, optax_accum as oa
       >>> def loss(w, batch):
@@ -206,7 +203,7 @@ def check_equivalence(
       >>> bool(report), report.cause.name
       (False, 'weights')
 
-      With the weights that it lacks:
+      With the missing weights:
 
       >>> def count(w, batch):
       ...     return batch["mask"].sum()
@@ -216,9 +213,8 @@ def check_equivalence(
       >>> assert report, str(report)
 
     Note:
-      It is for a look or a test, not for a training step: it compiles everything again,
-      fetches all gradients, and so cannot be inside a `jax.jit`. Use a small model and
-      a few examples.
+      It cannot run inside a `jax.jit`: it compiles everything again, and fetches all
+      gradients. Use a small model and a few examples.
     """
     if not isinstance(args, tuple | list):
         raise TypeError(

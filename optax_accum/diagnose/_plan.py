@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MicrobatchPlan:
-    """What `plan_microbatches` found. ``print(plan)`` shows it as a table.
+    """The result of `plan_microbatches`; ``print(plan)`` shows it as a table.
 
     Attributes:
       num_microbatches: The fewest micro-batches that fit.
@@ -63,7 +63,7 @@ class MicrobatchPlan:
         ``outputs``, ``temporaries``, ``aliased``, ``total``), ``fits`` and ``seconds``
         (to compile).
       memory_limit: The bytes that a device has for the step.
-      headroom: The part of them that is to stay free.
+      headroom: The fraction of them that must stay free.
     """
 
     num_microbatches: int
@@ -92,42 +92,40 @@ def plan_microbatches(
 ) -> MicrobatchPlan:
     """Finds the fewest micro-batches with which a training step fits into memory.
 
-    The step is compiled, for a few numbers of micro-batches, and not run: nothing of it
-    is allocated, and nothing runs out of memory. On each device it takes
+    Use it before training, instead of trying sizes until one runs out of memory. The
+    step is compiled for a few numbers of micro-batches, and never run. On each device
+    it takes
 
         arguments + outputs + temporaries − aliased
 
-    bytes, as XLA says of the compiled program. The search doubles its way through the
-    candidates until one fits, then bisects; each candidate is compiled at most once.
+    bytes, as XLA reports. The search doubles its way through the candidates until one
+    fits, then bisects; each candidate is compiled at most once.
 
     Args:
       make_step: ``make_step(num_microbatches)`` returns the training step, a function
-        of `args`: a `jax.jit` or `jax.pmap` with its donated arguments, or a function
-        that is then jitted without any. Where the shapes of the arguments change with
-        the number, as those of a micro-batch do that `accumulate` takes by itself, it
-        returns a step that is lowered already, ``step.lower(...)``, and there are no
-        `args`.
+        of `args`: a `jax.jit` or `jax.pmap` with its donated arguments, or a plain
+        function. If the shapes of its arguments depend on the number, as in a step for
+        `accumulate`, return ``step.lower(...)``, and pass no `args`.
       *args: The arguments of the step, arrays or `jax.ShapeDtypeStruct` (with a
-        sharding, where there are several devices).
+        sharding, if there are several devices).
       batch_size: How many examples the global batch has. Its divisors are the
-        candidates, unless `candidates` names some of them.
+        candidates, unless you pass `candidates`.
       candidates: The numbers of micro-batches to choose from.
-      memory_limit: The bytes that the step may take on each device: 16 GiB are
-        ``16 * 2**30``. By default what the device reports, less what is in use by
-        others than `args`. A CPU reports nothing.
-      headroom: The part of `memory_limit` to be left free, for what the compiler does
-        not know: fragments, libraries, other programs.
+      memory_limit: The bytes that the step may take on each device: ``16 * 2**30`` for
+        16 GiB. By default the memory that the device reports, minus what arrays other
+        than `args` use. CPUs report nothing.
+      headroom: The fraction of `memory_limit` to leave free, for what the compiler does
+        not know: fragmentation, libraries, other programs.
 
     Returns:
       A `MicrobatchPlan`: the number, the compiled step, and all that was tried.
 
     Raises:
-      TypeError: A size or a number of another type; a `make_step` that takes more than
-        a number, or does not return a function; `args` for a step that is lowered
-        already.
-      ValueError: Neither `batch_size` nor `candidates`; candidates that are < 1 or do
-        not divide `batch_size`; a `memory_limit` that is needed, or below 1024;
-        `headroom` not in [0, 1); nothing fits: then the message has the table.
+      TypeError: An option has the wrong type; `make_step` takes more than a number, or
+        does not return a function; the step is already lowered, and there are `args`.
+      ValueError: Neither `batch_size` nor `candidates` is given; candidates are < 1 or
+        do not divide `batch_size`; `memory_limit` is missing, or below 1024; `headroom`
+        is not in [0, 1); nothing fits (the message shows what was tried).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum as oa
@@ -146,18 +144,18 @@ def plan_microbatches(
       >>> new_w = plan.step(jnp.ones((256, 256)), jnp.ones((4096, 256)))
 
     Note:
-      Each candidate is logged when it is compiled, to the logger ``"optax_accum"``:
-      ``logging.basicConfig(level=logging.INFO)`` shows it.
+      To see each candidate as it is compiled, use
+      ``logging.basicConfig(level=logging.INFO)``; the logger is ``"optax_accum"``.
 
-      In several processes all must call it, with the same arguments. They agree on the
-      smallest limit, and so decide alike.
+      With several processes, all must call it, with the same arguments. They agree on
+      the smallest limit.
 
-      Where memory does not fall with the number of micro-batches, the plan is one that
-      fits, while the next smaller number that was tried does not.
+      If memory does not fall with the number of micro-batches, the plan fits, and the
+      next smaller number that was tried does not.
     """
     _check_makes_steps(make_step)
     numbers = _numbers(batch_size, candidates)
-    _validate.fraction("headroom", headroom, "the part of the memory to leave free")
+    _validate.fraction("headroom", headroom, "the fraction of the memory to leave free")
     limit = _memory.agreed(_limit(memory_limit, args))
     usable = limit * (1 - headroom)
 

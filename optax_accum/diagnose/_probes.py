@@ -76,8 +76,8 @@ def find_cause(seen: Comparison) -> Cause:
             return cause
     return Cause(
         "unknown",
-        "none of the probes explains the difference. Whether it is rounding shows in "
-        "float64, under jax.enable_x64(True)",
+        "none of the probes explains the difference. To see whether it is rounding, "
+        "check again in float64, under jax.enable_x64(True)",
     )
 
 
@@ -87,8 +87,8 @@ def _skipped(seen: Comparison) -> Cause | None:
     return Cause(
         "skipped",
         f"`skip` rejected {seen.parts.skipped} of {seen.problem.num_microbatches} "
-        "micro-batches, and what it rejects is missing in the result. Leave `skip` out "
-        "to compare the rest",
+        "micro-batches, which are missing in the result. Leave `skip` out to compare "
+        "all of them",
     )
 
 
@@ -121,8 +121,8 @@ def _hidden_state(seen: Comparison) -> Cause | None:
     return Cause(
         "hidden state",
         "the same call twice, on the global batch, gives two results, "
-        f"{moved:.1e} apart: `fun` depends on something that is not among its "
-        "arguments, such as numpy.random. Pass a random key",
+        f"{moved:.1e} apart: `fun` depends on more than its arguments, such as "
+        "numpy.random. Pass a random key",
     )
 
 
@@ -135,11 +135,11 @@ def _randomness(seen: Comparison) -> Cause | None:
         moved = seen.moved(seen.whole, other.whole())
         if not moved:
             continue
-        found = f"the loss is random: another `{name}` moves it by {moved:.1e}. "
+        found = f"the loss is random: a new `{name}` changes it by {moved:.1e}. "
         advice = (
-            "Micro-batches draw their own, as they should, and so cannot draw what "
-            "the global batch draws; equal they are on average. Check again with "
-            "the dropout off: this hides every other cause"
+            "Micro-batches draw their own random numbers, as they should, so the "
+            "results only agree on average. Check again with the dropout off: it "
+            "hides every other cause"
         )
         return Cause("randomness", found + advice)
     return None
@@ -161,8 +161,8 @@ def _carry(seen: Comparison) -> Cause | None:
     name = problem.call.carry_name
     return Cause(
         "carry",
-        f"the loss depends on `{name}`, its carry, which every micro-batch takes from "
-        "the one before. With the first one for all of them, they would agree",
+        f"the loss depends on `{name}`, its carry, which every micro-batch gets from "
+        "the one before. With the first carry for all of them, the results agree",
     )
 
 
@@ -188,7 +188,7 @@ def _factor(seen: Comparison) -> Cause | None:
         advice = f", one over the number of micro-batches: {_is_a_sum(problem)}"
     else:
         advice = (
-            ": `fun` or `weight` divides by something else than the weight of a "
+            ": `fun` or `weight` divides by something other than the weight of a "
             "micro-batch"
         )
     return Cause("factor", found + advice)
@@ -209,9 +209,9 @@ def _floor_of_weight(problem: Problem, factor: float) -> Cause | None:
     return Cause(
         "floor",
         f"`weight` is {weight:.6g} for the global batch, but {own:.6g} for all "
-        f"micro-batches together: in {floored} of {problem.num_microbatches} it counts "
-        "more than there is, because of a floor such as jnp.maximum(count, 1) or an "
-        f"epsilon. Let it count what is there and no more: {advice}",
+        f"micro-batches together: in {floored} of {problem.num_microbatches} it is "
+        "more than the count, because of a floor such as jnp.maximum(count, 1) or an "
+        f"epsilon. Return the count itself: {advice}",
     )
 
 
@@ -244,8 +244,8 @@ def _weights(seen: Comparison) -> Cause | None:
     if not _is_finite(in_halves):
         return Cause(
             "unknown",
-            "at parameters a tenth away from these the gradient is not finite, where "
-            "the probes would look for the cause. Check at others",
+            "to find the cause, the probes need the gradient at parameters a tenth "
+            "away from these, and it is not finite there. Check at other parameters",
         )
     if _explains(np.ones(2), in_halves, seen.tolerance):
         found = "the global batch's gradient is the sum of its parts': "
@@ -308,7 +308,7 @@ def _weights_cause(
             return Cause(
                 "floor",
                 f"{found}, which is {shares.sum():.4g} together and not 1: `fun` "
-                "divides by more than there is, through a floor such as "
+                "divides by more than the count, because of a floor such as "
                 "jnp.maximum(count, 1) or an epsilon, and no weight undoes that. Let "
                 '`fun` be the sum, without any division, and use reduction="ratio" '
                 "with the count as `weight`",
@@ -366,19 +366,19 @@ def _order(seen: Comparison) -> Cause | None:
         groups = examples // size
         return Cause(
             "groups",
-            f"cut between every {size} neighbouring examples, the batch gives the same "
-            f"as at once: `fun` takes groups of {size} together, and micro-batches "
-            "pull them apart. Let the batch axis count groups: reshape it in every "
-            f"leaf from {examples} to ({groups}, {size}), and merge the two axes again "
-            f"inside `fun`. The number of micro-batches then divides {groups}",
+            f"`fun` takes groups of {size} neighbouring examples together, and "
+            "micro-batches split them up; whole groups give the same result as the "
+            "batch. Let the batch axis count groups: reshape it in every leaf from "
+            f"{examples} to ({groups}, {size}), and merge the two axes again inside "
+            f"`fun`. The number of micro-batches then divides {groups}",
         )
     return Cause(
         "order",
-        "the order of the examples matters: shuffled, the global batch gives something "
-        f"else, {moved:.1e} away. Does `fun` draw from a key that is not among its "
-        "arguments, for its dropout? Make it one. Or does it take some examples "
-        "together, such as neighbours, or one half and the other? Give these an axis "
-        "of their own, and let the batch axis count them",
+        "the order of the examples matters: shuffling the global batch changes the "
+        f"result by {moved:.1e}. If `fun` draws dropout from a key that is not an "
+        "argument, make it one. If it takes some examples together, such as neighbours "
+        "or one half and the other, give these an axis of their own: the batch axis "
+        "then counts groups",
     )
 
 
@@ -402,11 +402,11 @@ def _denominators(seen: Comparison) -> Cause | None:
     shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
     return Cause(
         "denominators",
-        f"they agree once all have as much to count in {shown}: `fun` seems to add "
-        "losses that are each divided by a count of their own, and one `weight` "
-        "cannot be all of them. Totals first: count on the global batch, pass the "
-        "totals whole, as in fun(params, batch, totals), and divide by them. What is "
-        'left is a sum, and exact with reduction="sum"',
+        f"the results agree if all micro-batches have equal counts in {shown}: `fun` "
+        "seems to add losses with different denominators, for which one `weight` is "
+        "not enough. Count on the global batch first, pass the totals, as in "
+        "fun(params, batch, totals), and divide by them. The rest is a sum, exact with "
+        'reduction="sum"',
     )
 
 
@@ -415,10 +415,11 @@ def _dependence(seen: Comparison) -> Cause | None:
     moved = seen.moved(seen.parts, problem.shuffled().in_parts())
     if moved:
         how = (
-            f"exchanging examples between micro-batches moves the result by {moved:.1e}"
+            "exchanging examples between micro-batches changes the result by "
+            f"{moved:.1e}"
         )
     elif problem.split.size == 1:
-        how = "an example alone gives something else than among others"
+        how = "an example alone gives a different result than among others"
     else:
         return None
     size = f"num_microbatches={problem.settings.num_microbatches}"
@@ -426,9 +427,9 @@ def _dependence(seen: Comparison) -> Cause | None:
         size = f"microbatch_size={problem.settings.microbatch_size}"
     return Cause(
         "dependence",
-        f"examples depend on each other: {how}. A loss of all outputs (contrastive, "
-        f"Dice): take it of oa.microbatch(encode, {size})(params, batch), under "
-        "jax.value_and_grad. Several denominators, statistics of the data: compute "
-        'them on the global batch, pass them to `fun`, use reduction="sum". '
-        "BatchNorm stays different: use LayerNorm, or larger micro-batches",
+        f"examples depend on each other: {how}. Compute a loss of all outputs "
+        f"(contrastive, Dice) from oa.microbatch(encode, {size})(params, batch), under "
+        "jax.value_and_grad. Several denominators, or statistics: compute them on the "
+        'global batch, pass them to `fun`, and use reduction="sum". BatchNorm stays '
+        "different: use LayerNorm, or larger micro-batches",
     )

@@ -11,7 +11,7 @@ from optax_accum._updates import apply_updates
 
 
 class Counts:
-    """The answers of whatever has an `opt_state`."""
+    """The step counts of an object with an `opt_state`."""
 
     opt_state: Tree
 
@@ -22,12 +22,12 @@ class Counts:
 
     @property
     def gradient_step(self) -> Scalar:
-        """How many updates were made, ``i32[]``."""
+        """How many updates the optimizer has made, ``i32[]``."""
         return _state.gradient_step(self.opt_state)
 
     @property
     def has_updated(self) -> Scalar:
-        """Whether the last micro-step made an update, ``bool[]``: the time to log."""
+        """Whether the last micro-step made an update, ``bool[]``; then log or save."""
         return _state.has_updated(self.opt_state)
 
 

@@ -1,4 +1,4 @@
-"""The running statistics of BatchNorm, as the global batch would have left them."""
+"""The running statistics of BatchNorm, updated as by the global batch."""
 
 from typing import Any
 
@@ -16,42 +16,42 @@ Name = tuple[str, ...]  # of a leaf: the keys that lead to it
 def combine_batch_stats(
     before: Tree, after: Tree, *, momentum: float = 0.99, weights: Any = None
 ) -> Tree:
-    """One BatchNorm update by the global batch, from those of its K micro-batches.
+    """Updates BatchNorm's running statistics once per window, not per micro-batch.
 
-    A model that sees K micro-batches moves its running statistics K times, by the last
-    one most, by a small one as much as by a large one, and the variance between
-    micro-batches is in none of them. From the statistics after each micro-batch the
-    micro-batch's own follow, and from these the global batch's, with m the `momentum`
-    and wᵢ the `weights`:
+    A model that sees K micro-batches moves its running statistics K times: the last one
+    counts most, a small one as much as a large one, and the variance between
+    micro-batches is lost. This computes each micro-batch's statistics from the running
+    ones, and from these the global batch's update, with m the `momentum` and wᵢ the
+    `weights`:
 
         μᵢ = (meanᵢ − m·meanᵢ₋₁) / (1 − m)             σᵢ² = likewise, of var
         μ = Σ wᵢ·μᵢ / Σ wᵢ               σ² = Σ wᵢ·(σᵢ² + (μᵢ − μ)²) / Σ wᵢ
         mean = m·mean₀ + (1 − m)·μ          var = m·var₀ + (1 − m)·σ²
 
-    This is exact where the micro-batches give a BatchNorm the inputs that the global
-    batch would, as in the model's first one, if it is called once. Every later one has
-    inputs that were normalised by micro-batch, and its statistics are of these.
+    This is exact for a BatchNorm whose inputs do not depend on the split, such as the
+    model's first one, if it is called once. Later ones have inputs that were normalized
+    by micro-batch, and get the statistics of these.
 
     Args:
       before: The statistics before the first micro-batch: a tree of leaves called
-        ``mean`` and ``var``, as Linen's ``variables["batch_stats"]`` and as
+        ``mean`` and ``var``, such as Linen's ``variables["batch_stats"]`` or
         ``nnx.as_pure(nnx.state(model, nnx.BatchStat))``. (Without `nnx.as_pure` it
         would change with the model.)
-      after: The same tree with the statistics after each micro-batch, one after
-        another, on a new first axis of size K, as ``aux="stack"`` has them.
-      momentum: That of the model's BatchNorm, the same for all. Where they differ, give
-        each its part of the trees in a call of its own.
-      weights: ``[K]``, over how many examples each micro-batch's statistics were taken.
-        By default all alike. One of weight 0 does not count, and the next one is taken
-        to go on from the statistics before it, as `value_and_grad` makes it do.
+      after: The same tree with the statistics after each micro-batch, along a new first
+        axis of size K, as from ``aux="stack"``.
+      momentum: That of the model's BatchNorm, the same for all. If they differ, call
+        this once for each, with its part of the trees.
+      weights: ``[K]``, over how many examples each micro-batch's statistics were taken;
+        by default equal. One of weight 0 does not count, and must have left the
+        statistics unchanged, as in `value_and_grad`.
 
     Returns:
       A tree like `before`, of arrays.
 
     Raises:
-      ValueError: A `momentum` that is not in [0, 1); trees of another structure; leaves
-        that are no ``mean`` with its ``var``; sizes that are not K; a `before` that
-        moves on with its module.
+      ValueError: `momentum` is not in [0, 1); the trees' structures differ; a leaf is
+        not a ``mean`` or its ``var``; sizes are not K; `before` holds variables of the
+        module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf

@@ -1,4 +1,4 @@
-"""`oa.microbatch` of a function of NNX modules."""
+"""`oa.microbatch` for functions of NNX modules."""
 
 import dataclasses
 import functools
@@ -13,35 +13,34 @@ from optax_accum.flax._functional import STATE, OfState, taken_apart
 
 
 def microbatch(fun: Function, **options: Any) -> Function:
-    """`oa.microbatch` of a function of NNX modules.
+    """Like `oa.microbatch`, for functions of NNX modules.
 
-    For losses that are not sums over examples, such as contrastive ones: encode in
-    micro-batches, and compute the loss from all outputs at once, under
-    `nnx.value_and_grad` and `nnx.jit` as ever. `fun` must treat every example by
-    itself; BatchNorm has the statistics of one micro-batch.
+    Use it for losses that are not sums over examples, such as contrastive ones: encode
+    in micro-batches, and compute the loss from all outputs at once, under
+    `nnx.value_and_grad` and `nnx.jit`. `fun` must treat every example by itself;
+    BatchNorm has the statistics of one micro-batch.
 
-    Among the arguments may be modules, random streams (`nnx.Rngs`) and variables. What
-    `fun` writes there (running statistics of BatchNorm, counts of random streams) goes
-    from one micro-batch to the next and is in the module afterwards, once. The backward
-    pass gives each micro-batch what it had in the forward pass: it draws the same
-    dropout, and leaves the module alone.
+    Arguments may be modules, random streams (`nnx.Rngs`) and variables. Their state
+    (running statistics of BatchNorm, counts of random streams) is carried from one
+    micro-batch to the next and written back once. The backward pass gives each
+    micro-batch the same state again: it draws the same dropout, and writes nothing.
 
     Args:
       fun: Any function of modules and arrays that returns a tree of arrays, such as
         ``lambda model, x: model(x)``. It sees one micro-batch at a time.
       **options: The keyword arguments of `oa.microbatch`: `num_microbatches` or
         `microbatch_size`; `batch_argnums`, by default 1; `outputs`, `weight`, which is
-        called as `fun` is, ... What the modules need takes the place of `carry_argnum`.
+        called as `fun` is, ... There is no `carry_argnum`: modules carry their state.
 
     Returns:
       A function with the arguments of `fun` that returns what `fun` does, in the same
       dtypes.
 
     Raises:
-      TypeError: As `oa.microbatch`; a `fun` that is a module.
-      ValueError: As `oa.microbatch`; a `carry_argnum`; at the call, a `fun` that adds
-        variables to a module, takes some away or changes their types, that changes a
-        plain attribute, or that writes to parameters.
+      TypeError: As `oa.microbatch`; `fun` is a module.
+      ValueError: As `oa.microbatch`; `carry_argnum` is given; at the call, `fun` adds
+        variables to a module, removes some or changes their types, changes a plain
+        attribute, or writes to parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -64,11 +63,11 @@ def microbatch(fun: Function, **options: Any) -> Function:
       4
 
     Note:
-      Gradients go to all that is differentiated and only read: parameters of all
-      modules, or of LoRA alone, whatever `nnx.grad` is asked for. What `fun` writes is
-      a constant to derivatives. A micro-batch of weight 0 leaves the modules as they
-      were. Over several devices (`mesh`), floating variables that `fun` writes are
-      averaged over them, by weight, and random keys are folded with the device's index.
+      `nnx.grad` decides what is differentiated: parameters of all modules, or of LoRA
+      alone. Variables that `fun` writes are constants to derivatives. A micro-batch of
+      weight 0 leaves the modules as they were. Over several devices (`mesh`), floating
+      variables that `fun` writes are averaged over them, by weight, and random keys are
+      folded with the device's index.
     """
     if isinstance(fun, nnx.Module):
         raise TypeError(

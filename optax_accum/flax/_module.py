@@ -72,7 +72,7 @@ def check_module(model: Any) -> None:
         got = "an array"
     raise TypeError(
         f"the first argument must be an NNX module; got {got}. For a tree of "
-        "parameters there is optax_accum.value_and_grad; several modules go into one"
+        "parameters, use optax_accum.value_and_grad; put several modules into one"
     )
 
 
@@ -161,8 +161,8 @@ def check_same_variables(before: State, after: State) -> None:
     if changes:
         raise ValueError(
             "the function must leave the module with the variables that it had, but it "
-            f"{', '.join(changes)}. Take out what is for one call alone, with "
-            "nnx.capture or nnx.pop(model, nnx.Intermediate), and return it as "
+            f"{', '.join(changes)}. Take intermediate values out of it, with "
+            "nnx.capture or nnx.pop(model, nnx.Intermediate), and return them as "
             "auxiliary output"
         )
 
@@ -172,8 +172,8 @@ def check_same_attributes(before: nnx.GraphDef, after: nnx.GraphDef) -> None:
     if before != after:
         raise ValueError(
             "the function must leave the module's plain attributes as they were, but "
-            "it has changed one. Keep what changes in an nnx.Variable; to switch "
-            "modes, take a view of the module before: nnx.view(model, "
+            "it has changed one. Keep values that change in an nnx.Variable; to switch "
+            "modes, take a view of the module first: nnx.view(model, "
             "deterministic=True)"
         )
 
@@ -193,8 +193,8 @@ def check_not_shared(nodes: Nodes, wrt: Filter) -> None:
             if id(x) in params:
                 raise ValueError(
                     f"`{name}` must not hold parameters of the module, but it shares "
-                    f"{params[id(x)]} with it. Reach for them through the module, or "
-                    "pass nnx.clone of them to hold them fixed"
+                    f"{params[id(x)]} with it. Use them through the module, or pass "
+                    "nnx.clone of them to keep them fixed"
                 )
 
 
@@ -211,9 +211,9 @@ def check_not_written(params: nnx.State, is_wrong: list[bool]) -> None:
     wrong = [".".join(map(str, path)) for path, x in flat if any(jax.tree.leaves(x))]
     if wrong:
         raise ValueError(
-            "`loss_fn` must only read what it is differentiated with respect to, but "
-            f"it wrote to {', '.join(wrong)}, and what it wrote depends on the batch. "
-            "Make it a variable that `wrt` does not select, an nnx.Variable say"
+            "`loss_fn` must only read the variables that `wrt` selects, but it wrote "
+            f"values that depend on the batch to {', '.join(wrong)}. Make these "
+            "variables that `wrt` does not select, such as nnx.Variable"
         )
 
 

@@ -16,7 +16,7 @@ from optax_accum.sharding import window_specs
 
 
 class Optimizer(_accumulating.Counts, nnx.Optimizer):
-    """`nnx.Optimizer` whose `tx` accumulates: `update` is a micro-step.
+    """An `nnx.Optimizer` whose `tx` accumulates: each `update` is a micro-step.
 
     Args:
       model: An NNX module.
@@ -25,8 +25,8 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
 
     Attributes:
       step: ``u32[]``, how many micro-steps were made, over all windows.
-      opt_state: The state of `tx`, which the queries take, as they take the
-        `Optimizer` itself: ``oa.accumulated(optimizer)``.
+      opt_state: The state of `tx`. Queries such as ``oa.accumulated(optimizer)`` take
+        it, or the `Optimizer` itself.
 
     Raises:
       ValueError: `tx` does not accumulate.
@@ -66,31 +66,30 @@ class Optimizer(_accumulating.Counts, nnx.Optimizer):
         value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> None:
-        """One micro-step: `grads` goes into the window, whose end updates `model`.
+        """Adds gradients to the window, and at the boundary updates the model.
 
-        With `tx` an `oa.accumulate` this is `update_params`, which does not touch the
-        parameters off the boundary. (Unlike Flax's it returns no updates: there are
-        none.)
+        Off the boundary it does not touch the parameters, if `tx` is an
+        `oa.accumulate`. Unlike Flax's, it returns nothing.
 
         Args:
           model: The module.
-          grads: As `nnx.grad` and `value_and_grad` return them. Or a pullback, as
-            `value_and_pullback` returns it for the same `wrt`, whose backward pass adds
-            the gradient straight to the window. If `tx` is an `optax.chain` with
+          grads: As `nnx.grad` and `value_and_grad` return them. Or a pullback, from
+            `value_and_pullback` with the same `wrt`, whose backward pass adds the
+            gradient straight to the window. If `tx` is an `optax.chain` with
             `oa.accumulate` in it, the gradient is computed first.
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken. By default 1.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
-            for the count to decide.
+            to let the count decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.window.loss / opt_state.window.weight``. Give it on every
+            ``opt_state.window.loss / opt_state.window.weight``. Pass it on every
             micro-step of a window or on none.
           **extra_args: Further arguments of `tx`.
 
         Raises:
-          TypeError: `model` is no module.
-          ValueError: As ``update`` of `oa.accumulate`; a pullback with respect to
-            something else than the optimizer's `wrt` selects.
+          TypeError: `model` is not a module.
+          ValueError: As ``update`` of `oa.accumulate`; a pullback is with respect to
+            other variables than the optimizer's `wrt` selects.
         """
         if isinstance(model, nnx.State) or not isinstance(model, nnx.Pytree):
             raise TypeError(
@@ -135,16 +134,16 @@ def _check_wrt(pullback: Any, params: Params) -> None:
 
 
 def window_sharding(optimizer: Optimizer, axis_name: AxisName) -> nnx.StateSharding:
-    """What of an `Optimizer` is each device's own: for ``in_specs`` of `nnx.shard_map`.
+    """Returns how an `Optimizer` is sharded, for ``in_specs`` of `nnx.shard_map`.
 
     Args:
-      optimizer: An `Optimizer`, or an `nnx.Optimizer` whose `tx` accumulates; its
-        `opt_state` went through `oa.sharding.stack_windows`.
+      optimizer: An `Optimizer`, or an `nnx.Optimizer` whose `tx` accumulates. Its
+        `opt_state` must come from `oa.sharding.stack_windows`.
       axis_name: The axis, or several, of `oa.accumulate`.
 
     Returns:
-      An `nnx.StateSharding`: the open windows over `axis_name`, and all else the
-      same on all devices, as `oa.sharding.window_specs` has them.
+      An `nnx.StateSharding`: the open windows are sharded over `axis_name`, the rest is
+      the same on all devices, as in `oa.sharding.window_specs`.
 
     Raises:
       ValueError: As `oa.sharding.window_specs`.

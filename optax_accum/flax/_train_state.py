@@ -18,19 +18,18 @@ from optax_accum.flax import _accumulating
 
 
 class TrainState(_accumulating.Counts, train_state.TrainState):
-    """Flax's `TrainState` whose `tx` accumulates: `apply_gradients` is a micro-step.
+    """A Flax `TrainState` whose `tx` accumulates: `apply_gradients` is a micro-step.
 
-    It goes wherever Flax's does, and is subclassed as Flax's is. `create` makes it.
+    Use it, and subclass it, as Flax's own. Make it with `create`.
 
     Attributes:
-      step: ``i32[]``, how many micro-steps were made, over all windows. It is what to
-        fold into a dropout key; log, evaluate and save by `gradient_step`.
+      step: ``i32[]``, how many micro-steps were made, over all windows. Fold it into
+        dropout keys; log, evaluate and save by `gradient_step`.
       apply_fn: As in Flax, usually ``model.apply``.
       params: The parameters.
       tx: `oa.accumulate`, or a transformation with one in it.
-      opt_state: Its state, which the queries take: ``oa.accumulated(state.opt_state)``.
-      batch_stats: The collection of that name where the model has one, ``None``
-        otherwise.
+      opt_state: Its state, for queries such as ``oa.accumulated(state.opt_state)``.
+      batch_stats: The collection of that name, or ``None`` if the model has none.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, optax_accum as oa
@@ -57,7 +56,7 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Params, tx: Any, **kwargs: Any) -> Self:
-        """A new state at step 0, as Flax's; `tx` must have `oa.accumulate` in it.
+        """Makes a new state at step 0; `tx` must have `oa.accumulate` in it.
 
         Args:
           apply_fn: As in Flax.
@@ -88,15 +87,12 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """One micro-step: `grads` goes into the window, whose end updates `params`.
+        """Adds gradients to the window, and at the boundary updates `params`.
 
-        With `tx` an `oa.accumulate` this is `update_params`, which does not touch
-        `params` off the boundary; inside an `optax.chain` it is `update` and
-        `optax.apply_updates`.
+        Off the boundary it does not touch `params`, if `tx` is an `oa.accumulate`.
 
-        Flax's ``_overwrite_with_gradient`` (fp8) takes its next values at the boundary,
-        those of the window, if `tx` is an `oa.accumulate`; inside an `optax.chain` at
-        every micro-step that counts.
+        Flax's ``_overwrite_with_gradient`` (fp8) gets its next values at the boundary.
+        If `tx` is an `optax.chain`, it gets them at every micro-step that counts.
 
         Args:
           grads: A tree like `params`. Or the pullback of the loss with respect to
@@ -106,23 +102,23 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           weight: As in `oa.accumulate`: over how many examples or tokens this
             micro-batch's mean was taken. By default 1.
           boundary: As in `oa.accumulate`: whether the window ends here, or ``None``
-            for the count to decide.
+            to let the count decide.
           value: The micro-batch's loss. At the boundary its mean over the window is
-            ``opt_state.window.loss / opt_state.window.weight``. Give it on every
+            ``opt_state.window.loss / opt_state.window.weight``. Pass it on every
             micro-step of a window or on none.
           extra_args: Further arguments of `tx`, by name.
-          **kwargs: Fields to replace, as in Flax. A micro-batch that does not count,
-            because its weight is 0 or `skip` rejected it, leaves `batch_stats` as
-            they were; all other fields are replaced. (Statistics that devices have
-            agreed on: ``state.replace(batch_stats=...)``, because what counts is each
-            device's own.)
+          **kwargs: Fields to replace, as in Flax. `batch_stats` stay as they were if
+            the micro-batch has weight 0, or `skip` rejects it. (With statistics that
+            are averaged over devices, use ``state.replace(batch_stats=...)`` instead:
+            each device only knows whether its own micro-batch counts.)
 
         Returns:
           The next state.
 
         Raises:
-          ValueError: As ``update`` of `oa.accumulate`; `batch_stats` of another
-            structure; inside an `optax.chain`, rows of devices for what is overwritten.
+          ValueError: As ``update`` of `oa.accumulate`; the structure of `batch_stats`
+            changes; inside an `optax.chain`, overwritten leaves have an axis of
+            devices.
         """
         is_apart = False
         if _has_overwritten(self.params) and not _accumulating.takes_all(self.tx):
@@ -174,9 +170,9 @@ def _check_no_rows(new: Tree, old: Tree) -> None:
     if got != needed:
         raise ValueError(
             f"`grads[{OVERWRITE_WITH_GRADIENT!r}]` has leaves of the shapes {got}, and "
-            f"`params` of {needed}. If they are rows of devices, only `oa.accumulate` "
-            "itself can join them. Put the chain into it: tx=oa.accumulate(optax.chain("
-            "...), mesh=mesh, axis_name=...)"
+            f"`params` of {needed}. If the first axis is that of devices, only "
+            "`oa.accumulate` itself can join them. Put the chain into it: "
+            "tx=oa.accumulate(optax.chain(...), mesh=mesh, axis_name=...)"
         )
 
 

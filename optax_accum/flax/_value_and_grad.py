@@ -1,4 +1,4 @@
-"""`nnx.value_and_grad` whose batch runs in micro-batches."""
+"""`nnx.value_and_grad` with a batch in micro-batches."""
 
 import dataclasses
 import functools
@@ -24,14 +24,14 @@ def value_and_grad(
     wrt: Filter = nnx.Param,
     **options: Any,
 ) -> Function:
-    """`nnx.value_and_grad` of a loss over a module, whose batch runs in micro-batches.
+    """Like `nnx.value_and_grad`, but runs the batch in micro-batches to save memory.
 
-    Whatever is not a parameter (running statistics of BatchNorm, counts of random
-    streams) is carried from one micro-batch to the next and written back to the module,
-    so dropout differs between micro-batches. The same holds for `nnx.Rngs`, modules and
-    variables among the other arguments. What `loss_fn` only reads, such as a frozen
-    base, stays the very same arrays. Micro-batch i holds the examples i, i + K,
-    i + 2K, ... (with a smaller last one they are contiguous).
+    Variables other than parameters (running statistics of BatchNorm, counts of random
+    streams) are carried from one micro-batch to the next and written back to the
+    module, so dropout differs between micro-batches. So are those of `nnx.Rngs`,
+    modules and variables in the other arguments. Variables that `loss_fn` only reads,
+    such as a frozen base, stay the same arrays. Micro-batch i has the examples i,
+    i + K, i + 2K, ... (with a smaller last one they are contiguous).
 
     Args:
       loss_fn: ``loss_fn(model, batch, ...)`` returns a real scalar, or with `has_aux` a
@@ -39,23 +39,22 @@ def value_and_grad(
       has_aux: Whether `loss_fn` returns ``(value, aux)``.
       wrt: Which of the module's variables to differentiate with respect to.
       **options: The keyword arguments of `oa.value_and_grad`: `num_microbatches` or
-        `microbatch_size`; `batch_argnums`, counted with the module as 0; `weight`,
-        which is called as `loss_fn` is; `aux`, `reduction`, `skip`, `mesh`, ... What
-        the module needs takes the place of `carry_argnum`.
+        `microbatch_size`; `batch_argnums`, where the module is 0; `weight`, which is
+        called as `loss_fn` is; `aux`, `reduction`, `skip`, `mesh`, ... There is no
+        `carry_argnum`: the module carries its state.
 
     Returns:
       A function with the arguments of `loss_fn` that returns ``(value, grads)`` or
-      ``((value, aux), grads)``, with `return_info` or `noise_scale` the pair of that
-      and an `oa.MicrobatchInfo`. `grads` is an `nnx.State`, as from
-      `nnx.value_and_grad`.
+      ``((value, aux), grads)``; with `return_info` or `noise_scale`, a pair of that and
+      an `oa.MicrobatchInfo`. `grads` is an `nnx.State`, as from `nnx.value_and_grad`.
 
     Raises:
-      TypeError: As `oa.value_and_grad`; an `argnums`; at the call, a first argument
-        that is not a module.
-      ValueError: As `oa.value_and_grad`; a `carry_argnum`; at the call, a `loss_fn`
-        that adds variables to the module, takes some away or changes their types, that
-        changes a plain attribute, or that writes to its parameters what depends on the
-        batch; another argument that shares parameters with the module.
+      TypeError: As `oa.value_and_grad`; `argnums` is given; at the call, the first
+        argument is not a module.
+      ValueError: As `oa.value_and_grad`; `carry_argnum` is given; at the call,
+        `loss_fn` adds variables to the module, removes some or changes their types,
+        changes a plain attribute, or writes values to parameters that depend on the
+        batch; a further argument shares parameters with the module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax_accum.flax as oaf
@@ -80,8 +79,8 @@ def value_and_grad(
       (`axis_name`), floating variables that `loss_fn` writes are averaged over them, by
       weight, and random keys are folded with the device's index.
 
-      Every micro-batch starts from the same parameters, also where `loss_fn` writes to
-      them (`nnx.WeightNorm`); what the last one wrote is in the module in the end.
+      Every micro-batch starts from the same parameters, even if `loss_fn` writes to
+      them (`nnx.WeightNorm`); the module keeps what the last one wrote.
     """
     if "argnums" in options:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""`nnx.value_and_grad` with JAX's pullback in place of the gradient."""
+"""`nnx.value_and_grad` with a pullback in place of the gradient."""
 
 import functools
 from typing import Any
@@ -17,11 +17,11 @@ from optax_accum.flax._functional import STATE, Loss, taken_apart
 def value_and_pullback(
     loss_fn: Function, *, has_aux: bool = False, wrt: Filter = nnx.Param
 ) -> Function:
-    """`nnx.value_and_grad` of a loss over a module, with a pullback for the gradient.
+    """Like `nnx.value_and_grad`, with a pullback in place of the gradient.
 
-    `Optimizer.update` takes the pullback in place of the gradient, and the backward
-    pass then adds to the open window itself: layer by layer, with no gradient beside
-    the sum. With layers in a scan (`nnx.scan`, `jax.lax.scan`) that saves as much
+    Use it to save memory with `Optimizer.update`, which takes the pullback: the
+    backward pass then adds to the open window layer by layer, and the gradient itself
+    never exists. With layers in a scan (`nnx.scan`, `jax.lax.scan`) that saves as much
     memory as the parameters take.
 
     Other variables that `loss_fn` writes (statistics of BatchNorm, counts of random
@@ -41,12 +41,12 @@ def value_and_pullback(
       gradient.
 
     Raises:
-      TypeError: At the call, a first argument that is not a module; a `loss_fn` that
-        returns no real scalar.
-      ValueError: At the call, a `loss_fn` that reads none of the variables that `wrt`
-        selects, that adds variables to the module, takes some away or changes their
-        types, that changes a plain attribute, or that writes to its parameters what
-        depends on the batch; another argument that shares parameters with the module.
+      TypeError: At the call, the first argument is not a module; `loss_fn` does not
+        return a real scalar.
+      ValueError: At the call, `loss_fn` reads none of the variables that `wrt` selects,
+        adds variables to the module, removes some or changes their types, changes a
+        plain attribute, or writes values to parameters that depend on the batch; a
+        further argument shares parameters with the module.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
@@ -69,8 +69,8 @@ def value_and_pullback(
       0 True
 
     Note:
-      Make the pullback and use it in the same compiled function. Passed from one to
-      another, it carries the activations of every layer.
+      Make the pullback and use it in the same compiled function. Between two, it
+      carries the activations of every layer.
     """
     # For what `Loss` reads of them; nothing is split.
     settings = settings_of(
@@ -105,8 +105,8 @@ def value_and_pullback(
         if not _backward.outputs_of(pullback):
             raise ValueError(
                 "`loss_fn` must depend on variables of its first argument that `wrt` "
-                f"selects, here {wrt!r}, and it depends on none. Read the module "
-                "through that argument, not through a variable around the function"
+                f"selects, here {wrt!r}, but depends on none. Use the module that is "
+                "passed as an argument, not one from outside of the function"
             )
         _module.update(nodes, state, after)
         return ((value, aux) if has_aux else value), pullback

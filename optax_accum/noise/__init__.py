@@ -1,4 +1,4 @@
-"""The noise scale: how large a batch is worth its cost, and windows that follow it."""
+"""The noise scale, which says how large a batch is useful, and adaptive windows."""
 
 from optax_accum.noise._adaptive_k import adaptive_k as adaptive_k
 from optax_accum.noise._noise_scale import NoiseScale as NoiseScale

@@ -1,4 +1,4 @@
-"""Windows that follow the measured noise scale."""
+"""Window sizes that follow the measured noise scale."""
 
 import dataclasses
 from numbers import Real
@@ -47,36 +47,36 @@ def adaptive_k(
     hysteresis: float = 0.5,
     powers_of_two: bool = True,
 ) -> AdaptiveK:
-    """An `every_k` for `accumulate` that follows the measured noise scale.
+    """Adapts the batch size to the noise scale: pass it as `every_k` to `accumulate`.
 
-    Each window gets as many micro-batches as make the global batch `multiple` times
-    the noise scale, from `min_k` at the start. All of it is traced: k changes without
-    another compilation, and is the same on all devices.
+    Each window gets enough micro-batches to make the global batch `multiple` times the
+    noise scale, starting from `min_k`. k is traced: it changes without compiling again,
+    and is the same on all devices.
 
-    It is a heuristic. At the noise scale, a batch twice as large saves a quarter of the
-    steps and costs half as many examples again: a fair trade, and no more than that.
-    The noise scale grows during training, often by far more than tenfold, and
-    learning rates that were tuned for one batch size suit no other: schedules inside
-    the optimizer count updates, of which there are now fewer.
+    It is a heuristic. At the noise scale, doubling the batch saves a quarter of the
+    steps and costs half as many examples again. The noise scale grows during training,
+    often by far more than tenfold, and a learning rate that was tuned for one batch
+    size does not suit the next. Schedules inside the optimizer count updates, of which
+    there are now fewer.
 
     Args:
-      min_k: The fewest micro-batches of a window. One alone shows no noise, so that
-        without `axis_name` at least 2 are needed.
-      max_k: The most. Where the noise hides all signal, it is what is chosen.
-      multiple: The global batch, in noise scales.
-      hysteresis: k stays, unless what is wanted is more than this part above or below
-        it; in [0, 1). It moves by at most a factor of two from window to window, and
-        the rounding to a power of two.
+      min_k: The fewest micro-batches in a window. Without `axis_name` at least 2, as
+        noise cannot be measured on one.
+      max_k: The most, also chosen if the noise hides all signal.
+      multiple: The size of the global batch, in noise scales.
+      hysteresis: A fraction in [0, 1): k only changes if the wanted number is more than
+        this fraction above or below it. Between two windows it changes by at most a
+        factor of two, and the rounding to a power of two.
       powers_of_two: Whether k is a power of two (or a bound), or any integer.
 
     Returns:
       A value for `every_k`. `accumulate` then measures the noise scale, with a decay of
-      0.99 unless its `noise_decay` says otherwise.
+      0.99, or its `noise_decay`.
 
     Raises:
-      TypeError: A bound that is no int.
-      ValueError: A bound < 1, `max_k` < `min_k`, a `multiple` that is no positive
-        number, a `hysteresis` not in [0, 1).
+      TypeError: A bound is not an int.
+      ValueError: A bound is < 1; `max_k` < `min_k`; `multiple` is not a positive
+        number; `hysteresis` is not in [0, 1).
 
     Examples:
       >>> import optax, optax_accum as oa

@@ -1,4 +1,4 @@
-"""The noise scale: how large a batch is worth its cost, measured as a by-product.
+"""The noise scale: how large a batch is useful, measured as a by-product.
 
 Let gᵢ be the gradients of k micro-batches, means over bᵢ units (examples, tokens), B
 the sum of the bᵢ, and ḡ the weighted mean of the gᵢ, the global batch's gradient. If
@@ -10,7 +10,7 @@ the gradients of single units are independent, with mean G and covariance Σ, th
 both without bias, however uneven the bᵢ. Their ratio is the simple noise scale: the
 batch size, in units, at which noise and signal are equal. One window is a very rough
 measurement; averages over many windows are divided, because an average of ratios would
-be ruled by those with a small signal.
+be dominated by those with a small signal.
 
 McCandlish et al., An Empirical Model of Large-Batch Training, 2018, section 2.2 and
 appendix A (https://arxiv.org/abs/1812.06162), where all bᵢ are equal.
@@ -28,20 +28,18 @@ from optax_accum._window import NoiseSums, Window
 
 
 class NoiseScale(NamedTuple):
-    """An estimate of the simple noise scale: of one batch, or averaged over many.
+    """An estimate of the simple noise scale, of one batch or averaged over many.
 
-    `accumulate` averages by itself (see `oa.noise.estimate`). `value_and_grad` gives
-    each batch's own, to be averaged with `add`.
+    It says how large a batch is useful. `accumulate` averages for you (see
+    `oa.noise.estimate`); average those of `value_and_grad`, one per batch, with `add`.
 
     Attributes:
       signal: ``f32[]``, Ĝ², the squared norm of the true gradient. It is unbiased, and
-        therefore negative at times, where it is lost in the noise. NaN where a batch
-        had only one micro-batch.
-      noise: ``f32[]``, Ŝ, the trace of the covariance of one unit's gradient. A unit is
-        what the weights count: an example, a token; where no weights were given, one
-        micro-batch.
-      count: ``i32[]``, over how many batches they were averaged; 0 for a batch of which
-        nothing can be said, because it had one micro-batch or is not finite.
+        so negative at times, if the noise hides it. NaN for a batch of one micro-batch.
+      noise: ``f32[]``, Ŝ, the trace of the covariance of one unit's gradient. The unit
+        is that of the weights, an example or a token; without weights, one micro-batch.
+      count: ``i32[]``, the number of batches in the averages; 0 if a batch had only one
+        micro-batch or was not finite.
 
     Examples:
       Two micro-batches of 4 examples each, in every one of three steps:
@@ -70,7 +68,7 @@ class NoiseScale(NamedTuple):
 
     @classmethod
     def empty(cls, dtype: DType = jnp.float32) -> "NoiseScale":
-        """No measurement yet: its `batch_size` is NaN."""
+        """Returns an estimate without measurements, to start averages from."""
         return cls(
             signal=jnp.zeros([], dtype),
             noise=jnp.zeros([], dtype),
@@ -79,32 +77,31 @@ class NoiseScale(NamedTuple):
 
     @property
     def batch_size(self) -> Scalar:
-        """``f32[]``, noise / signal: the simple noise scale, in units.
+        """``f32[]``, noise / signal: the simple noise scale, in units of the weights.
 
-        Batches much smaller than that average mostly noise, much larger ones mostly
-        repeat what is known. Negative where the signal is lost in the noise: then a
-        batch size cannot be told, and is large. NaN before the first measurement.
+        Much smaller batches average mostly noise, and much larger ones are mostly
+        redundant. Negative if the noise hides the signal: the useful batch is then
+        large, but unknown. NaN before the first measurement.
         """
         return self.noise / self.signal
 
     def add(self, sample: "NoiseScale", decay: Any) -> "NoiseScale":
-        """The exponential moving averages with one measurement more in them.
+        """Adds a measurement to the exponential moving averages.
 
-        Signal and noise are each averaged, and corrected for the bias of a start from
-        zero:
+        Signal and noise are averaged separately, and corrected for the start from zero:
 
             aₙ = aₙ₋₁ + (xₙ − aₙ₋₁)·(1 − decay) / (1 − decayⁿ)
 
         Args:
-          sample: Of one batch. With ``count`` 0 it changes nothing.
-          decay: Of the averages, in [0, 1): they reach back over about
+          sample: The estimate of one batch. With ``count`` 0 it changes nothing.
+          decay: That of the averages, in [0, 1): they reach back over about
             ``1 / (1 - decay)`` batches.
 
         Returns:
-          The averages, of one count more.
+          The new averages.
 
         Raises:
-          TypeError: `sample` is no `NoiseScale`.
+          TypeError: `sample` is not a `NoiseScale`.
           ValueError: `decay` is a number outside of [0, 1).
         """
         if not isinstance(sample, NoiseScale):
@@ -142,7 +139,7 @@ def of_window(total: Window, square: Scalar) -> NoiseScale:
     others = jnp.where(enough, sums.samples - 1, 1).astype(square.dtype)
     noise = (sums.squares - weight * square) / others
     signal = square - noise / jnp.where(weight == 0, 1, weight)
-    # A NaN in one window is not to stay in the averages.
+    # A NaN in one window must not stay in the averages.
     known = enough & jnp.isfinite(signal)
     return NoiseScale(
         signal=jnp.where(known, signal, np.nan),

@@ -77,8 +77,8 @@ class Tracker:
         is_there = jax.tree.structure(state.noise) == wanted  # type: ignore[operator]
         if not (is_there and state.window.noise):
             raise ValueError(
-                "`state` was made without this `noise_decay` or `adaptive_k`, and has "
-                "nowhere to measure it. Between two windows, take both from a new one: "
+                "`state` was made without this `noise_decay` or `adaptive_k`, and "
+                "lacks its averages. Between two windows, take them from a new state: "
                 "new = tx.init(params), and state._replace(window=new.window, "
                 "noise=new.noise), before oa.sharding.stack_windows if it is stacked"
             )
@@ -90,7 +90,7 @@ class Tracker:
                     f"{_validate.named('grads', path)} differs between the devices of "
                     f"{', '.join(map(repr, sorted(others)))}, which is not in "
                     "`axis_name`, and `noise_decay` needs the norm of whole gradients. "
-                    "Leave `noise_decay` out where parameters are in parts"
+                    "Leave `noise_decay` out if parameters are sharded"
                 )
 
     def square_before(self, runs: bool | jax.Array, window: Window) -> Scalar:
@@ -142,19 +142,19 @@ def make_tracker(
 
 
 def estimate(opt_state: Tree) -> NoiseScale:
-    """The noise scale as measured so far by `accumulate`.
+    """Returns the noise scale that `accumulate` has measured so far.
 
     Args:
-      opt_state: The state of `oa.accumulate`, which was given a `noise_decay` or
+      opt_state: The state of an `oa.accumulate` with `noise_decay` or
         `oa.noise.adaptive_k`, or any tree with that state in it.
 
     Returns:
-      An `oa.noise.NoiseScale`, averaged over all windows with at least two
-      micro-batches of any weight, those of all devices counted.
+      An `oa.noise.NoiseScale`, averaged over all windows in which at least two
+      micro-batches, on all devices together, had any weight.
 
     Raises:
-      ValueError: `opt_state` holds no `AccumulateState`, or several; the noise scale
-        is not measured.
+      ValueError: `opt_state` holds no `AccumulateState`, or several; the noise scale is
+        not measured.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optax_accum as oa
@@ -170,7 +170,7 @@ def estimate(opt_state: Tree) -> NoiseScale:
     state = _state.find(opt_state)
     if not state.noise:
         raise ValueError(
-            "`opt_state` holds no noise scale, because `accumulate` was not asked to "
-            "measure it. Pass the decay of its averages: noise_decay=0.99"
+            "`opt_state` holds no noise scale, because `accumulate` does not measure "
+            "it by default. Pass it noise_decay=0.99, the decay of its averages"
         )
     return _state.plain_arrays(state.noise.estimate)

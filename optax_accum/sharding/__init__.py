@@ -1,4 +1,4 @@
-"""Open windows on several devices: stacked, summed, and where their parts lie."""
+"""Open windows on several devices: stacking, summing, and how they are sharded."""
 
 from optax_accum.sharding._data_parallel import scatter_specs as scatter_specs
 from optax_accum.sharding._windows import micro_steps_left as micro_steps_left

@@ -162,7 +162,7 @@ def vary(axis_name: AxisName | None, tree: Tree) -> Tree:
 
 
 def check_local(axis_name: AxisName | None, grads: Grads) -> None:
-    """Raises where gradients are known to be the same on all devices of `axis_name`.
+    """Raises if gradients are known to be the same on all devices of `axis_name`.
 
     They have been summed over these devices by `jax.grad`; another sum would count
     them once per device.
@@ -174,28 +174,29 @@ def check_local(axis_name: AxisName | None, grads: Grads) -> None:
             if name not in _tree.varying(g):
                 raise ValueError(
                     f"{_validate.named('grads', path)} is the same on all devices "
-                    f"of `axis_name={name!r}`: it has been summed over them already. "
-                    "Gradients must be local. Take them with respect to jax.lax.pcast("
-                    f"params, {name!r}, to='varying'); or if oa.value_and_grad has "
-                    "reduced them, leave one of the two `axis_name` out"
+                    f"of `axis_name={name!r}`: it is already summed over them. "
+                    "Gradients must be local. Differentiate with respect to "
+                    f"jax.lax.pcast(params, {name!r}, to='varying'); or if "
+                    "oa.value_and_grad has reduced them, give `axis_name` to only one "
+                    "of the two"
                 )
 
 
 def check_same(axis_name: AxisName | None, params: Params) -> None:
-    """Raises where types say that `params` differ between devices of `axis_name`."""
+    """Raises if types say that `params` differ between devices of `axis_name`."""
     for name in _tree.axes_of(axis_name):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if isinstance(leaf, jax.Array) and name in _tree.varying(leaf):
                 raise ValueError(
                     f"{_validate.named('params', path)} may differ between the devices "
                     f"of `axis_name={name!r}`, and parameters must be the same on all "
-                    "of them. Cast for jax.grad alone, and pass the parameters as they "
-                    "came, with in_specs=P()"
+                    "of them. Only cast them for jax.grad; here pass the original "
+                    "parameters, with in_specs=P()"
                 )
 
 
 def check_local_loss(axis_name: AxisName, loss: Any, jaxpr: Any) -> None:
-    """Raises where `loss`, the first output of `jaxpr`, was reduced over `axis_name`.
+    """Raises if `loss`, the first output of `jaxpr`, was reduced over `axis_name`.
 
     In `jax.pmap` and under ``check_vma=False`` types do not tell; there the operations
     that lead to the loss do. Neither sees a loss of which only a part was reduced.

@@ -67,8 +67,8 @@ class DataParallel(NamedTuple):
             _check_mesh(mesh, axis_name)
         if scatter and axis_name is None:
             raise ValueError(
-                "`scatter=True` needs `axis_name`, the axis of the devices that each "
-                "keep their part of the gradients; got None"
+                "`scatter=True` needs `axis_name`, the axis of the devices over which "
+                "to scatter the gradients; got None"
             )
         if local and mesh is None:
             raise ValueError(
@@ -115,7 +115,7 @@ class DataParallel(NamedTuple):
         elif any(map(_collectives.is_bound, self.axes)):
             raise ValueError(
                 f"`mesh` was given inside an axis called {self.axis_name!r}, where "
-                "every device runs this call on its own part of the batch already. "
+                "every device already runs this call on its own part of the batch. "
                 f"{remedy}"
             )
 
@@ -172,13 +172,12 @@ class DataParallel(NamedTuple):
                 if any(axis in _tree.axes_of(part) for part in _tree.spec(leaf)):
                     raise ValueError(
                         f"{_validate.named(name, path)} is sharded over "
-                        f"`axis_name={axis!r}`, and with `mesh` everything but the "
-                        "batch must be the same on all devices of that axis. For "
-                        "parameters that are sharded over the axis of the batch "
-                        "(FSDP), gather them once for all micro-batches of the call, "
-                        "with jax.reshard(params, P()); or leave `mesh` and "
-                        "`axis_name` out: the compiler then gathers and scatters in "
-                        "every micro-batch"
+                        f"`axis_name={axis!r}`, but with `mesh` only the batch may be. "
+                        "If parameters are sharded over the axis of the batch (FSDP), "
+                        "gather them once for all micro-batches of the call, with "
+                        "jax.reshard(params, P()); or leave `mesh` and `axis_name` "
+                        "out: the compiler then gathers and scatters in every "
+                        "micro-batch"
                     )
 
     def global_index(self, index: Any, count: int) -> Any:
@@ -280,19 +279,19 @@ def scatter_specs(
     *,
     overwrite: Overwrite | None = None,
 ) -> Specs:
-    """Where `value_and_grad` with ``scatter=True`` leaves the gradients.
+    """Returns how ``scatter=True`` shards the gradients.
 
-    For ``out_specs``, and to put the optimizer's state where the gradients are.
+    Use it for ``out_specs``, and to shard the optimizer's state like the gradients.
 
     Args:
       params: A tree of arrays or of `jax.ShapeDtypeStruct`.
       mesh: The mesh.
       axis_name: Its axis, or several, over which gradients are scattered.
-      overwrite: What `value_and_grad` was given. What is overwritten stays whole.
+      overwrite: As given to `value_and_grad`. Overwritten leaves stay whole.
 
     Returns:
-      A tree like `params` of ``PartitionSpec``: each leaf is cut along its first axis
-      that the devices divide and that is not sharded already; a leaf without one stays
+      A tree like `params` of ``PartitionSpec``: each leaf is split along its first axis
+      that the devices divide and that is not sharded yet; a leaf without one stays
       whole, ``P()``.
 
     Raises:

@@ -45,9 +45,9 @@ class Inside(DataParallel):
         if windows and self.axis_name is None:
             raise ValueError(
                 f"`state` holds {windows[0]} windows, one per device, but `accumulate` "
-                "was given no `axis_name`. Give it the axis over which devices are to "
-                "meet, and from plain jax.jit the `mesh` as well, or make one window "
-                "of them: oa.sharding.sum_windows(state)"
+                "has no `axis_name`. Pass it the axis of these devices, and from plain "
+                "jax.jit the `mesh` as well; or make one window of them: "
+                "oa.sharding.sum_windows(state)"
             )
         if windows not in ((), (1,)):
             raise ValueError(
@@ -62,10 +62,10 @@ class Inside(DataParallel):
                 raise ValueError(
                     f"{_validate.named('grads', path)} is unreduced, because the "
                     "parameter is tagged `reduced`, and a window cannot hold that. For "
-                    "one exchange per update, take oa.value_and_grad(..., mesh=mesh, "
-                    "axis_name=..., local=True) of parameters without the tag, and "
-                    "give `accumulate` the same `mesh` and `axis_name`. With "
-                    "jax.reshard(grads, P()) they are summed in every micro-step"
+                    "one all-reduce per update, use oa.value_and_grad(..., mesh=mesh, "
+                    "axis_name=..., local=True) with parameters without the tag, and "
+                    "give `accumulate` the same `mesh` and `axis_name`. Or sum them in "
+                    "every micro-step: jax.reshard(grads, P())"
                 )
         _collectives.check_local(self.axis_name, grads)
         _collectives.check_same(self.axis_name, params)

@@ -152,15 +152,15 @@ class Rows(NamedTuple):
         windows = jnp.shape(state.window.weight)
         if windows == ():
             raise ValueError(
-                f"`state` holds one window, and with `mesh` each of {self._shown} has "
-                "its own. Take a state from `init`, or give every device a window: "
-                f"oa.sharding.stack_windows(state, {count})"
+                f"`state` holds one window, but with `mesh` each of {self._shown} "
+                "needs its own. Take a state from `init`, or give every device a "
+                f"window: oa.sharding.stack_windows(state, {count})"
             )
         if windows != (count,):
             raise ValueError(
-                f"`state` holds the windows of {windows[0]} devices, and with `mesh` "
-                f"it needs those of {self._shown}. Make one window of them, and of "
-                "that as many as there are devices: oa.sharding.stack_windows("
+                f"`state` holds the windows of {windows[0]} devices, but needs those "
+                f"of {self._shown}. Sum them, and give each device its own again: "
+                "oa.sharding.stack_windows("
                 f"oa.sharding.sum_windows(state), {count})"
             )
         # A parameter may have as many entries as there are devices.
@@ -176,9 +176,9 @@ class Rows(NamedTuple):
                     f"{_validate.named('grads', path)} has shape {jnp.shape(g)}, but "
                     f"with `mesh` it needs a row for each of {self._shown}: their own "
                     "gradients, as oa.value_and_grad(..., mesh=mesh, axis_name="
-                    f"{self.axis_name!r}, local=True) returns them. Where gradients "
-                    "are summed over devices already, leave `mesh` and `axis_name` out "
-                    "of `accumulate`"
+                    f"{self.axis_name!r}, local=True) returns them. If gradients are "
+                    "already summed over devices, leave `mesh` and `axis_name` out of "
+                    "`accumulate`"
                 )
 
     @property

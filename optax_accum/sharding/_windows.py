@@ -31,26 +31,26 @@ def stack_windows(
     rescale: bool = True,
     overwrite: Overwrite | None = None,
 ) -> Tree:
-    """Gives every device a window of its own.
+    """Gives every device its own window, along a leading axis of devices.
 
-    For `jax.shard_map` and `jax.pmap`, and after `sum_windows`. `accumulate` with a
-    `mesh` does the same in `init`.
+    Use it on the state for `jax.shard_map` and `jax.pmap`, and after `sum_windows`.
+    (`accumulate` with a `mesh` does the same in `init`.)
 
-    The first device continues the window that `opt_state` holds, the others start from
-    zero; over all of them the sums are what they were. For large models run it under
-    ``jax.jit(..., out_shardings=...)``, so that no device ever holds all windows.
+    The first device continues the window in `opt_state`, the others start from zero;
+    the sums over all of them do not change. For large models run it under
+    ``jax.jit(..., out_shardings=...)``: then no device ever holds all windows.
 
     Args:
-      opt_state: What `init` returned or `sum_windows` made: an `AccumulateState`, or
-        any tree with one in it.
+      opt_state: The result of `init` or `sum_windows`: an `AccumulateState`, or any
+        tree with one in it.
       num_devices: How many devices the axis has, ``mesh.shape["data"]``.
-      all_leaves: Whether to give everything an axis of devices, with the same content
-        on each, as `jax.pmap` needs it; by default only what is local gets one.
-      rescale: Whether the micro-batches of one device keep their size. Then one call
-        runs `num_devices` of them, and `micro_step`, which counts calls, is divided by
-        it. With ``False`` all devices together run in one call what one device ran, and
-        `micro_step` stays.
-      overwrite: What `accumulate` was given.
+      all_leaves: Whether to give all leaves an axis of devices, as `jax.pmap` needs it.
+        By default only the local fields get one.
+      rescale: Whether each device's micro-batch has the size that one device's had.
+        Then one call runs `num_devices` of them, and `micro_step`, which counts calls,
+        is divided by that. Pass ``False`` if all devices together run one such
+        micro-batch per call.
+      overwrite: As given to `accumulate`.
 
     Returns:
       `opt_state`, whose local fields (see `AccumulateState`) have the shapes
@@ -59,8 +59,8 @@ def stack_windows(
     Raises:
       TypeError: `num_devices` is not an int.
       ValueError: `num_devices` < 1; `opt_state` holds no `AccumulateState`, or is
-        stacked already; a `micro_step` that is not so many calls. (Under `jax.jit`,
-        which does not know it, it is rounded up, and the window ends early.)
+        already stacked; `micro_step` is not a multiple of `num_devices`. (Under
+        `jax.jit`, where it is unknown, it is rounded up, and the window ends early.)
 
     Examples:
       >>> import jax.numpy as jnp, optax, optax_accum as oa
@@ -110,25 +110,23 @@ def stack_windows(
 def sum_windows(
     opt_state: Tree, *, rescale: bool = True, overwrite: Overwrite | None = None
 ) -> Tree:
-    """Makes one window of those of all devices: a state for any number of devices.
+    """Sums the windows of all devices into one, to change the number of devices.
 
-    A stacked state is saved and restored as it is, bit for bit, on the same number of
-    devices. For another number, or for one device, sum its windows first. They may be
-    open: what they hold is added up.
+    You need it to continue on a different number of devices, or on one, even inside a
+    window. On the same number, a stacked state is saved and restored as it is.
 
     Args:
       opt_state: A stacked state, from `jax.shard_map`, from `jax.pmap`, or of an
         `accumulate` with a `mesh`.
       rescale: Whether `micro_step` becomes the number of micro-batches that all devices
-        have run, which `stack_windows` divides by the new number of devices: the window
-        then ends after as many examples if the micro-batches of one device keep their
-        size. With ``False`` it stays the number of calls, for calls whose batch over
-        all devices keeps its size.
-      overwrite: What `accumulate` was given.
+        have run, which `stack_windows` divides by the new number of devices: then the
+        window ends after as many examples if each device's micro-batch keeps its size.
+        Pass ``False`` if the batch of a call, over all devices, keeps its size.
+      overwrite: As given to `accumulate`.
 
     Returns:
-      The state as `init` without a `mesh` would have built it. `skip_state` is the
-      first device's.
+      The state as `init` without a `mesh` builds it. `skip_state` is the first
+      device's.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`, or is not stacked.
@@ -175,35 +173,34 @@ def sum_windows(
 def micro_steps_left(
     opt_state: Tree, batch_size: float, micro_batch_size: float
 ) -> int:
-    """How many micro-steps the open window still needs, if their size has changed.
+    """Returns how many micro-steps the open window still needs if their size changes.
 
-    A training that continues on another number of devices runs that many, the last one
-    with ``boundary=True``. It then updates on the global batch that it would have had
-    (see `stack_windows` for its state):
+    Use it to continue on a different number of devices with the same global batch: run
+    this many micro-steps, the last one with ``boundary=True`` (see `stack_windows` for
+    the state). With W the weight of the open window it is
 
         ⌈(batch_size - W) / micro_batch_size⌉
 
-    W is the weight of the open window. The sizes must be in its unit, which is
-    examples if `weight` counts examples. The last micro-step may need fewer than
-    `micro_batch_size`: fill it up with padding, which the loss masks out and `weight`
-    does not count.
+    Both sizes must be in the unit of `weight`, such as examples. The last micro-step
+    may need fewer than `micro_batch_size`: fill it up with padding that the loss masks
+    out and `weight` does not count.
+
+    If `weight` counts tokens, or if micro-batches were rejected, W does not say how
+    many examples of the global batch are done. Ask the data loader instead, and divide
+    the remaining examples by those of a micro-step.
 
     It reads values of the state: call it outside of `jax.jit`.
 
-    If `weight` counts something else, such as tokens, or if micro-batches were
-    rejected, W does not say how many examples of the global batch were taken. The data
-    loader knows it: divide what it has left of them by the examples of a micro-step.
-
     Args:
       opt_state: An `AccumulateState`, or any tree with one in it, stacked or not.
-      batch_size: That of a whole window.
-      micro_batch_size: How much all devices together take in one micro-step.
+      batch_size: The size of the global batch.
+      micro_batch_size: The size of a micro-step, over all devices.
 
     Returns:
-      An int >= 1. Between two windows it is that of a whole one.
+      An int >= 1; between two windows, that of a whole window.
 
     Raises:
-      ValueError: The open window has `batch_size` already, or more; a size that is not
+      ValueError: The open window already has `batch_size` or more; a size is not
         positive; `opt_state` holds no `AccumulateState`, or several.
 
     Examples:
@@ -242,16 +239,16 @@ def micro_steps_left(
 
 
 def window_specs(opt_state: Tree, axis_name: AxisName) -> Specs:
-    """Where the leaves of a stacked state lie: for ``in_specs`` and ``out_specs``.
+    """Returns how a stacked state is sharded, for ``in_specs`` and ``out_specs``.
 
     Args:
       opt_state: An `AccumulateState` or any tree with one in it, of arrays or of
         `jax.ShapeDtypeStruct`, stacked or not.
-      axis_name: The axis of the mesh, or several, that `accumulate` was given.
+      axis_name: The axis of the mesh, or several, as given to `accumulate`.
 
     Returns:
-      A tree like `opt_state` of ``PartitionSpec``: ``P(axis_name)`` for what is local,
-      ``P()`` for everything else.
+      A tree like `opt_state` of ``PartitionSpec``: ``P(axis_name)`` for local fields,
+      ``P()`` for the rest.
 
     Raises:
       ValueError: `opt_state` holds no `AccumulateState`.
