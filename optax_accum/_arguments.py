@@ -349,9 +349,11 @@ def as_positions(role: str, value: Any) -> tuple[int, ...]:
             return tuple(operator.index(i) for i in value)
         return (operator.index(value),)
     except TypeError:
+        names = role.replace("nums", "names")
+        hint = f". Pass names in `{names}`" if names.endswith("_argnames") else ""
         raise TypeError(
             f"`{role}` must be an int or several ints, positions of arguments; got "
-            f"{value!r}"
+            f"{value!r}{hint}"
         ) from None
 
 
