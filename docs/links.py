@@ -53,7 +53,7 @@ PATTERN = re.compile(f"{SKIPPED}|{CODE}", re.DOTALL)
 
 
 def on_env(env, config, **_):
-    """Tells the types in signatures their addresses, and the API its own anchors."""
+    """Links the types in signatures."""
     references = config.plugins["autorefs"]
     for name, address in LINKS.items():
         references.register_url(name, address)

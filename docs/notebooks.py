@@ -1,4 +1,4 @@
-"""Makes notebooks of pages, so that both say the same.
+"""Makes notebooks of pages, to have each text in one place.
 
     python docs/notebooks.py
 
