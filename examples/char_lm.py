@@ -1,11 +1,12 @@
-"""Train a language model whose micro-batches hold different numbers of tokens.
+"""Train a language model on micro-batches with different numbers of tokens.
 
     python examples/char_lm.py
 
 The tokens are the characters of Python's language reference, which comes with Python.
-Paragraphs are padded to one length, and the loss is a mean over the valid tokens.
-A batch of 32 paragraphs runs in micro-batches of 8, and `weight=` counts the tokens in
-each. Without it, tokens among short paragraphs would count more than others.
+Paragraphs are padded to one length, and the loss is the mean over all tokens that are
+not padding. A batch of 32 paragraphs runs in micro-batches of 8. `weight=` counts the
+tokens in each of them. Without it, tokens in micro-batches of short paragraphs would
+count too much.
 """
 
 import argparse
@@ -19,13 +20,18 @@ from rich.progress import track
 
 import optax_accum.flax as oaf
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--steps", type=int, default=100, help="updates")
+parser = argparse.ArgumentParser(
+    description="Train a small language model, with the number of tokens as weight.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+parser.add_argument("--steps", type=int, default=100, help="number of updates")
 parser.add_argument("--batch-size", type=int, default=32, help="paragraphs per update")
 parser.add_argument("--size", type=int, default=8, help="paragraphs per micro-batch")
 parser.add_argument("--length", type=int, default=128, help="tokens per paragraph")
-parser.add_argument("--learning-rate", type=float, default=1e-2, help="at the start")
-parser.add_argument("--quick", action="store_true", help="20 updates")
+parser.add_argument(
+    "--learning-rate", type=float, default=1e-2, help="initial learning rate"
+)
+parser.add_argument("--quick", action="store_true", help="make only 20 updates")
 options = parser.parse_args()
 steps = 20 if options.quick else options.steps
 

@@ -1,11 +1,10 @@
-"""Train on several devices, with one exchange of gradients per update.
+"""Train on several devices, with one all-reduce of gradients per update.
 
     python examples/data_parallel.py
 
-Parameters are on every device, and the batch is split over them. On each device
-`oa.value_and_grad` runs its part of the batch in micro-batches and adds up their
-gradients; only the sums are exchanged. A computer without accelerators simulates eight
-devices.
+The parameters are on every device, and the batch is split over the devices. On each
+device, `oa.value_and_grad` runs its part in micro-batches and adds up their gradients.
+Only the sums are exchanged. A computer without accelerators simulates eight devices.
 """
 
 import argparse
@@ -24,11 +23,14 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train on several devices, with one all-reduce per update.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=20, help="passes over the data")
 parser.add_argument("--batch-size", type=int, default=256, help="images per update")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for AdamW")
 parser.add_argument("--cpu-devices", type=int, default=8, help="simulated on a CPU")
 options = parser.parse_args()
 

@@ -1,14 +1,14 @@
-"""Train through epochs that end inside a window, with metrics for every update.
+"""Train on epochs that end mid-window, with metrics for every update.
 
     python examples/epochs.py
 
-Four micro-batches of 32 images make an update. An epoch of 1347 images ends with a
-micro-batch of 3 images and a window (the micro-batches between two updates) of three:
+A window is the micro-batches between two updates: here four of 32 images each. An epoch
+of 1347 images ends with a short window of three micro-batches, the last of 3 images:
 
-* `with_boundaries` closes that window, and the mean is over the images it saw;
-* the short micro-batch is padded, which saves compiling the step for a new shape, and
-  `weight=` leaves the padding out;
-* `accumulate(optax.identity())` gives the metrics' means over each update.
+* `with_boundaries` closes the short window, and the update is the mean over its images;
+* the short micro-batch is padded, so the step does not compile again for a new shape.
+  `weight=` counts only the real images;
+* `accumulate(optax.identity())` returns the metrics' means over each window.
 
 The data come from a Grain pipeline.
 """
@@ -27,11 +27,14 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train on epochs that end mid-window, with metrics for every update.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for AdamW")
 options = parser.parse_args()
 
 
@@ -98,7 +101,7 @@ for epoch in track(range(1, options.epochs + 1), "Training"):
             log.append(metrics)
     print(
         f"epoch {epoch}: {len(log)} updates, loss from {log[0]['loss']:.2f} "
-        f"to {log[-1]['loss']:.2f}, accuracy {log[-1]['accuracy']:.1%}"
+        f"to {log[-1]['loss']:.2f}, last accuracy {log[-1]['accuracy']:.1%}"
     )
 _, metrics = loss_and_metrics(params, test)
 print(f"Test accuracy: {metrics['accuracy']:.1%}")

@@ -2,9 +2,9 @@
 
     python examples/equinox_mlp.py
 
-An Equinox model mixes arrays with activation functions, numbers and flags. Optimizers
-see the arrays alone: `accumulate` is initialised with the model's floating arrays, and
-`update_params` takes them and gives them back, to be combined with the rest.
+An Equinox model mixes arrays with activation functions, numbers and flags. The
+optimizer gets only the floating arrays, in `init` and in `update_params`. `eqx.combine`
+puts the new arrays back into the model.
 """
 
 import argparse
@@ -21,11 +21,14 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train an Equinox model, one micro-batch per step.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=20, help="passes over the data")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for AdamW")
 options = parser.parse_args()
 
 

@@ -1,11 +1,12 @@
-"""Gradient accumulation in five steps, with every number in sight.
+"""Gradient accumulation in five steps, with all numbers.
 
     python examples/five_steps.py
 
-A model of two parameters learns the price of a taxi ride from ten rides, which come in
-five micro-batches of two. After each of them a row shows what the library holds. The
-sum S grows, and the parameters stay the same until the fifth micro-batch, the boundary.
-There the optimizer runs once, on S / W: the gradient of all ten rides.
+A model with two parameters learns the price of a taxi ride from ten rides, in five
+micro-batches of two. Each row of the table shows the state after a micro-batch. S is
+the sum of the gradients, and W the sum of the weights. The parameters stay the same
+until the fifth micro-batch, the boundary. There the optimizer runs once, on S / W: the
+gradient of all ten rides.
 
 docs/what-is-gradient-accumulation.md walks through these numbers.
 """
@@ -42,7 +43,8 @@ def pair(tree):
     return f"{tree['w']:g}, {tree['b']:g}"
 
 
-table = Table("step", "loss", box=box.SIMPLE_HEAD, caption="Pairs are for w and for b.")
+caption = "Pairs are w, b. S: sum of gradients. W: sum of weights."
+table = Table("step", "loss", box=box.SIMPLE_HEAD, caption=caption)
 for column in ("gradient", "S", "W", "S / W", "updated", "parameters"):
     table.add_column(column, justify="right")
 

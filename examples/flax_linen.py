@@ -2,10 +2,10 @@
 
     python examples/flax_linen.py
 
-Two things change in a Linen training: the `TrainState` is that of `optax_accum.flax`,
-and its optimizer is wrapped in `oa.accumulate`. BatchNorm normalises each micro-batch
-by itself, and its running statistics are passed on to the next. `state.step` counts
-micro-batches, so each of them has its own dropout mask.
+Two things change in a Linen training loop: the `TrainState` is that of
+`optax_accum.flax`, and its optimizer is wrapped in `oa.accumulate`. BatchNorm
+normalises each micro-batch separately, and passes its running statistics to the next
+one. `state.step` counts micro-batches, so each has a different dropout mask.
 """
 
 import argparse
@@ -23,11 +23,14 @@ from sklearn.model_selection import train_test_split
 import optax_accum as oa
 from optax_accum.flax import TrainState
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train a Linen module, one micro-batch per step.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=6, help="passes over the data")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=2e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=2e-3, help="for AdamW")
 options = parser.parse_args()
 
 

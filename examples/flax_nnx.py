@@ -1,12 +1,11 @@
-"""Train an NNX module with BatchNorm and dropout, each batch in parts inside one step.
+"""Train an NNX module with BatchNorm and dropout, the whole batch in one step.
 
     python examples/flax_nnx.py
 
-`oaf.value_and_grad` takes the place of `nnx.value_and_grad` and cuts the batch of 128
-images into micro-batches of 32. The optimizer is Flax's own. BatchNorm normalises each
-micro-batch by itself; its running statistics, and the random stream of dropout, are
-carried from one micro-batch to the next. (For a loader that yields micro-batches, see
-train.py.)
+`oaf.value_and_grad` replaces `nnx.value_and_grad`, and splits the batch of 128 images
+into micro-batches of 32. The optimizer stays the same. BatchNorm normalises each
+micro-batch separately. Its running statistics, and the random stream of dropout, pass
+from one micro-batch to the next. (If your loader yields micro-batches, see train.py.)
 """
 
 import argparse
@@ -21,11 +20,14 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum.flax as oaf
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train an NNX module, the whole batch in one step.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=6, help="passes over the data")
 parser.add_argument("--batch-size", type=int, default=128, help="images per update")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
-parser.add_argument("--learning-rate", type=float, default=2e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=2e-3, help="for AdamW")
 options = parser.parse_args()
 
 

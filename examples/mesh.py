@@ -1,23 +1,23 @@
-"""Train as data parallel, HSDP or FSDP, under plain `jax.jit`.
+"""Train with data parallelism, HSDP and FSDP, under plain `jax.jit`.
 
     python examples/mesh.py
 
-Every call of the training step gets one micro-batch, which is split over all devices.
-`oa.value_and_grad(..., local=True)` leaves the gradients where they are, and
-`oa.accumulate(mesh=...)` adds them up there and exchanges the sums once per update.
+Every call of the training step gets one micro-batch, split over all devices.
+`oa.value_and_grad(..., local=True)` leaves the gradients on their devices.
+`oa.accumulate(mesh=...)` adds them up there, and exchanges the sums once per update.
 
-The three ways differ in the mesh and in how parameters and moments are sharded; see
-`WAYS`. Each of them also runs by hand, without the library: there JAX exchanges
-gradients in every call. The table at the end is read from the compiled programs:
+The three ways differ in the mesh and in how parameters and moments are sharded (see
+`WAYS`). Each also runs by hand, without the library: then JAX exchanges gradients in
+every call. The table at the end shows what the compiled programs exchange:
 
 * `data`: every device has all parameters. Gradients are summed over devices once per
   update instead of once per micro-batch;
-* `hsdp`: the devices of one replica, with a fast network between them, exchange in
-  every micro-batch. Replicas exchange once per update, and each device only its part;
-* `fsdp`: parameters are gathered in every micro-batch, and gradients scattered once per
-  update. The price is memory: until then each device's sum of gradients is as large as
-  all parameters. By hand, a device keeps only its part of the sum. (There, XLA has an
-  all-reduce on a CPU where a reduce-scatter would do.)
+* `hsdp`: the devices of one replica exchange in every micro-batch, over a fast network.
+  Replicas exchange once per update, and each device sends only its part;
+* `fsdp`: parameters are gathered in every micro-batch. Gradients are scattered once per
+  update, but take more memory: the sum on each device is as large as all parameters. By
+  hand, a device keeps only its part of the sum. (On a CPU, XLA then uses an all-reduce
+  instead of a reduce-scatter.)
 
 A computer without accelerators simulates eight devices.
 """
@@ -44,17 +44,20 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train with data parallelism, HSDP and FSDP, and compare traffic.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument(
     "--way",
     choices=["data", "hsdp", "fsdp", "all"],
     default="all",
-    help="what is sharded: only the data, or also the parameters",
+    help="only the data is sharded (data), or also the parameters",
 )
 parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
 parser.add_argument("--size", type=int, default=64, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for AdamW")
 parser.add_argument("--cpu-devices", type=int, default=8, help="simulated on a CPU")
 options = parser.parse_args()
 
@@ -267,9 +270,11 @@ for key, (params, state, _) in results.items():
         cells = [""] * len(cells)
 
 print(f"""
-In multiples of the parameters' size: what each device holds between calls
-(parameters, moments, sums of gradients), and what {options.every_k} micro-batches
-exchange, among how many of the {D} devices. (0.00: scalars only.)
+All sizes are in multiples of the parameters' size.
+
+held: what each device stores between calls (parameters, moments, sums of gradients)
+among: how many of the {D} devices exchange with each other
+last columns: what they exchange in {options.every_k} micro-batches (0.00: scalars only)
 """)
 Console().print(table)
 
@@ -280,4 +285,4 @@ def largest_difference(a, b):
 
 first, *others = (jax.device_get(params) for params, *_ in results.values())
 away = max(largest_difference(first, params) for params in others)
-print(f"\nThe parameters of all rows agree to within {away:.0e}.")
+print(f"\nThe final parameters of all rows agree to within {away:.0e}.")

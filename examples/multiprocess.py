@@ -1,25 +1,26 @@
 r"""Train in several processes that have different amounts of data.
 
+This command starts two processes on this computer, with two simulated devices each:
+
     python examples/multiprocess.py
 
-starts two processes on this computer, with two simulated devices each. On two hosts,
-start one on each, with its number:
+On two hosts, start one process on each:
 
     python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 0
     python examples/multiprocess.py --coordinator HOST0:1234 --processes 2 --process 1
 
-SLURM, Open MPI and Cloud TPU tell JAX all that by themselves. Start one process for
-each GPU under SLURM, and one on each host of a TPU:
+SLURM, Open MPI and Cloud TPU pass these settings to JAX. Under SLURM, start one process
+for each GPU. On Cloud TPU, start one on each host:
 
     srun --nodes=2 --gres=gpu:8 --ntasks-per-node=8 \
         python examples/multiprocess.py --cluster
     gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
         --command="python examples/multiprocess.py --cluster"
 
-Every process reads its own images, one micro-batch per step. They exchange gradients
-once per update, so all must make the same number of steps: a process that has run out
-of images continues with padding, which has no weight. How to save and restore, and how
-to continue with a different number of processes, is in docs/checkpoints.md.
+Every process reads its own images, one micro-batch per step. The processes exchange
+gradients once per update, so all must make the same number of steps. A process without
+more images continues with padding, which has weight 0. docs/checkpoints.md shows how to
+save and restore, and how to continue with a different number of processes.
 """
 
 import argparse
@@ -48,10 +49,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawTextHelpFormatter
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-parser.add_argument("--cluster", action="store_true", help="let JAX find the others")
-parser.add_argument("--coordinator", help="HOST:PORT, a free port of the first host")
-parser.add_argument("--processes", type=int, default=2, help="how many there are")
-parser.add_argument("--process", type=int, help="the number of this one, from 0")
+parser.add_argument(
+    "--cluster", action="store_true", help="let JAX find the other processes"
+)
+parser.add_argument(
+    "--coordinator", help="HOST:PORT, with a free port of the first host"
+)
+parser.add_argument("--processes", type=int, default=2, help="number of processes")
+parser.add_argument("--process", type=int, help="number of this process, from 0")
 parser.add_argument("--epochs", type=int, default=20, help="passes over the data")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
@@ -153,6 +158,6 @@ for epoch in range(options.epochs):
     # All processes must compute it, even if one prints it.
     loss = float(state.window.loss.sum() / state.window.weight.sum())
     if process == 0 and epoch % 5 == 4:
-        print(f"epoch {epoch + 1}: loss of the latest window {loss:.3f}")
+        print(f"epoch {epoch + 1}: loss {loss:.3f}, the mean of the last window")
 correct = predict(jax.device_get(params), test_x).argmax(-1) == test_y
-print(f"Process {process} ends with a test accuracy of {correct.mean():.1%}")
+print(f"Process {process}: test accuracy {correct.mean():.1%}")

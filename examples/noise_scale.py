@@ -1,11 +1,12 @@
-"""Measure how large the batch should be, and let it grow with the answer.
+"""Measure how large the batch should be, and adapt it during training.
 
     python examples/noise_scale.py
 
-The noise scale is the batch size at which a gradient holds as much noise as signal.
-`accumulate` measures it as it trains, and `adaptive_k` makes every update from as many
-micro-batches as it takes to reach it. The picture compares the measurement with the
-noise scale of all training images, which no real training could afford to compute.
+The noise scale is the batch size at which a gradient has as much noise as signal.
+`accumulate` measures it during training, and `adaptive_k` adapts the number of
+micro-batches per update, so the batch is as large as the noise scale. The picture
+compares the measurement with the true noise scale, computed from all training images.
+(That is too expensive in a real training run.)
 """
 
 import argparse
@@ -25,12 +26,22 @@ from sklearn.model_selection import train_test_split
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--updates", type=int, default=300, help="in the end")
+parser = argparse.ArgumentParser(
+    description="Adapt the batch size to the noise scale during training.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+parser.add_argument("--updates", type=int, default=300, help="number of updates")
 parser.add_argument("--size", type=int, default=8, help="images per micro-batch")
-parser.add_argument("--max-k", type=int, default=256, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=0.1, help="of SGD")
-parser.add_argument("--picture", type=Path, default="out/noise_scale.png", help="path")
+parser.add_argument(
+    "--max-k", type=int, default=256, help="most micro-batches per update"
+)
+parser.add_argument("--learning-rate", type=float, default=0.1, help="for SGD")
+parser.add_argument(
+    "--picture",
+    type=Path,
+    default="out/noise_scale.png",
+    help="where to save the picture",
+)
 options = parser.parse_args()
 
 every_k = oa.noise.adaptive_k(2, options.max_k)
@@ -88,7 +99,7 @@ for update in track(range(1, options.updates + 1), "Training"):
         true[update] = float(true_noise_scale(params, train_x, train_y))
         print(
             f"update {update}: noise scale {measured[-1]:.0f} images "
-            f"(true {true[update]:.0f}), batch {batch_sizes[-1]}"
+            f"(true value {true[update]:.0f}), batch size {batch_sizes[-1]}"
         )
 correct = predict(params, test_x).argmax(-1) == test_y
 print(f"Test accuracy: {correct.mean():.1%}")
@@ -115,4 +126,4 @@ with mpl.rc_context(style):
     figure.legend(loc="outside right center", frameon=False, labelcolor="linecolor")
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.picture, dpi=150, transparent=True)
-print(f"The picture is {options.picture}")
+print(f"Saved the picture as {options.picture}")

@@ -1,14 +1,15 @@
-"""Stop a training run inside a window, and continue it as if it had never stopped.
+"""Stop a training run mid-window, and continue it bit for bit.
 
     python examples/resume.py --stop-after 38
     python examples/resume.py
 
-A window is the four micro-batches between two updates. The first command stops after
-the second micro-batch of the tenth window, as a crash would. The second one finds the
-checkpoint of micro-step 35, with three micro-batches in the open window, and continues.
+A window is the micro-batches between two updates, here four. The first command stops
+after the second micro-batch of the tenth window, like a crash. The second command
+restores the checkpoint of micro-step 35, with three micro-batches in the open window,
+and continues.
 
-Checkpoints are named by the number of micro-batches seen. The data order and the random
-keys of dropout follow from that number, so nothing else needs to be saved.
+The number of a checkpoint is the number of micro-batches seen. The order of the data
+and the dropout keys follow from this number, so only parameters and state are saved.
 """
 
 import argparse
@@ -24,10 +25,15 @@ from sklearn.datasets import load_digits
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--micro-steps", type=int, default=100, help="in the end")
-parser.add_argument("--stop-after", type=int, help="micro-steps, like a crash")
-parser.add_argument("--save-every", type=int, default=5, help="micro-steps")
+parser = argparse.ArgumentParser(
+    description="Stop a training run mid-window, and continue it bit for bit.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+parser.add_argument("--micro-steps", type=int, default=100, help="micro-steps in total")
+parser.add_argument("--stop-after", type=int, help="stop after this micro-step")
+parser.add_argument(
+    "--save-every", type=int, default=5, help="micro-steps between checkpoints"
+)
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
 parser.add_argument("--folder", type=Path, default="out/resume", help="for checkpoints")
@@ -63,7 +69,7 @@ def train_step(params, state, x, y, number):
 
 def where(state):
     updates, seen = oa.gradient_step(state), oa.micro_step(state)
-    return f"{updates} updates, {seen} micro-batches in the open window"
+    return f"updates: {updates}, micro-batches in the open window: {seen}"
 
 
 key1, key2 = jax.random.split(jax.random.key(1))
@@ -83,11 +89,11 @@ with ocp.CheckpointManager(folder, options=manager_options) as manager:
     if done:
         like = ocp.args.StandardRestore((params, state))
         params, state = manager.restore(done, args=like)
-    print(f"Starting at micro-step {done}: {where(state)}")
+    print(f"Starting at micro-step {done} ({where(state)})")
     for number in range(done, options.micro_steps):
         params, state, loss = train_step(params, state, *micro_batch(number), number)
         done = number + 1
         manager.save(done, args=ocp.args.StandardSave((params, state)))
         if done == options.stop_after:
             break
-print(f"Ending at micro-step {done}: {where(state)}")
+print(f"Stopped at micro-step {done} ({where(state)})")

@@ -3,16 +3,16 @@
     python examples/token_budget.py
 
 The documents are paragraphs of Python's language reference, which comes with Python,
-and the tokens are characters. Most paragraphs are short and a few are very long; what
-is longer than a row of 512 tokens is cut. The same global batches train the same model
-twice, in micro-batches of 2048 tokens:
+and the tokens are characters. Most paragraphs are short, and a few are very long: they
+are cut to a row of 512 tokens. The same model trains twice on the same global batches,
+in micro-batches of 2048 tokens:
 
-* padded: every paragraph has a row of its own;
-* by budget: `oa.token_batches` puts several into a row.
+* padded: every row has one paragraph, and padding;
+* by budget: `oa.token_batches` packs several paragraphs into a row.
 
-With weights both make the update of the global batch, a mean over all its tokens, so
-the parameters agree. The picture shows a global batch in both ways, and the time that
-an update takes.
+The numbers of tokens are the weights. So both runs make the update of the global batch,
+the mean over all its tokens, and the parameters agree. The picture shows one global
+batch in both forms, and the time of an update.
 """
 
 import argparse
@@ -34,14 +34,26 @@ from rich.progress import track
 
 import optax_accum as oa
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--updates", type=int, default=15, help="of each training")
+parser = argparse.ArgumentParser(
+    description="Train on documents packed by oa.token_batches, and on padded ones.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+parser.add_argument("--updates", type=int, default=15, help="updates of each run")
 parser.add_argument("--batch-size", type=int, default=48, help="paragraphs per update")
-parser.add_argument("--length", type=int, default=512, help="tokens in a row")
-parser.add_argument("--max-tokens", type=int, default=2048, help="per micro-batch")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of Adam")
-parser.add_argument("--quick", action="store_true", help="a tiny model, 5 updates")
-parser.add_argument("--picture", type=Path, default="out/token_budget.svg", help="path")
+parser.add_argument("--length", type=int, default=512, help="tokens per row")
+parser.add_argument(
+    "--max-tokens", type=int, default=2048, help="tokens per micro-batch"
+)
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for Adam")
+parser.add_argument(
+    "--quick", action="store_true", help="use a tiny model and 5 updates"
+)
+parser.add_argument(
+    "--picture",
+    type=Path,
+    default="out/token_budget.svg",
+    help="where to save the picture",
+)
 options = parser.parse_args()
 updates, layers, width = (5, 1, 8) if options.quick else (options.updates, 2, 64)
 VOCABULARY, HEADS = 128, 2
@@ -146,7 +158,7 @@ def load_paragraphs():
     return [cut[i].astype(np.int32) for i in order]
 
 
-# --- Two training runs on the same global batches, one after the other ---
+# --- Two runs on the same global batches, alternating ---
 
 # With its usual epsilon Adam magnifies rounding where gradients are almost zero.
 tx = oa.accumulate(optax.adam(options.learning_rate, eps=1e-5))
@@ -221,7 +233,7 @@ table = [
         "micro-batches per update",
         *(f"{len(t.segments) / updates:.1f}" for t in trainings.values()),
     ),
-    ("their shapes", *(len(set(t.compiled)) for t in trainings.values())),
+    ("different shapes", *(len(set(t.compiled)) for t in trainings.values())),
     ("programs compiled", *(len(t.compiled) for t in trainings.values())),
     ("milliseconds per update", *(f"{t:.0f}" for t in milliseconds)),
 ]
@@ -230,8 +242,11 @@ for name, *cells in table:
 speed = milliseconds[0] / milliseconds[1]
 moved = largest_difference(one.params, initial_params())
 apart = largest_difference(one.params, other.params)
-print(f"An update by budget is {speed:.2f} times as fast.")
-print(f"Parameters have moved by up to {moved:.2f} and differ by {apart:.1e} at most.")
+print(f"An update by budget is {speed:.2f} times as fast as a padded one.")
+print(
+    f"The parameters changed by up to {moved:.2f} and differ by {apart:.1e} at most "
+    "between the two runs."
+)
 
 # --- The picture: all rows of a global batch, and the time of an update ---
 
@@ -289,4 +304,4 @@ with mpl.rc_context(style):
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if options.picture.suffix == ".svg" else None
     figure.savefig(options.picture, dpi=150, transparent=True, metadata=metadata)
-print(f"The picture is {options.picture}")
+print(f"Saved the picture as {options.picture}")

@@ -1,7 +1,7 @@
 """Train a small network on handwritten digits, with gradient accumulation.
 
-Four micro-batches of 32 images make an update; at the epoch's end 32, 32 and 3 do.
-Every epoch is saved: run it again with more --epochs, and it continues.
+Four micro-batches of 32 images make an update. The last update of an epoch is made from
+32 + 32 + 3 images. Every epoch is saved: run it again with more --epochs to continue.
 """
 
 import argparse
@@ -18,11 +18,14 @@ from sklearn.model_selection import train_test_split
 import optax_accum as oa
 import optax_accum.flax as oaf
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(
+    description="Train a small network, with gradient accumulation.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
 parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
 parser.add_argument("--size", type=int, default=32, help="images per micro-batch")
 parser.add_argument("--every-k", type=int, default=4, help="micro-batches per update")
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="for AdamW")
 parser.add_argument("--folder", type=Path, default="out/train", help="for checkpoints")
 options = parser.parse_args()
 
@@ -66,7 +69,7 @@ optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
 
 with ocp.CheckpointManager(options.folder.resolve()) as manager:
     if done := manager.latest_step() or 0:
-        print(f"Continuing after epoch {done}, which was saved in {options.folder}")
+        print(f"Continuing after epoch {done}, saved in {options.folder}")
         like = ocp.args.StandardRestore(nnx.state((model, optimizer)))
         nnx.update((model, optimizer), manager.restore(done, args=like))
     for epoch in track(range(done + 1, options.epochs + 1), "Training"):
