@@ -52,7 +52,7 @@ parser.add_argument(
     "--way",
     choices=["data", "hsdp", "fsdp", "all"],
     default="all",
-    help="only the data is sharded (data), or also the parameters",
+    help="what to shard: only the data (data), or also parameters (hsdp, fsdp)",
 )
 parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
 parser.add_argument("--size", type=int, default=64, help="images per micro-batch")

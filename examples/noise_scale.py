@@ -33,7 +33,7 @@ parser = argparse.ArgumentParser(
 parser.add_argument("--updates", type=int, default=300, help="number of updates")
 parser.add_argument("--size", type=int, default=8, help="images per micro-batch")
 parser.add_argument(
-    "--max-k", type=int, default=256, help="most micro-batches per update"
+    "--max-k", type=int, default=256, help="largest number of micro-batches per update"
 )
 parser.add_argument("--learning-rate", type=float, default=0.1, help="for SGD")
 parser.add_argument(
