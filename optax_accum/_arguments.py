@@ -349,11 +349,17 @@ def as_positions(role: str, value: Any) -> tuple[int, ...]:
             return tuple(operator.index(i) for i in value)
         return (operator.index(value),)
     except TypeError:
-        names = role.replace("nums", "names")
-        hint = f". Pass names in `{names}`" if names.endswith("_argnames") else ""
+        got, names, hint = repr(value), role.replace("nums", "names"), ""
+        if names.endswith("_argnames"):
+            hint = f". Pass names in `{names}`"
+        if any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+            got = _validate.shown_kind(value)
+            hint = (
+                ". The arguments of `fun` go to what is returned: f(fun)(params, batch)"
+            )
         raise TypeError(
             f"`{role}` must be an int or several ints, positions of arguments; got "
-            f"{value!r}{hint}"
+            f"{got}{hint}"
         ) from None
 
 

@@ -436,6 +436,8 @@ def _advice(grads: Grads, expected: Tree) -> str:
     """What to do if the structures of the gradients and the parameters differ."""
     if jax.tree.structure(grads) == jax.tree.structure((0, expected)):  # type: ignore[operator]
         return "If this is (value, grads), from value_and_grad, pass `grads` alone"
+    if jax.tree.structure(grads) == jax.tree.structure({"params": expected}):  # type: ignore[operator]
+        return 'If this is the gradient of all variables, pass `grads["params"]`'
     return (
         "Every floating parameter that `init` saw needs a floating gradient, and only "
         "those"

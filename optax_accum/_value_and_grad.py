@@ -287,6 +287,15 @@ def value_and_grad(
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3
       (https://arxiv.org/abs/1706.02677): the gradient of a large batch in parts.
     """
+    roles = _arguments.Roles.of(
+        argnums,
+        batch_argnums,
+        batch_argnames,
+        batch_axis,
+        carry_argnum,
+        rng_argnums,
+        rng_argnames,
+    )
     _validate.one_of("reduction", reduction, _window.REDUCTIONS)
     _accumulators.check_policies("aux", aux)
     if not has_aux and aux != "stack":
@@ -309,15 +318,6 @@ def value_and_grad(
                 f"`local=True` and `{name}` need `return_info=True`: devices may "
                 "differ in weight, and `accumulate` needs each one's, `info.weight`"
             )
-    roles = _arguments.Roles.of(
-        argnums,
-        batch_argnums,
-        batch_argnames,
-        batch_axis,
-        carry_argnum,
-        rng_argnums,
-        rng_argnames,
-    )
     settings = Settings(
         fun=fun,
         roles=roles,

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import optax_accum as oa
 from optax_accum.flax import TrainState
 from tests.support import hlo
+from tests.support.errors import refused
 from tests.support.training import needs_in_place, promoting, slow
 from tests.support.xla import optimized
 
@@ -235,6 +236,30 @@ def test_frozen_statistics_may_be_replaced_by_plain_dicts():
     same(state.batch_stats, new)
     with pytest.raises(ValueError, match="`batch_stats` must have the tree structure"):
         state.apply_gradients(grads=params, batch_stats=new["norm"])
+
+
+def test_stacked_statistics_are_refused():
+    """An auxiliary output of `value_and_grad` has an axis of micro-batches."""
+    state = create(oa.accumulate(INNER, 2), Normalised())
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 4), state.batch_stats)
+    with refused("`batch_stats['BatchNorm_0']['mean']`", "(4, ", "carry_argnum"):
+        state.apply_gradients(grads=state.params, batch_stats=stacked)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("weights", "`weight`"), ("batch_stat", "`batch_stats`"), ("hvp", "`extra_args`")],
+)
+def test_a_keyword_that_is_not_a_field_is_named(name, advice):
+    state = create(oa.accumulate(INNER, 2))
+    with refused(f"`{name}` is not an argument of `apply_gradients`", advice):
+        state.apply_gradients(grads=state.params, **{name: 3.0})
+
+
+def test_the_gradient_of_all_variables_is_recognised():
+    state = create(oa.accumulate(INNER, 2))
+    with refused('pass `grads["params"]`'):
+        state.apply_gradients(grads={"params": state.params})
 
 
 @pytest.mark.several_devices

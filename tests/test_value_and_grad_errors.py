@@ -470,3 +470,8 @@ def test_a_complex_accumulator_of_real_gradients_is_refused():
 def test_differentiating_an_integer_argument_is_refused():
     with raises(TypeError, "int32"):
         run(lambda n, x: (n * x).sum() * 1.0, 3, X[:, 0].astype(np.int32))
+
+
+def test_a_call_in_one_step_is_recognised():
+    with raises(TypeError, "`argnums`", "got dict", "f(fun)(params, batch)"):
+        oa.value_and_grad(loss, PARAMS, jnp.ones((4, 3)), num_microbatches=2)

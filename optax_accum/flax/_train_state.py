@@ -1,7 +1,9 @@
 """Linen's `TrainState`, for windows of micro-batches."""
 
+import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import jax
@@ -116,10 +118,12 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
           The next state.
 
         Raises:
-          ValueError: As ``update`` of `oa.accumulate`; the structure of `batch_stats`
-            changes; inside an `optax.chain`, overwritten leaves have an axis of
-            devices.
+          TypeError: A keyword that is not a field.
+          ValueError: As ``update`` of `oa.accumulate`; the structure or a shape of
+            `batch_stats` changes; inside an `optax.chain`, overwritten leaves have an
+            axis of devices.
         """
+        self._check_fields(kwargs)
         is_apart = False
         if _has_overwritten(self.params) and not _accumulating.takes_all(self.tx):
             # What stands around `oa.accumulate` is not to see what is overwritten.
@@ -158,6 +162,22 @@ class TrainState(_accumulating.Counts, train_state.TrainState):
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
 
+    def _check_fields(self, names: Iterable[str]) -> None:
+        """Raises for a field that a state does not have."""
+        fields = {field.name for field in dataclasses.fields(self)}
+        arguments = ("grads", "weight", "boundary", "value", "extra_args")
+        for name in set(names) - fields:
+            near = difflib.get_close_matches(name, (*arguments, *fields), n=1)
+            advice = (
+                f"Did you mean `{near[0]}`?"
+                if near
+                else "An argument of `tx` belongs in `extra_args`"
+            )
+            raise TypeError(
+                f"`{name}` is not an argument of `apply_gradients`, nor a field of "
+                f"{type(self).__name__}. {advice}"
+            )
+
 
 def _has_overwritten(tree: Tree) -> bool:
     """Whether Flax's collection of that name is in it."""
@@ -186,6 +206,18 @@ def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:
         as_dicts[1],
         'Pass the whole collection, as `mutable="batch_stats"` returns it',
     )
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(as_dicts[0]),
+        jax.tree.leaves(as_dicts[1]),
+        strict=True,
+    ):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"{_validate.named('batch_stats', path)} has shape {jnp.shape(x)}, but "
+                f"in the state it has {jnp.shape(y)}. If it is an auxiliary output of "
+                "`oa.value_and_grad`, which stacks one for each micro-batch, pass the "
+                "statistics as an argument of the loss instead, with `carry_argnum`"
+            )
     leaves = [
         jnp.where(counted, x, y)
         for x, y in zip(*map(jax.tree.leaves, as_dicts), strict=True)
