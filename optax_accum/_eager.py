@@ -1,6 +1,8 @@
 """Calls outside of `jax.jit`, and a warning if they compile every time."""
 
+import collections
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,22 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 _warned: set[str] = set()
+_counts: collections.Counter[Any] = collections.Counter()
 
 
 class Calls:
     """The calls of one function outside of `jax.jit` that compile it every time."""
 
-    def __init__(self, name: str, remedy: str) -> None:
-        """`name` is what was called, `remedy` what to do, as code."""
+    def __init__(self, name: str, remedy: str, fun: Callable | None = None) -> None:
+        """`name` is what was called with `fun`, `remedy` what to do, as code."""
         self.name, self.remedy = name, remedy
-        self.count = 0
+        # A training step that is not compiled wraps the same loss anew in every call.
+        self.key = name, getattr(fun, "__code__", self)
 
     def note(self, *arguments: Any) -> None:
         """Counts a call with these arguments, and warns at the second one."""
         if self.name in _warned or not is_eager(arguments):
             return
-        self.count += 1
-        if self.count == 2:
+        _counts[self.key] += 1
+        if _counts[self.key] >= 2:
             _warned.add(self.name)
             warnings.warn(
                 f"{self.name} was called outside of `jax.jit` for the second time, and "

@@ -15,6 +15,7 @@ from optax_accum._closures import cells_of, globals_of
 from optax_accum._types import Grads, Kwargs
 
 OWN = ("weight", "boundary", "value")
+SYNONYMS = {"loss": ["value"], "batch_size": ["weight"], "num_tokens": ["weight"]}
 
 # Stands among names for all that cannot be found out.
 _ANYTHING = "**"
@@ -39,6 +40,7 @@ def check_names(given: Kwargs, taken: frozenset[str], *, is_chained: bool) -> No
         near = difflib.get_close_matches(name, (*OWN, *sorted(taken)), n=1, cutoff=0.8)
         if only_slips and not (near and near[0] in OWN):
             continue
+        near = near or SYNONYMS.get(name, [])
         advice = (
             f"Did you mean `{near[0]}`?"
             if near

@@ -207,7 +207,7 @@ def microbatch(
         devices=DataParallel.of(axis_name, mesh),
         functions=Settings.named(fun, weight),
     )
-    calls = _eager.Calls("`microbatch`", "jax.jit(oa.microbatch(...))")
+    calls = _eager.Calls("`microbatch`", "jax.jit(oa.microbatch(...))", fun)
 
     @functools.wraps(fun)
     def in_microbatches(*args: Any, **kwargs: Any) -> Any:

@@ -31,10 +31,17 @@ def one_of(name: str, value: Any, choices: tuple[str, ...], or_else: str = "") -
 def transformation(value: Any) -> None:
     """Raises unless `value` has the two functions of a gradient transformation."""
     if not all(callable(getattr(value, name, None)) for name in ("init", "update")):
+        advice = "Pass the optimizer itself, optax.adam(1e-3), say"
+        if callable(value):
+            advice = (
+                "Call the optimizer with its learning rate first: optax.adam(1e-3), "
+                "not optax.adam"
+            )
+        elif as_int(value) is not None:
+            advice = "The order is accumulate(inner, every_k)"
         raise TypeError(
             "`inner` must be an Optax gradient transformation, with `init` and "
-            f"`update`; got {value!r} of type {type(value).__name__}. Call the "
-            "optimizer with its learning rate first: optax.adam(1e-3), not optax.adam"
+            f"`update`; got {shown(value)}. {advice}"
         )
 
 
@@ -117,7 +124,8 @@ def state(value: Any) -> None:
     if not hasattr(value, "window"):
         raise TypeError(
             f"`state` must be the `AccumulateState` that `init` returned; got "
-            f"{shown_kind(value)}. The order is update(grads, state, params), and "
+            f"{shown_kind(value)}. Make it with `init` of `accumulate`, not of the "
+            "optimizer inside. The order is update(grads, state, params), and "
             "update_params(grads, state, params)"
         )
 
@@ -379,6 +387,9 @@ def accumulator(sums: Tree, grads: Grads, params: Params, *, narrow: bool) -> No
         differ = (
             f"{named('state.window.grads', path)} has shape {jnp.shape(s)} and "
             f"{named('params', other)} {jnp.shape(p)}"
+            if path == other
+            else f"the former has {named('state.window.grads', path)} in place of "
+            f"{named('params', other)}"
             for (path, s), (other, p) in pairs
             if path != other or jnp.shape(s) != jnp.shape(p)
         )
@@ -464,6 +475,8 @@ def shown(x: Any) -> str:
     """A value that is not what it must be, with its type; an array by its type."""
     if isinstance(x, jax.Array):
         return f"an array, {shown_type(x)}"
+    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(x)):
+        return f"a value of type {type(x).__name__} with arrays in it"
     return f"{x!r} of type {type(x).__name__}"
 
 

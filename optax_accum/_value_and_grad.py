@@ -341,7 +341,7 @@ def value_and_grad(
         functions=Settings.named(fun, weight),
     )
 
-    calls = _eager.Calls("`value_and_grad`", "jax.jit(oa.value_and_grad(...))")
+    calls = _eager.Calls("`value_and_grad`", "jax.jit(oa.value_and_grad(...))", fun)
 
     @functools.wraps(fun)
     def value_and_grad_of_batch(*args: Any, **kwargs: Any) -> Any:
@@ -390,7 +390,7 @@ def grad(
     """
     settings = settings_of(value_and_grad(fun, argnums, has_aux, **options))
 
-    calls = _eager.Calls("`grad`", "jax.jit(oa.grad(...))")
+    calls = _eager.Calls("`grad`", "jax.jit(oa.grad(...))", fun)
 
     @functools.wraps(fun)
     def grad_of_batch(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 from tests.support import hlo
-from tests.support.errors import saying
+from tests.support.errors import refused, saying
 from tests.support.training import promoting, slow
 from tests.support.xla import optimized
 
@@ -132,6 +132,10 @@ class TestErrorsAtTheCall:
         words = ("`every_k` must be an int >= 1", repr(every_k))
         with pytest.raises(TypeError, match=saying(*words)):
             oa.with_boundaries([1], every_k)
+
+    def test_data_in_place_of_every_k_are_not_printed(self):
+        with refused("`every_k` must be an int >= 1", "list with arrays in it"):
+            oa.with_boundaries(2, [np.ones((24, 3))])
 
     @pytest.mark.parametrize("every_k", [0, -1])
     def test_every_k_below_one_is_refused(self, every_k):

@@ -24,6 +24,11 @@ class TestSettings:
         with pytest.raises(TypeError, match=saying(*words)):
             oa.accumulate(inner, 2)
 
+    def test_arguments_in_the_wrong_order_are_recognised(self):
+        words = ("got 2 of type int", "The order is accumulate(inner, every_k)")
+        with pytest.raises(TypeError, match=saying(*words)):
+            oa.accumulate(2, SGD)
+
     @pytest.mark.parametrize("value", [0, -3, np.int64(0)])
     def test_every_k_below_one_is_refused(self, value):
         words = ("`every_k` must be an int >= 1", f"got {value}", "every_k=1")

@@ -132,6 +132,17 @@ class TestNames:
         with pytest.raises(TypeError, match=words):
             chained.update(self.grads, chained.init(PARAMS), PARAMS, **{name: 1.0})
 
+    @pytest.mark.parametrize(
+        ("name", "meant"), [("loss", "value"), ("batch_size", "weight")]
+    )
+    def test_other_words_for_an_argument_are_understood(self, name, meant):
+        tx = oa.accumulate(SGD, every_k=2)
+        with pytest.raises(TypeError, match=saying(f"`{name}`", f"mean `{meant}`?")):
+            tx.update(self.grads, tx.init(PARAMS), PARAMS, **{name: 1.0})
+        # In a chain they may be meant for another of its parts.
+        chained = optax.chain(takes_loss(), tx)
+        chained.update(self.grads, chained.init(PARAMS), PARAMS, loss=1.0)
+
     def test_what_nothing_takes_is_refused(self):
         for inner in (SGD, takes_scale()):
             tx = oa.accumulate(inner, every_k=2)
@@ -245,6 +256,16 @@ class _Scaling:
 
     def passes_on(self, updates, state, params=None, **extra_args):
         return self.update(updates, state, params, **extra_args)
+
+
+def takes_loss():
+    """A transformation that takes `loss`."""
+
+    def update(updates, state, params=None, *, loss, **extra_args):
+        del params, loss, extra_args
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def takes_scale(how="names"):

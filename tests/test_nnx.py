@@ -1,5 +1,7 @@
 """`value_and_grad` and `Optimizer` of `optax_accum.flax`, in NNX's own loops."""
 
+import collections
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,7 @@ class TestValueAndGrad:
 
     def test_a_second_call_without_jit_warns_of_nnx_jit(self, monkeypatch):
         monkeypatch.setattr(_eager, "_warned", set())
+        monkeypatch.setattr(_eager, "_counts", collections.Counter())
         model, in_parts = MLP(), oaf.value_and_grad(loss_fn, num_microbatches=4)
         nnx.jit(in_parts)(model, X)
         in_parts(model, X)

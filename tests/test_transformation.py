@@ -1,5 +1,6 @@
 """What `accumulate` returns, wherever it is passed, copied and printed."""
 
+import collections
 from typing import Any
 
 import chex
@@ -201,6 +202,7 @@ class TestWithoutJit:
     def test_a_schedule_that_asks_for_values_works_and_warns_once(self, monkeypatch):
         tx = oa.accumulate(optax.sgd(1.0), lambda step: 1 if step < 2 else 3)
         monkeypatch.setattr(_eager, "_warned", set())
+        monkeypatch.setattr(_eager, "_counts", collections.Counter())
 
         def train():
             params, state, updated = PARAMS, tx.init(PARAMS), []

@@ -1,5 +1,6 @@
 """`oa.value_and_grad`: what it returns is what the whole batch gives."""
 
+import collections
 import functools
 import gc
 import warnings
@@ -317,6 +318,7 @@ def test_a_float64_value_of_float32_parameters_keeps_its_dtype():
 def _first_warning(monkeypatch):
     """As in a process in which nothing was said yet."""
     monkeypatch.setattr(_eager, "_warned", set())
+    monkeypatch.setattr(_eager, "_counts", collections.Counter())
 
 
 @pytest.mark.usefixtures("_first_warning")
@@ -336,6 +338,21 @@ def test_a_second_call_without_jit_warns_once(function):
 
 
 @pytest.mark.usefixtures("_first_warning")
+def test_a_loss_that_is_wrapped_anew_in_every_call_warns_too():
+    params, batch = make_params(), make_batch()
+
+    def step():
+        def loss(params, batch):
+            return mean_loss(params, batch)
+
+        return oa.value_and_grad(loss, num_microbatches=3)(params, batch)
+
+    step()
+    with pytest.warns(UserWarning, match=r"jax\.jit\(oa\."):
+        step()
+
+
+@pytest.mark.usefixtures("_first_warning")
 def test_calls_that_are_compiled_once_do_not_warn():
     f = oa.value_and_grad(mean_loss, num_microbatches=3)
     params, batch = make_params(), make_batch()
@@ -348,8 +365,6 @@ def test_calls_that_are_compiled_once_do_not_warn():
             for _ in range(2):
                 f(params, batch)
         assert oa.diagnose.check_equivalence(mean_loss, params, batch, 4)
-        for _ in range(2):
-            oa.value_and_grad(mean_loss, num_microbatches=3)(params, batch)
 
 
 def test_no_batch_is_kept_in_memory_without_jit():

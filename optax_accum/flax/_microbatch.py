@@ -82,7 +82,7 @@ def microbatch(fun: Function, **options: Any) -> Function:
             "an nnx.Variable"
         )
     settings = _microbatch.microbatch(fun, **options).settings  # type: ignore[attr-defined]
-    calls = _eager.Calls("`microbatch`", "nnx.jit(oaf.microbatch(...))")
+    calls = _eager.Calls("`microbatch`", "nnx.jit(oaf.microbatch(...))", fun)
 
     @functools.wraps(fun)
     def in_microbatches(*args: Any, **kwargs: Any) -> Any:

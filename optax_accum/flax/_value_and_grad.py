@@ -97,7 +97,9 @@ def value_and_grad(
         _value_and_grad.value_and_grad(loss_fn, 0, has_aux, **options)
     )
 
-    calls = _eager.Calls("`value_and_grad`", "nnx.jit(oaf.value_and_grad(...))")
+    calls = _eager.Calls(
+        "`value_and_grad`", "nnx.jit(oaf.value_and_grad(...))", loss_fn
+    )
 
     @functools.wraps(loss_fn)
     def value_and_grad_of_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
