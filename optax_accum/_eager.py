@@ -19,7 +19,7 @@ class Calls:
     def __init__(self, name: str, remedy: str, fun: Callable | None = None) -> None:
         """`name` is what was called with `fun`, `remedy` what to do, as code."""
         self.name, self.remedy = name, remedy
-        # A training step that is not compiled wraps the same loss anew in every call.
+        # A training step that is not compiled wraps the same loss again in every call.
         self.key = name, getattr(fun, "__code__", self)
 
     def note(self, *arguments: Any) -> None:
