@@ -69,7 +69,7 @@ optimizer = oaf.Optimizer(model, tx, wrt=nnx.Param)
 
 with ocp.CheckpointManager(options.folder.resolve()) as manager:
     if done := manager.latest_step() or 0:
-        print(f"Continuing after epoch {done}, saved in {options.folder}")
+        print(f"Continuing after epoch {done} of {options.epochs}: {options.folder}")
         like = ocp.args.StandardRestore(nnx.state((model, optimizer)))
         nnx.update((model, optimizer), manager.restore(done, args=like))
     for epoch in track(range(done + 1, options.epochs + 1), "Training"):
@@ -79,5 +79,8 @@ with ocp.CheckpointManager(options.folder.resolve()) as manager:
             loss = train_step(model, optimizer, train_x[part], train_y[part], boundary)
         manager.save(epoch, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
         test_accuracy = accuracy(model, test_x, test_y)
-        print(f"epoch {epoch}: loss {loss:.3f}, test accuracy {test_accuracy:.1%}")
+        print(
+            f"epoch {epoch}: {optimizer.gradient_step} updates, loss of the last one "
+            f"{loss:.3f}, test accuracy {test_accuracy:.1%}"
+        )
 print(f"Test accuracy: {accuracy(model, test_x, test_y):.1%}")
