@@ -18,7 +18,8 @@ PAGES = ["*.md", "docs/*.md"]
 MODULES = ["optax_accum/**/*.py", "examples/*.py", "benchmarks/*.py", "docs/*.py"]
 CODE_COLUMNS = 88
 
-# What to avoid (a regular expression for a single line), and what to write.
+# What to avoid (a regular expression, whose spaces may be ends of lines), and what to
+# write.
 PHRASES = {
     r"\bso that\b": "so, or: to",
     r"(^|[.:;] )where (it|that|this|they|there|nothing|no|a|the|all)\b": "if, when",
@@ -44,7 +45,10 @@ PHRASES = {
     r"\b(next to nothing|no matter)\b": "a number, or: any",
     r"\b(slots|forgiven|in turn|meter)\b": "the field's word",
 }
-SIMPLER = {re.compile(bad, re.IGNORECASE): good for bad, good in PHRASES.items()}
+SIMPLER = {
+    re.compile(bad.replace(" ", r"\s"), re.IGNORECASE | re.MULTILINE): good
+    for bad, good in PHRASES.items()
+}
 
 
 def page(text):
@@ -82,10 +86,11 @@ def problems(path):
     """What to change in a file, as lines that an editor opens."""
     prose, cut = (page if path.suffix == ".md" else module)(path.read_text())
     found = cut if path.parent.name == "docs" else []
-    for number, line in enumerate(prose, 1):
-        for bad, good in SIMPLER.items():
-            if match := bad.search(line):
-                found.append((number, f"“{match[0].strip()}”: {good}"))
+    text = "\n".join(line.strip() for line in prose)
+    for bad, good in SIMPLER.items():
+        for match in bad.finditer(text):
+            number = text.count("\n", 0, match.start()) + 1
+            found.append((number, f"“{' '.join(match[0].split())}”: {good}"))
     return [f"{path}:{number}: {what}" for number, what in sorted(found)]
 
 

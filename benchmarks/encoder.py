@@ -2,8 +2,8 @@
 
 CLIP's loss compares every image with every text. The towers are small transformers in
 Flax, their layers scanned and rematerialised, all in float32. Temporaries are what XLA
-reports, as multiples of the parameters' bytes. All ways compute the same gradient, in
-turn within each round; their times are multiples of the checkpointed scan's.
+reports, as multiples of the parameters' bytes. All ways compute the same gradient, one
+after the other in each round; their times are multiples of the checkpointed scan's.
 
 Two towers, in two sizes: one has more bytes of parameters than of a micro-batch's
 activations, the other has fewer.

@@ -6,6 +6,7 @@ Where a block of ``text`` follows, it is what the Python prints.
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,16 @@ def test_running_a_page_fails_if_its_output_differs(tmp_path):
 
 def test_the_readme_has_an_example():
     assert "```python" in DOCUMENTS[0].read_text()
+
+
+def test_the_prose_linter_reads_text_but_not_code(tmp_path):
+    problems = runpy.run_path(ROOT / ".ci" / "prose.py")["problems"]
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("It shall run, `shall` it not?\n\n```python\nshall = 1\n```\n")
+    assert problems(page) == [f"{page}:1: “shall”: will, should"]
+    page.write_text(f"```python\nx = {'1' * 90}\n```\n")
+    assert problems(page) == [f"{page}:2: 94 columns: a page shows 88"]
+    module = tmp_path / "module.py"
+    module.write_text("shall = 1\n# It shall.\nraise ValueError('It shall')\n")
+    assert [line.split(":")[1] for line in problems(module)] == ["2", "3"]
