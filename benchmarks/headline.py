@@ -57,7 +57,7 @@ def draw(stream: Rows, across: Rows, inside: Rows) -> Any:
     draw_pair(step_memory, "extra memory", names, held, "{:.1f} × params")
     by_hand, ours = numbers(inside, "time", *names)
     relative = [1.0, ours / by_hand]
-    draw_pair(step_time, "time of the step", names, relative, "{:.2f}")
+    draw_pair(step_time, "relative time of the step", names, relative, "{:.2f}")
     for axes in (memory, step_memory):  # The others share their axes.
         axes.invert_yaxis()
     return figure
