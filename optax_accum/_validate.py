@@ -475,9 +475,9 @@ def shown(x: Any) -> str:
     """A value that is not what it must be, with its type; an array by its type."""
     if isinstance(x, jax.Array):
         return f"an array, {shown_type(x)}"
-    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(x)):
-        return f"a value of type {type(x).__name__} with arrays in it"
-    return f"{x!r} of type {type(x).__name__}"
+    value = repr(x)
+    # Whole batches and models come here, too.
+    return f"{value if len(value) <= 100 else 'a value'} of type {type(x).__name__}"
 
 
 def as_int(value: Any) -> int | None:

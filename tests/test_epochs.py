@@ -134,7 +134,7 @@ class TestErrorsAtTheCall:
             oa.with_boundaries([1], every_k)
 
     def test_data_in_place_of_every_k_are_not_printed(self):
-        with refused("`every_k` must be an int >= 1", "list with arrays in it"):
+        with refused("`every_k` must be an int >= 1", "got a value of type list"):
             oa.with_boundaries(2, [np.ones((24, 3))])
 
     @pytest.mark.parametrize("every_k", [0, -1])
