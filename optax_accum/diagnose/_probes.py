@@ -314,8 +314,8 @@ def _weights_cause(
                 "with the count as `weight`",
             )
     found += (
-        ": `fun` averages over something of which they hold different amounts, such as "
-        "valid tokens"
+        ": `fun` averages over something that they contain in different amounts, such "
+        "as valid tokens"
     )
     if problem.settings.reduction != "mean":
         advice = (
