@@ -8,6 +8,7 @@ longer line is cut off on a laptop.
 """
 
 import io
+import os
 import re
 import sys
 import tokenize
@@ -96,7 +97,7 @@ def problems(path):
 
 if __name__ == "__main__":
     files = [Path(name) for name in sys.argv[1:]] or sorted(
-        path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        Path(os.path.relpath(path))
         for pattern in PAGES + MODULES
         for path in ROOT.glob(pattern)
     )

@@ -6,20 +6,12 @@ It measures nothing: `stream` and `decoder` do, with --docs, and this shows thei
 important rows side by side.
 """
 
-import csv
 from typing import Any
 
-from benchmarks import shared
+from benchmarks import decoder, shared, stream
 
-Rows = dict[str, dict[str, str]]
+Rows = dict[str, Any]  # by their `way`
 USUAL, OURS = shared.RED, shared.BLUE
-
-
-def rows_of(name: str, **wanted: str) -> Rows:
-    """The stored rows of a benchmark that have these values, by their `way`."""
-    with (shared.DOCS / "data" / f"{name}.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
-    return {row["way"]: row for row in rows}
 
 
 def draw_pair(
@@ -35,39 +27,39 @@ def draw_pair(
     axes.tick_params(axis="y", length=0)
 
 
-def draw(stream: Rows, across: Rows, inside: Rows) -> Any:
+def draw(window: Rows, across: Rows, inside: Rows) -> Any:
     """Memory on the left, time on the right; across steps above, in one step below."""
-
-    def numbers(rows: Rows, column: str, *ways: str) -> list[float]:
-        return [float(rows[way][column]) for way in ways]
-
     plt = shared.pyplot()
     figure, ((memory, time), (step_memory, step_time)) = plt.subplots(
         2, 2, figsize=(5.8, 3.1), sharey="row"
     )
-    names = ("optax.MultiSteps", "oa.accumulate")
-    held = numbers(across, "temporaries", names[0], "update_params(pullback)")
+    usual, ours = window[stream.MULTI_STEPS], window[stream.OURS]
+    names = (stream.MULTI_STEPS, "oa.accumulate")
+    held = [across[way].temporaries for way in (names[0], "update_params(pullback)")]
     draw_pair(memory, "extra memory", names, held, "{:.1f} × params")
-    window = numbers(stream, "window_ms", names[0], "update_params")
-    k = stream["floor"]["k"]
-    draw_pair(time, f"add {k} times, update", names, window, "{:.0f} ms")
+    times = [usual.window_ms, ours.window_ms]
+    draw_pair(time, f"add {ours.k} times, update", names, times, "{:.0f} ms")
 
     names = ("scan by hand", "oa.value_and_grad")
-    held = numbers(inside, "temporaries", *names)
+    by_hand, ours = (inside[way] for way in names)
+    held = [by_hand.temporaries, ours.temporaries]
     draw_pair(step_memory, "extra memory", names, held, "{:.1f} × params")
-    by_hand, ours = numbers(inside, "time", *names)
-    relative = [1.0, ours / by_hand]
-    draw_pair(step_time, "relative time of the step", names, relative, "{:.2f}")
+    times = [1.0, ours.time / by_hand.time]
+    draw_pair(step_time, "relative time of the step", names, times, "{:.2f}")
     for axes in (memory, step_memory):  # The others share their axes.
         axes.invert_yaxis()
     return figure
 
 
 if __name__ == "__main__":
-    stream = rows_of("stream", optimizer="adamw")
-    across = rows_of("decoder", layers="scanned", part="across steps")
-    inside = rows_of("decoder", layers="scanned", part="one step")
-    settings = {rows["optax.MultiSteps"]["setting"] for rows in (stream, across)}
-    where = " · ".join(sorted(settings))
-    path = shared.DOCS / "images" / "headline.svg"
-    shared.save(draw(stream, across, inside), where, path)
+    data = shared.DOCS / "data"
+    here, windows = shared.read_rows(data / "stream.csv", stream.Row)
+    there, steps = shared.read_rows(data / "decoder.csv", decoder.Row)
+    scanned = [row for row in steps if row.layers == "scanned"]
+    figure = draw(
+        {row.way: row for row in windows if row.optimizer == "adamw"},
+        {row.way: row for row in scanned if row.part == "across steps"},
+        {row.way: row for row in scanned if row.part == "one step"},
+    )
+    where = " · ".join(sorted({here, there}))
+    shared.save(figure, where, shared.DOCS / "images" / "headline.svg")

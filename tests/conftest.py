@@ -1,5 +1,6 @@
 """JAX as every test wants it: eight devices, and no promotion that is not asked for."""
 
+import collections
 import gc
 import os
 import resource
@@ -9,6 +10,7 @@ import hypothesis
 import jax
 import pytest
 
+from optax_accum import _eager
 from tests.support import xla
 
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -80,6 +82,13 @@ def loose_promotion():
     """For code that is not ours and mixes dtypes: Optax's own."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def first_warning(monkeypatch):
+    """As in a process in which nothing was said yet."""
+    monkeypatch.setattr(_eager, "_warned", set())
+    monkeypatch.setattr(_eager, "_counts", collections.Counter())
 
 
 @pytest.fixture

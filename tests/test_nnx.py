@@ -1,7 +1,5 @@
 """`value_and_grad` and `Optimizer` of `optax_accum.flax`, in NNX's own loops."""
 
-import collections
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import optax_accum as oa
 import optax_accum.flax as oaf
-from optax_accum import _eager
 from tests.support import hlo
 from tests.support.training import needs_in_place, promoting, slow
 from tests.support.xla import optimized
@@ -93,9 +90,8 @@ class TestValueAndGrad:
         close(grads, expected_grads)
         chex.assert_trees_all_equal_structs(grads, expected_grads)
 
-    def test_a_second_call_without_jit_warns_of_nnx_jit(self, monkeypatch):
-        monkeypatch.setattr(_eager, "_warned", set())
-        monkeypatch.setattr(_eager, "_counts", collections.Counter())
+    @pytest.mark.usefixtures("first_warning")
+    def test_a_second_call_without_jit_warns_of_nnx_jit(self):
         model, in_parts = MLP(), oaf.value_and_grad(loss_fn, num_microbatches=4)
         nnx.jit(in_parts)(model, X)
         in_parts(model, X)

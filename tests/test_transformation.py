@@ -1,6 +1,5 @@
 """What `accumulate` returns, wherever it is passed, copied and printed."""
 
-import collections
 from typing import Any
 
 import chex
@@ -11,7 +10,6 @@ import optax
 import pytest
 
 import optax_accum as oa
-from optax_accum import _eager
 from tests.support.training import (
     PARAMS,
     feed,
@@ -199,10 +197,9 @@ class TestWithoutJit:
         with pytest.raises(ValueError, match="`weight` must be finite and >= 0"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, weight=-1)
 
-    def test_a_schedule_that_asks_for_values_works_and_warns_once(self, monkeypatch):
+    @pytest.mark.usefixtures("first_warning")
+    def test_a_schedule_that_asks_for_values_works_and_warns_once(self):
         tx = oa.accumulate(optax.sgd(1.0), lambda step: 1 if step < 2 else 3)
-        monkeypatch.setattr(_eager, "_warned", set())
-        monkeypatch.setattr(_eager, "_counts", collections.Counter())
 
         def train():
             params, state, updated = PARAMS, tx.init(PARAMS), []

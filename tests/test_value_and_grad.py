@@ -1,6 +1,5 @@
 """`oa.value_and_grad`: what it returns is what the whole batch gives."""
 
-import collections
 import functools
 import gc
 import warnings
@@ -13,7 +12,6 @@ import optax
 import pytest
 
 import optax_accum as oa
-from optax_accum import _eager
 from tests.support.training import slow
 
 SIZES = [
@@ -314,14 +312,7 @@ def test_a_float64_value_of_float32_parameters_keeps_its_dtype():
     assert grads.dtype == jnp.float32
 
 
-@pytest.fixture
-def _first_warning(monkeypatch):
-    """As in a process in which nothing was said yet."""
-    monkeypatch.setattr(_eager, "_warned", set())
-    monkeypatch.setattr(_eager, "_counts", collections.Counter())
-
-
-@pytest.mark.usefixtures("_first_warning")
+@pytest.mark.usefixtures("first_warning")
 @pytest.mark.parametrize("function", [oa.value_and_grad, oa.grad])
 def test_a_second_call_without_jit_warns_once(function):
     f = function(mean_loss, num_microbatches=3)
@@ -337,7 +328,7 @@ def test_a_second_call_without_jit_warns_once(function):
         f(params, batch)
 
 
-@pytest.mark.usefixtures("_first_warning")
+@pytest.mark.usefixtures("first_warning")
 def test_a_loss_that_is_wrapped_anew_in_every_call_warns_too():
     params, batch = make_params(), make_batch()
 
@@ -352,7 +343,7 @@ def test_a_loss_that_is_wrapped_anew_in_every_call_warns_too():
         step()
 
 
-@pytest.mark.usefixtures("_first_warning")
+@pytest.mark.usefixtures("first_warning")
 def test_calls_that_are_compiled_once_do_not_warn():
     f = oa.value_and_grad(mean_loss, num_microbatches=3)
     params, batch = make_params(), make_batch()

@@ -206,6 +206,7 @@ def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:
         as_dicts[1],
         'Pass the whole collection, as `mutable="batch_stats"` returns it',
     )
+    leaves = []
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(as_dicts[0]),
         jax.tree.leaves(as_dicts[1]),
@@ -218,8 +219,5 @@ def _select(counted: bool | Scalar, new: Tree, old: Tree) -> Tree:
                 "`oa.value_and_grad`, which stacks one for each micro-batch, pass the "
                 "statistics as an argument of the loss instead, with `carry_argnum`"
             )
-    leaves = [
-        jnp.where(counted, x, y)
-        for x, y in zip(*map(jax.tree.leaves, as_dicts), strict=True)
-    ]
+        leaves.append(jnp.where(counted, x, y))
     return jax.tree.unflatten(jax.tree.structure(new), leaves)
