@@ -240,10 +240,13 @@ def test_frozen_statistics_may_be_replaced_by_plain_dicts():
 
 def test_stacked_statistics_are_refused():
     """An auxiliary output of `value_and_grad` has an axis of micro-batches."""
-    state = create(oa.accumulate(INNER, 2), Normalised())
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * 4), state.batch_stats)
-    with refused("`batch_stats['BatchNorm_0']['mean']`", "(4, ", "carry_argnum"):
-        state.apply_gradients(grads=state.params, batch_stats=stacked)
+    params, stats = {"w": jnp.ones(2)}, {"norm": {"mean": jnp.zeros(2)}}
+    state = TrainState.create(
+        apply_fn=None, params=params, tx=oa.accumulate(INNER, 2), batch_stats=stats
+    )
+    stacked = {"norm": {"mean": jnp.zeros((4, 2))}}
+    with refused("`batch_stats['norm']['mean']` has shape (4, 2)", "carry_argnum"):
+        state.apply_gradients(grads=params, batch_stats=stacked)
 
 
 @pytest.mark.parametrize(
